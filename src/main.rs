@@ -1,0 +1,2 @@
+//! st-tool.
+fn main() {}

@@ -1,1 +1,59 @@
-//! To be written.
+//! GGUF files: a capped reader for versions 2 and 3, a streaming writer for version 3, and the index
+//! that says where each expert's weights lie.
+//!
+//! This crate owns the file format and nothing else: it moves bytes and checks that they are where the
+//! header says. It knows no arithmetic on weights and imports no other crate of the workspace.
+//!
+//! Input is not trusted. Every count and length is compared with what is left of the file *and* with a
+//! fixed cap ([`limits`]) before anything is allocated, so that a damaged or hostile file costs an error
+//! and never a panic or an outsized allocation. Refused outright: version 1, big-endian files, duplicate
+//! keys or tensor names, tensors that overlap, are misaligned or leave the file.
+
+mod encode;
+mod error;
+mod expert_index;
+mod ggml_type;
+mod header;
+mod metadata;
+mod parse;
+mod reader;
+mod source;
+mod value;
+mod writer;
+
+pub use encode::{Plan, TensorSpec, plan};
+pub use error::{GgufError, Result};
+pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, layout_keys, tensor_names};
+pub use ggml_type::GgmlType;
+pub use header::{Header, TensorInfo};
+pub use metadata::Metadata;
+pub use reader::GgufFile;
+pub use source::{FileSource, ReadAt, StaticSource};
+pub use value::{Array, StringArray, Value};
+pub use writer::{GgufWriter, WriteOptions, available_space};
+
+/// Caps on what a header may claim, far above any real file, far below what would hurt.
+pub mod limits {
+    /// Most metadata keys.
+    pub const MAX_KEYS: u64 = 1 << 16;
+    /// Most tensors.
+    pub const MAX_TENSORS: u64 = 1 << 16;
+    /// Longest metadata key in bytes; the format's own bound.
+    pub const MAX_KEY_BYTES: u64 = (1 << 16) - 1;
+    /// Longest tensor name in bytes that is read. Readers built on ggml stop at [`MAX_WRITTEN_NAME_BYTES`].
+    pub const MAX_NAME_BYTES: u64 = 1024;
+    /// Longest tensor name in bytes that is written, so that readers built on ggml take the file.
+    pub const MAX_WRITTEN_NAME_BYTES: u64 = 63;
+    /// Longest single string value in bytes.
+    pub const MAX_STRING_BYTES: u64 = 16 << 20;
+    /// Most elements of one array.
+    pub const MAX_ARRAY_LEN: u64 = 1 << 24;
+    /// Most elements of an array whose elements are arrays.
+    pub const MAX_NESTED_LEN: u64 = 1 << 12;
+    /// How deep arrays may nest; 1 is an array of scalars or strings.
+    pub const MAX_ARRAY_DEPTH: u32 = 3;
+    /// Most dimensions of a tensor.
+    pub const MAX_DIMS: u32 = 4;
+    /// Largest header (everything before the tensor data) in bytes.
+    pub const MAX_HEADER_BYTES: u64 = 256 << 20;
+}

@@ -1,0 +1,225 @@
+//! What can go wrong, in words for the person who owns the file.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::GgmlType;
+
+/// The result of every fallible function here.
+pub type Result<T, E = GgufError> = std::result::Result<T, E>;
+
+/// Why a GGUF file cannot be read or written. `file` is its path, or a description of bytes in memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufError {
+    /// The operating system refused an operation.
+    #[error("{file}: cannot {action}")]
+    Io {
+        /// The file.
+        file: String,
+        /// What was attempted, such as `open the file`.
+        action: String,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The path names a directory, a pipe or a device.
+    #[error("{file}: not a regular file")]
+    NotAFile {
+        /// The path.
+        file: String,
+    },
+    /// The first four bytes are not `GGUF`.
+    #[error("{file}: not a GGUF file: it starts with {found}, not with \"GGUF\"")]
+    NotGguf {
+        /// The file.
+        file: String,
+        /// The bytes met, escaped.
+        found: String,
+    },
+    /// A GGUF file of the other byte order.
+    #[error("{file}: a big-endian GGUF file; only little-endian ones are read")]
+    BigEndian {
+        /// The file.
+        file: String,
+    },
+    /// A version other than 2 and 3.
+    #[error("{file}: GGUF version {version} is not supported (versions 2 and 3 are)")]
+    Version {
+        /// The file.
+        file: String,
+        /// The version it states.
+        version: u32,
+    },
+    /// The file ends before what its header announces.
+    #[error(
+        "{file}: the file is truncated or damaged: {what} needs {needed} bytes at offset {offset}, but {left} are left"
+    )]
+    Truncated {
+        /// The file.
+        file: String,
+        /// What was being read.
+        what: String,
+        /// Where it starts.
+        offset: u64,
+        /// Bytes it needs at least.
+        needed: u64,
+        /// Bytes left in the file from there.
+        left: u64,
+    },
+    /// A count or length above the cap of [`limits`](crate::limits).
+    #[error("{file}: {what} is {got}, more than the {limit} allowed: the file is damaged")]
+    Limit {
+        /// The file.
+        file: String,
+        /// What is counted.
+        what: String,
+        /// The count stated.
+        got: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// A header field with a value that cannot be.
+    #[error("{file}: {what}: {problem}")]
+    Malformed {
+        /// The file.
+        file: String,
+        /// The field.
+        what: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The same metadata key twice.
+    #[error("{file}: metadata key `{key}` appears twice")]
+    DuplicateKey {
+        /// The file.
+        file: String,
+        /// The key.
+        key: String,
+    },
+    /// The same tensor name twice.
+    #[error("{file}: tensor `{tensor}` appears twice")]
+    DuplicateTensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor whose shape, type or place cannot be.
+    #[error("{file}: tensor `{tensor}` {problem}")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong, as the rest of the sentence.
+        problem: String,
+    },
+    /// A metadata key that is needed and absent.
+    #[error("{file}: metadata key `{key}` is missing")]
+    MissingKey {
+        /// The file.
+        file: String,
+        /// The key.
+        key: String,
+    },
+    /// A metadata key with a value of another type than needed.
+    #[error("{file}: metadata key `{key}`: expected {expected}, got {got}")]
+    KeyType {
+        /// The file.
+        file: String,
+        /// The key.
+        key: String,
+        /// The type needed.
+        expected: String,
+        /// The type, or the value that does not fit.
+        got: String,
+    },
+    /// A tensor that is needed and absent.
+    #[error("{file}: tensor `{tensor}` is missing")]
+    MissingTensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor of another shape than needed. Shapes are in ggml order, fastest dimension first.
+    #[error("{file}: tensor `{tensor}`: expected shape {expected:?}, got {got:?}")]
+    Shape {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// The shape needed.
+        expected: Vec<u64>,
+        /// The shape found.
+        got: Vec<u64>,
+    },
+    /// A tensor of another type than needed.
+    #[error("{file}: tensor `{tensor}`: expected type {expected}, got {got}")]
+    Type {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// The type needed.
+        expected: GgmlType,
+        /// The type found.
+        got: GgmlType,
+    },
+    /// The output exists and replacing it was not allowed.
+    #[error("{}: the file exists already", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// Another process is writing the same output.
+    #[error("{}: another process is writing this file (it holds {})", path.display(), partial.display())]
+    Busy {
+        /// The output.
+        path: PathBuf,
+        /// The partial file that is locked.
+        partial: PathBuf,
+    },
+    /// The disk is too full for the output.
+    #[error("{}: not enough disk space: {needed} bytes are needed{}", path.display(), available_clause(*.available))]
+    NoSpace {
+        /// The output.
+        path: PathBuf,
+        /// Bytes still to be written when it was noticed.
+        needed: u64,
+        /// Bytes free, where known.
+        available: Option<u64>,
+        /// The system's reason, where a write failed.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// The caller wrote more or less data than the tensors it announced.
+    #[error("{file}: tensor data of {expected} bytes was announced, {got} bytes were written")]
+    DataSize {
+        /// The output.
+        file: String,
+        /// Bytes announced.
+        expected: u64,
+        /// Bytes written, or attempted.
+        got: u64,
+    },
+}
+
+fn available_clause(available: Option<u64>) -> String {
+    available.map_or_else(String::new, |bytes| format!(", {bytes} are free"))
+}
+
+impl GgufError {
+    pub(crate) fn io(file: impl ToString, action: impl Into<String>, source: io::Error) -> Self {
+        Self::Io { file: file.to_string(), action: action.into(), source }
+    }
+
+    pub(crate) fn tensor(file: impl ToString, tensor: &str, problem: impl Into<String>) -> Self {
+        Self::Tensor { file: file.to_string(), tensor: tensor.to_owned(), problem: problem.into() }
+    }
+
+    pub(crate) fn malformed(file: impl ToString, what: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Malformed { file: file.to_string(), what: what.into(), problem: problem.into() }
+    }
+}

@@ -1,0 +1,377 @@
+//! Where each expert's weights lie in a file: (layer, expert, matrix) to a byte range, for both layouts.
+//!
+//! In the `gguf` layout a layer's experts are stacked in three tensors, one per matrix, and an expert is
+//! three ranges. In the `offload` layout they are records of one tensor, and an expert is one range with
+//! a checksum, in which the three matrices lie one after the other. Building the index proves the shapes;
+//! nothing here reads weights.
+
+use crate::error::{GgufError, Result};
+use crate::header::{Header, TensorInfo};
+use crate::{GgmlType, limits};
+
+/// Metadata keys of the `offload` layout.
+pub mod layout_keys {
+    /// `"offload"`; a file in the `gguf` layout has no such key.
+    pub const KIND: &str = "st.layout.kind";
+    /// Version of the record format: [`VERSION_NUMBER`].
+    pub const VERSION: &str = "st.layout.version";
+    /// Bytes of one record.
+    pub const RECORD_BYTES: &str = "st.layout.record_bytes";
+    /// Where the gate matrix starts in a record.
+    pub const GATE_OFFSET: &str = "st.layout.gate_offset";
+    /// Where the up matrix starts in a record.
+    pub const NEURON_OFFSET: &str = "st.layout.neuron_offset";
+    /// Where the down matrix starts in a record.
+    pub const DOWN_OFFSET: &str = "st.layout.down_offset";
+    /// CRC-32C of every record, layer by layer.
+    pub const CRC32C: &str = "st.layout.crc32c";
+    /// ggml's number for the type of the experts' weights.
+    pub const EXPERT_TYPE: &str = "st.layout.expert_type";
+    /// All of them, in the order they are written.
+    pub const ALL: [&str; 8] =
+        [KIND, VERSION, EXPERT_TYPE, RECORD_BYTES, GATE_OFFSET, NEURON_OFFSET, DOWN_OFFSET, CRC32C];
+    /// The value of [`KIND`].
+    pub const KIND_OFFLOAD: &str = "offload";
+    /// The record format this crate knows.
+    pub const VERSION_NUMBER: u32 = 2;
+    /// A record is a whole number of these.
+    pub const RECORD_ALIGNMENT: u64 = 4096;
+    /// Each matrix of a record starts at a multiple of this.
+    pub const REGION_ALIGNMENT: u64 = 64;
+}
+
+/// Names of the tensors that hold experts.
+pub mod tensor_names {
+    use super::Matrix;
+
+    /// The stacked matrices of one kind in layer `layer` (`gguf` layout).
+    pub fn stacked(layer: usize, matrix: Matrix) -> String {
+        format!("blk.{layer}.ffn_{}_exps.weight", matrix.name())
+    }
+
+    /// The records of layer `layer` (`offload` layout).
+    pub fn packed(layer: usize) -> String {
+        format!("blk.{layer}.ffn_exps.packed")
+    }
+}
+
+/// How a file arranges its experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// The standard one: per layer and matrix, one tensor of all experts.
+    Gguf,
+    /// Per layer, one tensor of page-aligned records, each one expert ready to compute.
+    Offload,
+}
+
+impl Layout {
+    /// `gguf` or `offload`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gguf => "gguf",
+            Self::Offload => layout_keys::KIND_OFFLOAD,
+        }
+    }
+}
+
+/// One of an expert's three matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Matrix {
+    /// `n_ff` rows of `n_embd`: what decides which neurons live.
+    Gate,
+    /// `n_ff` rows of `n_embd`.
+    Up,
+    /// `n_embd` rows of `n_ff`.
+    Down,
+}
+
+impl Matrix {
+    /// All three, in the order in which they are needed and stored.
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+
+    /// `gate`, `up` or `down`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// A run of bytes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ByteRange {
+    /// From the start of the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl ByteRange {
+    /// One past the last byte.
+    pub const fn end(self) -> u64 {
+        self.offset + self.len
+    }
+}
+
+/// Where every expert lies.
+#[derive(Clone, Debug)]
+pub struct ExpertIndex {
+    layout: Layout,
+    n_layers: usize,
+    n_experts: usize,
+    n_embd: u64,
+    n_ff: u64,
+    expert_type: GgmlType,
+    /// Per layer: where the tensors of the three matrices start; where the records start, thrice.
+    starts: Vec<[u64; 3]>,
+    /// Distance from one expert to the next, per matrix.
+    strides: [u64; 3],
+    /// Each matrix within a stride.
+    regions: [ByteRange; 3],
+    /// CRC-32C per record, layer by layer; empty in the `gguf` layout.
+    checksums: Vec<u32>,
+}
+
+impl ExpertIndex {
+    /// Finds the experts in `header` by the counts its metadata states (`ARCH.block_count`,
+    /// `ARCH.expert_count`, `ARCH.embedding_length`, `ARCH.expert_feed_forward_length`, where `ARCH` is
+    /// `general.architecture`), and proves that every tensor has the shape and type these imply.
+    ///
+    /// # Errors
+    /// A missing or mistyped key, a missing tensor, a tensor of another shape or type, experts of more than
+    /// one type, or an `offload` layout of another version or with offsets that cannot be.
+    pub fn from_header(header: &Header) -> Result<Self> {
+        let shape = ExpertShape::from_header(header)?;
+        match header.metadata.str(layout_keys::KIND)? {
+            None => Self::stacked(header, shape),
+            Some(layout_keys::KIND_OFFLOAD) => Self::packed(header, shape),
+            Some(other) => Err(GgufError::malformed(
+                header.file_name(),
+                format!("metadata key `{}`", layout_keys::KIND),
+                format!("expected \"{}\", got \"{other}\"", layout_keys::KIND_OFFLOAD),
+            )),
+        }
+    }
+
+    fn stacked(header: &Header, shape: ExpertShape) -> Result<Self> {
+        let first = header.require_tensor(&tensor_names::stacked(0, Matrix::Gate))?;
+        let expert_type = first.ty;
+        let mut index = Self::empty(Layout::Gguf, shape, expert_type);
+        for matrix in Matrix::ALL {
+            let i = matrix as usize;
+            let len = shape.matrix_bytes(header, first, matrix, expert_type)?;
+            index.strides[i] = len;
+            index.regions[i] = ByteRange { offset: 0, len };
+        }
+        for layer in 0..shape.n_layers {
+            let mut starts = [0; 3];
+            for matrix in Matrix::ALL {
+                let tensor = header.require_tensor(&tensor_names::stacked(layer, matrix))?;
+                header.expect_shape(tensor, &shape.stacked(matrix))?;
+                header.expect_type(tensor, expert_type)?;
+                starts[matrix as usize] = tensor.offset;
+            }
+            index.starts.push(starts);
+        }
+        Ok(index)
+    }
+
+    fn packed(header: &Header, shape: ExpertShape) -> Result<Self> {
+        let metadata = &header.metadata;
+        let required_u64 = |key| metadata.u64(key)?.ok_or_else(|| metadata.missing(key));
+        let malformed = |key: &str, problem: String| {
+            GgufError::malformed(header.file_name(), format!("metadata key `{key}`"), problem)
+        };
+
+        let version = required_u64(layout_keys::VERSION)?;
+        if version != u64::from(layout_keys::VERSION_NUMBER) {
+            let known = layout_keys::VERSION_NUMBER;
+            let problem = format!("record format {version} is not known (only {known} is); convert again");
+            return Err(malformed(layout_keys::VERSION, problem));
+        }
+        let type_id =
+            metadata.u32(layout_keys::EXPERT_TYPE)?.ok_or_else(|| metadata.missing(layout_keys::EXPERT_TYPE))?;
+        let expert_type = GgmlType::from_id(type_id);
+
+        let first = header.require_tensor(&tensor_names::packed(0))?;
+        let record_bytes = required_u64(layout_keys::RECORD_BYTES)?;
+        if record_bytes == 0 || !record_bytes.is_multiple_of(layout_keys::RECORD_ALIGNMENT) {
+            let page = layout_keys::RECORD_ALIGNMENT;
+            let problem = format!("must be a multiple of {page}, got {record_bytes}");
+            return Err(malformed(layout_keys::RECORD_BYTES, problem));
+        }
+        let mut index = Self::empty(Layout::Offload, shape, expert_type);
+        index.strides = [record_bytes; 3];
+        let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
+        let mut bounds = [record_bytes; 4];
+        for (bound, key) in bounds.iter_mut().zip(keys) {
+            *bound = required_u64(key)?;
+            if !bound.is_multiple_of(layout_keys::REGION_ALIGNMENT) {
+                let unit = layout_keys::REGION_ALIGNMENT;
+                return Err(malformed(key, format!("must be a multiple of {unit}, got {bound}")));
+            }
+        }
+        for matrix in Matrix::ALL {
+            let i = matrix as usize;
+            let needed = shape.matrix_bytes(header, first, matrix, expert_type)?;
+            let len = bounds[i + 1].checked_sub(bounds[i]).filter(|&len| len >= needed);
+            let len = len.ok_or_else(|| {
+                let (name, start, end) = (matrix.name(), bounds[i], bounds[i + 1]);
+                let problem =
+                    format!("the {name} matrix needs {needed} bytes, its place in a record is {start}..{end}");
+                malformed(keys[i], problem)
+            })?;
+            index.regions[i] = ByteRange { offset: bounds[i], len };
+        }
+
+        for layer in 0..shape.n_layers {
+            let tensor = header.require_tensor(&tensor_names::packed(layer))?;
+            header.expect_shape(tensor, &[record_bytes, shape.n_experts as u64])?;
+            header.expect_type(tensor, GgmlType::I8)?;
+            index.starts.push([tensor.offset; 3]);
+        }
+        index.checksums = metadata.u32s(layout_keys::CRC32C)?.ok_or_else(|| metadata.missing(layout_keys::CRC32C))?;
+        let (expected, got) = (shape.n_layers * shape.n_experts, index.checksums.len());
+        if got != expected {
+            let problem = format!("expected {expected} checksums, one per expert, got {got}");
+            return Err(malformed(layout_keys::CRC32C, problem));
+        }
+        Ok(index)
+    }
+
+    fn empty(layout: Layout, shape: ExpertShape, expert_type: GgmlType) -> Self {
+        Self {
+            layout,
+            n_layers: shape.n_layers,
+            n_experts: shape.n_experts,
+            n_embd: shape.n_embd,
+            n_ff: shape.n_ff,
+            expert_type,
+            starts: Vec::with_capacity(shape.n_layers),
+            strides: [0; 3],
+            regions: [ByteRange { offset: 0, len: 0 }; 3],
+            checksums: Vec::new(),
+        }
+    }
+
+    /// How the file arranges its experts.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Number of layers.
+    pub fn n_layers(&self) -> usize {
+        self.n_layers
+    }
+
+    /// Number of experts in each layer.
+    pub fn n_experts(&self) -> usize {
+        self.n_experts
+    }
+
+    /// Size of the hidden state.
+    pub fn n_embd(&self) -> u64 {
+        self.n_embd
+    }
+
+    /// Number of neurons of one expert.
+    pub fn n_ff(&self) -> u64 {
+        self.n_ff
+    }
+
+    /// The type of all experts' weights.
+    pub fn expert_type(&self) -> GgmlType {
+        self.expert_type
+    }
+
+    /// Where a matrix of an expert lies: canonical rows in the `gguf` layout, the record's region, padding
+    /// included, in the `offload` layout.
+    ///
+    /// # Panics
+    /// Where there is no such layer or expert.
+    pub fn matrix(&self, layer: usize, expert: usize, matrix: Matrix) -> ByteRange {
+        assert!(expert < self.n_experts, "expert {expert} of {}", self.n_experts);
+        let i = matrix as usize;
+        let ByteRange { offset, len } = self.regions[i];
+        ByteRange { offset: self.starts[layer][i] + expert as u64 * self.strides[i] + offset, len }
+    }
+
+    /// Where an expert's record lies; `None` in the `gguf` layout.
+    ///
+    /// # Panics
+    /// As [`matrix`](Self::matrix).
+    pub fn record(&self, layer: usize, expert: usize) -> Option<ByteRange> {
+        assert!(expert < self.n_experts, "expert {expert} of {}", self.n_experts);
+        let start = self.starts[layer][0];
+        let len = self.strides[0];
+        (self.layout == Layout::Offload).then(|| ByteRange { offset: start + expert as u64 * len, len })
+    }
+
+    /// The CRC-32C of an expert's record; `None` in the `gguf` layout.
+    ///
+    /// # Panics
+    /// As [`matrix`](Self::matrix).
+    pub fn checksum(&self, layer: usize, expert: usize) -> Option<u32> {
+        assert!(layer < self.n_layers && expert < self.n_experts, "layer {layer}, expert {expert}");
+        self.checksums.get(layer * self.n_experts + expert).copied()
+    }
+}
+
+/// The counts that the metadata states.
+#[derive(Clone, Copy)]
+struct ExpertShape {
+    n_layers: usize,
+    n_experts: usize,
+    n_embd: u64,
+    n_ff: u64,
+}
+
+impl ExpertShape {
+    fn from_header(header: &Header) -> Result<Self> {
+        let metadata = &header.metadata;
+        const ARCHITECTURE: &str = "general.architecture";
+        let architecture = metadata.str(ARCHITECTURE)?.ok_or_else(|| metadata.missing(ARCHITECTURE))?;
+        let count = |name: &str, limit: u64| {
+            let key = format!("{architecture}.{name}");
+            let got = metadata.u64(&key)?.ok_or_else(|| metadata.missing(&key))?;
+            if (1..=limit).contains(&got) {
+                return Ok(got);
+            }
+            let problem = format!("must be between 1 and {limit}, got {got}");
+            Err(GgufError::malformed(header.file_name(), format!("metadata key `{key}`"), problem))
+        };
+        Ok(Self {
+            n_layers: count("block_count", limits::MAX_TENSORS)? as usize,
+            n_experts: count("expert_count", 1 << 16)? as usize,
+            n_embd: count("embedding_length", 1 << 24)?,
+            n_ff: count("expert_feed_forward_length", 1 << 24)?,
+        })
+    }
+
+    fn matrix(&self, matrix: Matrix) -> [u64; 2] {
+        match matrix {
+            Matrix::Gate | Matrix::Up => [self.n_embd, self.n_ff],
+            Matrix::Down => [self.n_ff, self.n_embd],
+        }
+    }
+
+    fn stacked(&self, matrix: Matrix) -> [u64; 3] {
+        let [columns, rows] = self.matrix(matrix);
+        [columns, rows, self.n_experts as u64]
+    }
+
+    /// Bytes of one expert's `matrix` in canonical form; `tensor` is who to blame where there is no such
+    /// size.
+    fn matrix_bytes(&self, header: &Header, tensor: &TensorInfo, matrix: Matrix, ty: GgmlType) -> Result<u64> {
+        let shape = self.matrix(matrix);
+        ty.bytes_for_shape(&shape).ok_or_else(|| {
+            let problem = format!(
+                "holds experts of type {ty}, whose {} matrix of shape {shape:?} is no whole number of blocks",
+                matrix.name()
+            );
+            GgufError::tensor(header.file_name(), &tensor.name, problem)
+        })
+    }
+}

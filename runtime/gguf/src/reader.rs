@@ -1,0 +1,83 @@
+//! A file opened for reading: its header, and its tensors' bytes on request.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{GgufError, Result};
+use crate::source::name_of;
+use crate::{FileSource, Header, ReadAt, StaticSource, TensorInfo};
+
+/// A GGUF file whose header has been read and checked. Cloning shares the source.
+#[derive(Clone, Debug)]
+pub struct GgufFile {
+    /// The header.
+    pub header: Header,
+    /// Where the tensors' bytes come from.
+    pub source: Arc<dyn ReadAt>,
+}
+
+impl GgufFile {
+    /// Opens the file `path` and reads its header.
+    ///
+    /// # Errors
+    /// As [`FileSource::open`] and [`Header::parse`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::from_source(Arc::new(FileSource::open(path)?))
+    }
+
+    /// Reads the header of a file that is embedded in the binary.
+    ///
+    /// # Errors
+    /// As [`Header::parse`].
+    pub fn from_static(bytes: &'static [u8]) -> Result<Self> {
+        Self::from_source(Arc::new(StaticSource(bytes)))
+    }
+
+    /// Reads the header of `source`.
+    ///
+    /// # Errors
+    /// As [`Header::parse`].
+    pub fn from_source(source: Arc<dyn ReadAt>) -> Result<Self> {
+        Ok(Self { header: Header::parse(&*source)?, source })
+    }
+
+    /// All bytes of `tensor`.
+    ///
+    /// # Errors
+    /// As [`read_range`](Self::read_range); [`GgufError::Io`] also where there is no memory for them.
+    pub fn read_tensor(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
+        self.check_range(tensor, 0, tensor.n_bytes)?;
+        let mut bytes = Vec::new();
+        let len = usize::try_from(tensor.n_bytes).unwrap_or(usize::MAX);
+        bytes.try_reserve_exact(len).map_err(|_| {
+            let action = format!("get {len} bytes of memory for tensor `{}`", tensor.name);
+            GgufError::io(name_of(&*self.source), action, std::io::ErrorKind::OutOfMemory.into())
+        })?;
+        bytes.resize(len, 0);
+        self.read_range(tensor, 0, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `buf` with the bytes of `tensor` from its byte `start` on.
+    ///
+    /// # Errors
+    /// [`GgufError::Tensor`] where the range leaves the tensor, [`GgufError::Io`] where reading fails.
+    pub fn read_range(&self, tensor: &TensorInfo, start: u64, buf: &mut [u8]) -> Result<()> {
+        self.check_range(tensor, start, buf.len() as u64)?;
+        self.source.read_exact_at(buf, tensor.offset + start).map_err(|source| {
+            let (len, at) = (buf.len(), tensor.offset + start);
+            let action = format!("read {len} bytes of tensor `{}` at offset {at}", tensor.name);
+            GgufError::io(name_of(&*self.source), action, source)
+        })
+    }
+
+    fn check_range(&self, tensor: &TensorInfo, start: u64, len: u64) -> Result<()> {
+        let inside = start.checked_add(len).is_some_and(|end| end <= tensor.n_bytes)
+            && tensor.offset.checked_add(tensor.n_bytes).is_some_and(|end| end <= self.header.file_len);
+        if inside {
+            return Ok(());
+        }
+        let problem = format!("has {} bytes; {len} from byte {start} were asked for", tensor.n_bytes);
+        Err(GgufError::tensor(name_of(&*self.source), &tensor.name, problem))
+    }
+}

@@ -1,0 +1,134 @@
+//! Where bytes come from: a file, or bytes that live in the binary. Positioned reads only, so that one
+//! source serves many threads without a cursor to share.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{GgufError, Result};
+
+/// Bytes that can be read at any position, from any thread.
+pub trait ReadAt: Send + Sync + fmt::Debug {
+    /// Fills `buf` from `offset` on.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where the source ends before; otherwise what the system reports.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Length in bytes, as of when the source was opened.
+    fn len(&self) -> u64;
+
+    /// Whether there is not a single byte.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The file behind it, if it is one.
+    fn path(&self) -> Option<&Path> {
+        None
+    }
+}
+
+/// What to call `source` in a message: its path, or that it is in memory.
+pub(crate) fn name_of(source: &dyn ReadAt) -> String {
+    source.path().map_or_else(|| "GGUF data in memory".to_owned(), |path| path.display().to_string())
+}
+
+/// A regular file, read with `pread`.
+#[derive(Debug)]
+pub struct FileSource {
+    file: File,
+    path: PathBuf,
+    len: u64,
+}
+
+impl FileSource {
+    /// Opens the regular file `path` for reading.
+    ///
+    /// # Errors
+    /// [`GgufError::Io`] where it cannot be opened, [`GgufError::NotAFile`] for a directory, pipe or device.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let fail = |source| GgufError::io(path.display(), "open the file", source);
+        // Asked before opening: opening a pipe would wait for its writer.
+        if !std::fs::metadata(path).map_err(fail)?.is_file() {
+            return Err(GgufError::NotAFile { file: path.display().to_string() });
+        }
+        let file = File::open(path).map_err(fail)?;
+        let len = file.metadata().map_err(fail)?.len();
+        Ok(Self { file, path: path.to_owned(), len })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl ReadAt for FileSource {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+}
+
+/// Bytes embedded in the binary.
+#[derive(Clone, Copy)]
+pub struct StaticSource(pub &'static [u8]);
+
+impl fmt::Debug for StaticSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StaticSource({} bytes)", self.0.len())
+    }
+}
+
+impl ReadAt for StaticSource {
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|start| self.0.get(start..start.checked_add(buf.len())?))
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn static_reads_stay_inside() {
+        let source = StaticSource(b"abcdef");
+        let mut buf = [0; 3];
+        source.read_exact_at(&mut buf, 3).unwrap();
+        assert_eq!(&buf, b"def");
+        for offset in [4, 6, 7, u64::MAX] {
+            let error = source.read_exact_at(&mut buf, offset).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+
+    #[test]
+    fn a_directory_and_a_missing_file_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = FileSource::open(dir.path()).unwrap_err();
+        assert!(matches!(error, GgufError::NotAFile { .. }), "{error}");
+        let missing = dir.path().join("no.gguf");
+        let error = FileSource::open(&missing).unwrap_err();
+        assert!(error.to_string().contains("no.gguf"), "{error}");
+    }
+}

@@ -1,0 +1,364 @@
+//! Writing a GGUF file, tensor by tensor, in bounded memory.
+//!
+//! The bytes go to `.NAME.partial` beside the output and get the final name only when they are complete
+//! and on the disk: whatever happens before, nothing stands under that name that was not there. The partial
+//! file is locked while it is written, so that two writers of one output notice each other; one that a
+//! killed process left behind is not locked, and is taken over.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::Metadata;
+use crate::encode::{Plan, TensorSpec, encode};
+use crate::error::{GgufError, Result};
+
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// How to write a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteOptions {
+    /// Every tensor starts at a multiple of this: a power of two.
+    pub alignment: u64,
+    /// Whether an existing regular file is replaced; otherwise it is an error.
+    pub overwrite: bool,
+}
+
+impl Default for WriteOptions {
+    /// Aligned to 4096 bytes, so that tensors start on pages; existing files stay.
+    fn default() -> Self {
+        Self { alignment: 4096, overwrite: false }
+    }
+}
+
+/// A file being written. Dropping it without [`finish`](Self::finish) removes what was written.
+#[derive(Debug)]
+pub struct GgufWriter {
+    stream: Option<TensorStream<BufWriter<File>>>,
+    plan: Plan,
+    metadata: Metadata,
+    tensors: Vec<TensorSpec>,
+    options: WriteOptions,
+    path: PathBuf,
+    partial: PathBuf,
+}
+
+impl GgufWriter {
+    /// Starts the file `path` with `metadata` and `tensors`, whose data [`write`](Self::write) then takes.
+    /// `general.alignment` is set to `options.alignment`.
+    ///
+    /// # Errors
+    /// As [`plan`](crate::plan()); [`GgufError::Exists`], [`GgufError::NotAFile`], [`GgufError::Busy`],
+    /// [`GgufError::NoSpace`] before the first byte is written; [`GgufError::Io`].
+    pub fn create(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], options: WriteOptions) -> Result<Self> {
+        let (header, plan) = encode(metadata, tensors, options.alignment)?;
+        check_replaceable(path, options.overwrite)?;
+        let partial = partial_path(path)?;
+        let file = claim_partial(path, &partial)?;
+        let mut writer = Self {
+            stream: Some(TensorStream::new(
+                BufWriter::with_capacity(BUFFER_BYTES, file),
+                plan.sizes.clone(),
+                options.alignment,
+            )),
+            plan,
+            metadata: metadata.clone(),
+            tensors: tensors.to_vec(),
+            options,
+            path: path.to_owned(),
+            partial,
+        };
+        let needed = writer.plan.total;
+        if let Some(available) = available_space(parent_of(path)).ok().flatten()
+            && available < needed
+        {
+            let (path, available) = (path.to_owned(), Some(available));
+            return Err(GgufError::NoSpace { path, needed, available, source: None });
+        }
+        let written = writer.stream_mut().sink.write_all(&header);
+        written.map_err(|source| writer.write_error(source))?;
+        Ok(writer)
+    }
+
+    /// Where everything goes.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Appends tensor data: one stream over all tensors in the order they were announced, cut anywhere.
+    /// The padding between tensors is added here.
+    ///
+    /// # Errors
+    /// [`GgufError::DataSize`] for more data than was announced; [`GgufError::NoSpace`], [`GgufError::Io`].
+    pub fn write(&mut self, data: &[u8]) -> Result<()> {
+        match self.stream_mut().write(data) {
+            Ok(()) => Ok(()),
+            Err(StreamError::TooMuch { expected, got }) => {
+                Err(GgufError::DataSize { file: self.path.display().to_string(), expected, got })
+            }
+            Err(StreamError::Io(source)) => Err(self.write_error(source)),
+        }
+    }
+
+    /// Replaces the metadata that [`create`](Self::create) wrote, for values that are known only once the
+    /// data is, such as checksums. The header must keep its size: same keys, values of the same length.
+    ///
+    /// # Errors
+    /// [`GgufError::Malformed`] where the header would change its size; [`GgufError::NoSpace`],
+    /// [`GgufError::Io`].
+    pub fn replace_metadata(&mut self, metadata: &Metadata) -> Result<()> {
+        let (old, _) = encode(&self.metadata, &self.tensors, self.options.alignment)?;
+        let (new, plan) = encode(metadata, &self.tensors, self.options.alignment)?;
+        // Padding would hide a small difference, but then the file would not be the one a fresh `create`
+        // writes; comparing the plans is enough for the data to stay where it is.
+        if plan != self.plan {
+            return Err(GgufError::malformed(
+                self.path.display(),
+                "replaced metadata",
+                format!("makes a header of {} bytes out of one of {}", new.len(), old.len()),
+            ));
+        }
+        let sink = &mut self.stream_mut().sink;
+        let written = sink.flush().and_then(|()| sink.get_ref().write_all_at(&new, 0));
+        written.map_err(|source| self.write_error(source))?;
+        self.metadata = metadata.clone();
+        Ok(())
+    }
+
+    /// Completes the file: everything is on the disk and under its final name when this returns.
+    ///
+    /// # Errors
+    /// [`GgufError::DataSize`] where tensor data is missing; [`GgufError::Exists`] where the output came
+    /// into being meanwhile; [`GgufError::NoSpace`], [`GgufError::Io`]. Nothing is left behind then.
+    pub fn finish(mut self) -> Result<()> {
+        let stream = self.stream_mut();
+        let (expected, got) = (stream.announced(), stream.received);
+        if expected != got {
+            let file = self.path.display().to_string();
+            return Err(GgufError::DataSize { file, expected, got });
+        }
+        let sink = &mut stream.sink;
+        let synced = sink.flush().and_then(|()| sink.get_ref().sync_all());
+        synced.map_err(|source| self.write_error(source))?;
+        self.publish()?;
+        // From here on the partial name is free for others: drop must not remove what they put there.
+        self.stream = None;
+        sync_dir(parent_of(&self.path)).map_err(|source| GgufError::io(self.path.display(), "sync its folder", source))
+    }
+
+    fn publish(&self) -> Result<()> {
+        let fail = |source| GgufError::io(self.path.display(), "give the file its final name", source);
+        if self.options.overwrite {
+            check_replaceable(&self.path, true)?;
+            return std::fs::rename(&self.partial, &self.path).map_err(fail);
+        }
+        match rename_exclusive(&self.partial, &self.path) {
+            Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
+                Err(GgufError::Exists { path: self.path.clone() })
+            }
+            renamed => renamed.map_err(fail),
+        }
+    }
+
+    fn stream_mut(&mut self) -> &mut TensorStream<BufWriter<File>> {
+        // `finish` takes the stream away and consumes the writer, so no method can meet it empty.
+        self.stream.as_mut().expect("a writer that was not finished has its stream")
+    }
+
+    fn write_error(&mut self, source: io::Error) -> GgufError {
+        let needed = self.stream.as_ref().map_or(0, |stream| self.plan.total - stream.position);
+        let available = available_space(parent_of(&self.path)).ok().flatten();
+        write_error(&self.path, needed, available, source)
+    }
+}
+
+impl Drop for GgufWriter {
+    fn drop(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            // Removed while still locked, so that it cannot be another writer's by now. What fails here
+            // leaves a stale partial file, which the next writer takes over.
+            let (file, _) = stream.sink.into_parts();
+            let _ = std::fs::remove_file(&self.partial);
+            drop(file);
+        }
+    }
+}
+
+/// An error of writing, with a full disk or an exhausted quota told apart.
+fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Error) -> GgufError {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    if matches!(source.kind(), StorageFull | QuotaExceeded) {
+        // A quota is less than what the file system has free: then its figure would mislead.
+        let available = available.filter(|&bytes| bytes < needed);
+        return GgufError::NoSpace { path: path.to_owned(), needed, available, source: Some(source) };
+    }
+    GgufError::io(path.display(), "write", source)
+}
+
+/// Tensor data on its way into `sink`: knows how much of which tensor has passed, and pads.
+#[derive(Debug)]
+struct TensorStream<W> {
+    sink: W,
+    sizes: Vec<u64>,
+    alignment: u64,
+    /// The tensor being filled, and how much of it is.
+    tensor: usize,
+    filled: u64,
+    /// Data bytes received, and bytes put into the sink, padding and header included.
+    received: u64,
+    position: u64,
+}
+
+#[derive(Debug)]
+enum StreamError {
+    TooMuch { expected: u64, got: u64 },
+    Io(io::Error),
+}
+
+impl<W: Write> TensorStream<W> {
+    fn new(sink: W, sizes: Vec<u64>, alignment: u64) -> Self {
+        Self { sink, sizes, alignment, tensor: 0, filled: 0, received: 0, position: 0 }
+    }
+
+    fn announced(&self) -> u64 {
+        self.sizes.iter().sum()
+    }
+
+    fn write(&mut self, mut data: &[u8]) -> Result<(), StreamError> {
+        while !data.is_empty() {
+            let Some(&size) = self.sizes.get(self.tensor) else {
+                let expected = self.announced();
+                return Err(StreamError::TooMuch { expected, got: expected + data.len() as u64 });
+            };
+            let n = (size - self.filled).min(data.len() as u64);
+            let (now, later) = data.split_at(n as usize);
+            self.sink.write_all(now).map_err(StreamError::Io)?;
+            data = later;
+            self.filled += n;
+            self.received += n;
+            self.position += n;
+            if self.filled == size {
+                self.pad(size.next_multiple_of(self.alignment) - size)?;
+                self.tensor += 1;
+                self.filled = 0;
+            }
+        }
+        Ok(())
+    }
+
+    fn pad(&mut self, mut n: u64) -> Result<(), StreamError> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        self.position += n;
+        while n > 0 {
+            let now = n.min(ZEROS.len() as u64);
+            self.sink.write_all(&ZEROS[..now as usize]).map_err(StreamError::Io)?;
+            n -= now;
+        }
+        Ok(())
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn partial_path(path: &Path) -> Result<PathBuf> {
+    let name =
+        path.file_name().ok_or_else(|| GgufError::malformed(path.display(), "the output", "has no file name"))?;
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(name);
+    partial.push(".partial");
+    Ok(path.with_file_name(partial))
+}
+
+/// Fails unless `path` is free, or a regular file that may be replaced.
+fn check_replaceable(path: &Path, overwrite: bool) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => Err(GgufError::NotAFile { file: path.display().to_string() }),
+        Ok(_) if !overwrite => Err(GgufError::Exists { path: path.to_owned() }),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(GgufError::io(path.display(), "look at the output", source)),
+    }
+}
+
+/// Opens, locks and empties the partial file.
+fn claim_partial(path: &Path, partial: &Path) -> Result<File> {
+    let fail = |source| GgufError::io(partial.display(), "create the file", source);
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            // A link in its place must not lead the data elsewhere.
+            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
+            .open(partial)
+            .map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(GgufError::Busy { path: path.to_owned(), partial: partial.to_owned() });
+            }
+            // Some network file systems know no locks; then there is only the partial file's name.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(source)) => return Err(fail(source)),
+        }
+        // Between opening and locking, the writer that had the lock may have given this very file its
+        // final name: emptying it now would destroy a finished output.
+        let opened = file.metadata().map_err(fail)?;
+        match std::fs::symlink_metadata(partial) {
+            Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => {
+                if !opened.is_file() {
+                    return Err(GgufError::NotAFile { file: partial.display().to_string() });
+                }
+                file.set_len(0).map_err(fail)?;
+                return Ok(file);
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(fail(source)),
+        }
+    }
+}
+
+/// Renames, but never over an existing file.
+fn rename_exclusive(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            // The kernel or the file system does not know the flag.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+            done => return done.map_err(io::Error::from),
+        }
+    }
+    if std::fs::symlink_metadata(to).is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    std::fs::rename(from, to)
+}
+
+/// Makes the new name in `dir` survive a power failure.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    match File::open(dir)?.sync_all() {
+        // Not every file system can; the name is then as durable as it gets.
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+        synced => synced,
+    }
+}
+
+/// Bytes that an ordinary user can still write to the file system of `dir`, or `None` where it does not
+/// say.
+///
+/// # Errors
+/// What the system reports, such as that `dir` does not exist.
+pub fn available_space(dir: &Path) -> io::Result<Option<u64>> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok((stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize)))
+}

@@ -1,1 +1,21 @@
-//! To be written.
+//! Quantized blocks, the kernels that compute with them, and the threads that they run on.
+//!
+//! A leaf: all SIMD of the project and its `unsafe` live here, behind safe functions that check lengths. It knows nothing of
+//! files, tensors' names or models.
+//!
+//! Every kernel computes the same bits on every instruction set, for any number of threads and in every form (one token or
+//! many, dense or sparse): integer sums per block of 32 are exact, and every floating-point operation happens in an order that
+//! the documentation of the kernel fixes.
+#![allow(unsafe_code)]
+
+mod aligned;
+pub mod block;
+mod out;
+mod pool;
+mod weight_type;
+
+pub use aligned::AlignedBuf;
+pub use block::{BLOCK_LEN, dequantize_row, quantize_row_q4_0, quantize_row_q4_0_search, quantize_row_q8_0};
+pub use out::ColumnsMut;
+pub use pool::Pool;
+pub use weight_type::WeightType;

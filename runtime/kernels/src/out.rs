@@ -1,0 +1,69 @@
+//! Views of outputs that several threads write at the same time, each its own columns.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Exclusive access to some columns of a row-major matrix of f32: the output of a matrix product, rows being tokens.
+///
+/// Made from a whole slice ([`Self::new`]) or by [`crate::Pool::run_columns`].
+#[derive(Debug)]
+pub struct ColumnsMut<'a> {
+    base: *mut f32,
+    rows: usize,
+    ld: usize,
+    columns: Range<usize>,
+    _out: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the view has exclusive access to its elements, like the `&mut [f32]` it was made from.
+unsafe impl Send for ColumnsMut<'_> {}
+
+impl<'a> ColumnsMut<'a> {
+    /// All of `out`, rows of `ld` floats.
+    ///
+    /// # Panics
+    /// If `out` is not whole rows.
+    pub fn new(out: &'a mut [f32], ld: usize) -> Self {
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} floats are not rows of {ld}", out.len());
+        // SAFETY: the slice is exclusively borrowed for 'a and has rows * ld elements.
+        unsafe { Self::from_raw(out.as_mut_ptr(), out.len() / ld, ld, 0..ld) }
+    }
+
+    /// # Safety
+    /// `base` must point to `rows * ld` floats that live for 'a; nobody else may touch `columns` of them, which must lie
+    /// in `0..ld`.
+    pub(crate) unsafe fn from_raw(base: *mut f32, rows: usize, ld: usize, columns: Range<usize>) -> Self {
+        debug_assert!(columns.start <= columns.end && columns.end <= ld);
+        Self { base, rows, ld, columns, _out: PhantomData }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The columns of the whole matrix that this view may write.
+    pub fn columns(&self) -> Range<usize> {
+        self.columns.clone()
+    }
+
+    /// This view's part of `row`: one float for each of [`Self::columns`].
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: row < rows and columns lie in 0..ld, so the part is inside the matrix; `&mut self` makes it exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.ld + self.columns.start), self.columns.len()) }
+    }
+
+    /// Pointer to the first column of this view in row 0; row `i` is `i * ld` further.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.base.wrapping_add(self.columns.start)
+    }
+
+    /// Distance between rows, in floats.
+    pub(crate) fn ld(&self) -> usize {
+        self.ld
+    }
+}

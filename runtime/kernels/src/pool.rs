@@ -1,0 +1,391 @@
+//! The compute threads: a fork-join pool for work that is measured in microseconds.
+//!
+//! [`Pool::run`] costs about a microsecond when calls follow each other closely: workers wait by spinning, then by yielding
+//! to whoever else wants the core, and park when nothing has come for a few milliseconds, so an idle pool costs nothing.
+//! The calling thread is worker 0. Splitting of output buffers among threads is done here ([`Pool::run_chunks`],
+//! [`Pool::run_columns`]), so that callers need no `unsafe`.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::hint::spin_loop;
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::out::ColumnsMut;
+
+/// Rounds of `spin_loop` before a waiting thread starts to yield: some tens of microseconds, the usual gap between two calls.
+const SPIN_ROUNDS: u32 = 2_000;
+/// How long a waiting thread yields before it parks.
+const YIELD_TIME: Duration = Duration::from_millis(2);
+
+type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// A value on a cache line of its own.
+#[repr(align(128))]
+#[derive(Default)]
+struct Padded<T>(T);
+
+struct Worker {
+    /// Set by the worker before it parks; whoever clears it must unpark.
+    parked: Padded<AtomicBool>,
+}
+
+struct Shared {
+    /// Counts jobs; a change tells the workers that `job` is set. The lowest bit of meaning is only "different from before".
+    epoch: Padded<AtomicUsize>,
+    /// Workers that have not finished the current job.
+    pending: Padded<AtomicUsize>,
+    stop: AtomicBool,
+    /// The current job, valid from the store to `epoch` until `pending` is 0.
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    workers: Vec<Worker>,
+    /// Next index of each thread's share, for `for_each`.
+    shares: Vec<Padded<AtomicUsize>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written only by the thread that holds `Pool::busy` while no worker runs a job (`pending` is 0), and read by
+// workers only after they acquired the epoch that was released after the write. The job itself is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: the raw pointer in `job` is never owned; see above for who may follow it.
+unsafe impl Send for Shared {}
+
+/// A fixed set of threads that run one closure together.
+///
+/// Thread-safe; calls from several threads, or from within a job, do not mix: the later one runs on its own thread alone.
+pub struct Pool {
+    shared: Arc<Shared>,
+    handles: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
+    /// Held during a job.
+    busy: Mutex<()>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("n_threads", &self.n_threads()).finish()
+    }
+}
+
+impl Pool {
+    /// A pool of `n_threads` (at least 1), counting the calling thread: `n_threads - 1` threads are spawned.
+    ///
+    /// # Errors
+    /// If the system refuses a thread.
+    pub fn new(n_threads: usize) -> io::Result<Self> {
+        let n = n_threads.max(1);
+        let shared = Arc::new(Shared {
+            epoch: Padded::default(),
+            pending: Padded::default(),
+            stop: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
+            workers: (1..n).map(|_| Worker { parked: Padded::default() }).collect(),
+            shares: (0..n).map(|_| Padded::default()).collect(),
+            panic: Mutex::new(None),
+        });
+        let mut pool = Self { shared, handles: Vec::new(), threads: Vec::new(), busy: Mutex::new(()) };
+        for i in 1..n {
+            let shared = Arc::clone(&pool.shared);
+            let handle = std::thread::Builder::new().name(format!("compute-{i}")).spawn(move || shared.work(i))?;
+            pool.threads.push(handle.thread().clone());
+            pool.handles.push(handle);
+        }
+        Ok(pool)
+    }
+
+    /// Number of threads that take part in a job, the caller included.
+    pub fn n_threads(&self) -> usize {
+        self.shared.workers.len() + 1
+    }
+
+    /// Runs `job(thread)` once for each thread `0..n_threads()` and returns when all are done.
+    ///
+    /// # Panics
+    /// With the first panic of a job, after all threads are done with it.
+    pub fn run(&self, job: &Job<'_>) {
+        match self.lock() {
+            Some(_guard) => self.run_locked(job),
+            None => (0..self.n_threads()).for_each(job),
+        }
+    }
+
+    /// Runs `job(i)` once for each `i` in `0..n`. Each thread starts with a contiguous share of its own and then helps
+    /// the others, so consecutive indices should be consecutive in memory and worth at least a few microseconds each.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn for_each(&self, n: usize, job: &Job<'_>) {
+        let threads = self.n_threads();
+        let guard = if threads == 1 || n <= 1 { None } else { self.lock() };
+        let Some(_guard) = guard else {
+            (0..n).for_each(job);
+            return;
+        };
+        let start = |thread: usize| n * thread / threads;
+        for (thread, share) in self.shared.shares.iter().enumerate() {
+            share.0.store(start(thread), Relaxed);
+        }
+        self.run_locked(&|thread| {
+            for victim in (thread..threads).chain(0..thread) {
+                loop {
+                    let i = self.shared.shares[victim].0.fetch_add(1, Relaxed);
+                    if i >= start(victim + 1) {
+                        break;
+                    }
+                    job(i);
+                }
+            }
+        });
+    }
+
+    /// Cuts `out` into chunks of `chunk_len` (the last may be shorter) and runs `job(i, chunk)` for each, like
+    /// [`Self::for_each`].
+    ///
+    /// # Panics
+    /// If `chunk_len` is 0, or as [`Self::run`].
+    pub fn run_chunks<T: Send>(&self, out: &mut [T], chunk_len: usize, job: &(dyn Fn(usize, &mut [T]) + Sync)) {
+        assert!(chunk_len > 0, "run_chunks: chunk_len is 0");
+        let len = out.len();
+        let base = SendPtr(out.as_mut_ptr());
+        self.for_each(len.div_ceil(chunk_len), &|i| {
+            let start = i * chunk_len;
+            let n = chunk_len.min(len - start);
+            // SAFETY: `for_each` hands out each `i` once, so the chunks in use are disjoint parts of `out`, which is
+            // exclusively borrowed until all are done; `start + n <= len`.
+            let chunk = unsafe { std::slice::from_raw_parts_mut(base.get().add(start), n) };
+            job(i, chunk);
+        });
+    }
+
+    /// Sees `out` as rows of `ld` floats, cuts the columns `0..ld` into ranges of `chunk` and runs `job(columns)` for each:
+    /// the way to let threads share the output of a matrix product with several rows (tokens).
+    ///
+    /// # Panics
+    /// If `out` is not whole rows or `chunk` is 0, or as [`Self::run`].
+    pub fn run_columns(&self, out: &mut [f32], ld: usize, chunk: usize, job: &(dyn Fn(ColumnsMut<'_>) + Sync)) {
+        assert!(chunk > 0, "run_columns: chunk is 0");
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_columns: {} floats are not rows of {ld}", out.len());
+        let rows = out.len() / ld;
+        let base = SendPtr(out.as_mut_ptr());
+        self.for_each(ld.div_ceil(chunk), &|i| {
+            let columns: Range<usize> = i * chunk..ld.min((i + 1) * chunk);
+            // SAFETY: `for_each` hands out each `i` once, so no two views share a column, and `out` is exclusively
+            // borrowed until all are done; `rows * ld` is its length.
+            job(unsafe { ColumnsMut::from_raw(base.get(), rows, ld, columns) });
+        });
+    }
+
+    fn lock(&self) -> Option<std::sync::MutexGuard<'_, ()>> {
+        match self.busy.try_lock() {
+            Ok(guard) => Some(guard),
+            // A job panicked: the pool was left in order all the same.
+            Err(TryLockError::Poisoned(e)) => Some(PoisonError::into_inner(e)),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn run_locked(&self, job: &Job<'_>) {
+        let shared = &*self.shared;
+        if shared.workers.is_empty() {
+            job(0);
+            return;
+        }
+        // SAFETY: only the lifetime changes; `Finish` below keeps this call from ending, by return or by panic, before
+        // every worker is done with the job.
+        let job_static = unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) };
+        // SAFETY: `busy` is held and the previous job has ended (`pending` was seen as 0), so nobody reads `job` now.
+        unsafe { *shared.job.get() = Some(job_static) };
+        shared.pending.0.store(shared.workers.len(), Relaxed);
+        shared.epoch.0.fetch_add(1, SeqCst);
+        for (worker, thread) in shared.workers.iter().zip(&self.threads) {
+            if worker.parked.0.load(SeqCst) {
+                thread.unpark();
+            }
+        }
+        {
+            let _finish = Finish(shared);
+            job(0);
+        }
+        let payload = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Relaxed);
+        self.shared.epoch.0.fetch_add(1, SeqCst);
+        for thread in &self.threads {
+            thread.unpark();
+        }
+        for handle in self.handles.drain(..) {
+            // A worker catches the panics of its jobs, so there is nothing to report here.
+            let _ = handle.join();
+        }
+    }
+}
+
+/// Waits for the workers when dropped, also while the caller's own part of the job unwinds.
+struct Finish<'a>(&'a Shared);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        let mut rounds = 0u32;
+        while self.0.pending.0.load(Acquire) != 0 {
+            if rounds < SPIN_ROUNDS {
+                rounds += 1;
+                spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            seen = self.wait(index, seen);
+            if self.stop.load(Relaxed) {
+                return;
+            }
+            // SAFETY: the epoch acquired in `wait` was released after `job` was set, and the job stays valid until this
+            // worker has counted itself out of `pending`.
+            let job = unsafe { (*self.job.get()).map(|job| &*job) };
+            if let Some(job) = job
+                && let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(index)))
+            {
+                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+            }
+            self.pending.0.fetch_sub(1, Release);
+        }
+    }
+
+    /// Waits until the epoch differs from `seen` and returns it.
+    fn wait(&self, index: usize, seen: usize) -> usize {
+        for _ in 0..SPIN_ROUNDS {
+            let epoch = self.epoch.0.load(Acquire);
+            if epoch != seen {
+                return epoch;
+            }
+            spin_loop();
+        }
+        let start = Instant::now();
+        while start.elapsed() < YIELD_TIME {
+            for _ in 0..16 {
+                let epoch = self.epoch.0.load(Acquire);
+                if epoch != seen {
+                    return epoch;
+                }
+                std::thread::yield_now();
+            }
+        }
+        let parked = &self.workers[index - 1].parked.0;
+        parked.store(true, SeqCst);
+        loop {
+            // The order matters: either this load sees the new epoch, or the caller sees `parked`.
+            let epoch = self.epoch.0.load(SeqCst);
+            if epoch != seen {
+                parked.store(false, Relaxed);
+                return epoch;
+            }
+            std::thread::park();
+        }
+    }
+}
+
+/// A pointer that may cross threads; what makes that sound is said where it is used.
+struct SendPtr<T>(*mut T);
+
+impl<T> SendPtr<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+// SAFETY: users derive disjoint exclusive parts from it, of types that are `Send`.
+unsafe impl<T: Send> Sync for SendPtr<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_thread_runs_once_and_every_index_once() {
+        for n in [1, 2, 3] {
+            let pool = Pool::new(n).unwrap();
+            for round in 0..200 {
+                let threads = AtomicUsize::new(0);
+                pool.run(&|t| {
+                    threads.fetch_add(1 << (8 * t), SeqCst);
+                });
+                assert_eq!(threads.into_inner(), (0..n).map(|t| 1 << (8 * t)).sum::<usize>());
+                let counts: Vec<_> = (0..round % 17).map(|_| AtomicUsize::new(0)).collect();
+                pool.for_each(counts.len(), &|i| {
+                    counts[i].fetch_add(1, SeqCst);
+                });
+                assert!(counts.iter().all(|c| c.load(SeqCst) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn parked_workers_wake_up() {
+        let pool = Pool::new(2).unwrap();
+        for _ in 0..3 {
+            std::thread::sleep(YIELD_TIME * 3);
+            let n = AtomicUsize::new(0);
+            pool.run(&|_| {
+                n.fetch_add(1, SeqCst);
+            });
+            assert_eq!(n.into_inner(), 2);
+        }
+    }
+
+    #[test]
+    fn panics_reach_the_caller_and_leave_the_pool_usable() {
+        let pool = Pool::new(2).unwrap();
+        for bad in 0..2 {
+            let result = catch_unwind(AssertUnwindSafe(|| pool.run(&|t| assert!(t != bad, "thread {bad}"))));
+            assert!(result.is_err());
+        }
+        let mut out = vec![0; 10];
+        pool.run_chunks(&mut out, 3, &|i, chunk| chunk.fill(i));
+        assert_eq!(out, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
+    }
+
+    #[test]
+    fn a_job_may_use_the_pool_itself() {
+        let pool = Pool::new(2).unwrap();
+        let n = AtomicUsize::new(0);
+        pool.for_each(4, &|_| {
+            pool.for_each(5, &|_| {
+                n.fetch_add(1, SeqCst);
+            });
+        });
+        assert_eq!(n.into_inner(), 20);
+    }
+
+    #[test]
+    fn columns_are_split_and_rows_kept() {
+        let pool = Pool::new(2).unwrap();
+        let mut out = vec![0.0; 3 * 10];
+        pool.run_columns(&mut out, 10, 4, &|mut view| {
+            for row in 0..view.rows() {
+                let first = view.columns().start;
+                for (c, v) in view.row_mut(row).iter_mut().enumerate() {
+                    *v = (row * 10 + first + c) as f32;
+                }
+            }
+        });
+        assert!(out.iter().enumerate().all(|(i, &v)| v == i as f32));
+    }
+}

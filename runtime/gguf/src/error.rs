@@ -186,9 +186,9 @@ pub enum GgufError {
     NoSpace {
         /// The output.
         path: PathBuf,
-        /// Bytes still to be written when it was noticed.
+        /// Bytes of the complete file.
         needed: u64,
-        /// Bytes free, where known.
+        /// Bytes free for it, where known.
         available: Option<u64>,
         /// The system's reason, where a write failed.
         #[source]

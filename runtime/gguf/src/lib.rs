@@ -55,5 +55,5 @@ pub mod limits {
     /// Most dimensions of a tensor.
     pub const MAX_DIMS: u32 = 4;
     /// Largest header (everything before the tensor data) in bytes.
-    pub const MAX_HEADER_BYTES: u64 = 256 << 20;
+    pub const MAX_HEADER_BYTES: u64 = 64 << 20;
 }

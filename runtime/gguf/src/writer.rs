@@ -37,7 +37,6 @@ impl Default for WriteOptions {
 pub struct GgufWriter {
     stream: Option<TensorStream<BufWriter<File>>>,
     plan: Plan,
-    metadata: Metadata,
     tensors: Vec<TensorSpec>,
     options: WriteOptions,
     path: PathBuf,
@@ -63,7 +62,6 @@ impl GgufWriter {
                 options.alignment,
             )),
             plan,
-            metadata: metadata.clone(),
             tensors: tensors.to_vec(),
             options,
             path: path.to_owned(),
@@ -78,6 +76,7 @@ impl GgufWriter {
         }
         let written = writer.stream_mut().sink.write_all(&header);
         written.map_err(|source| writer.write_error(source))?;
+        writer.stream_mut().position = header.len() as u64;
         Ok(writer)
     }
 
@@ -108,22 +107,16 @@ impl GgufWriter {
     /// [`GgufError::Malformed`] where the header would change its size; [`GgufError::NoSpace`],
     /// [`GgufError::Io`].
     pub fn replace_metadata(&mut self, metadata: &Metadata) -> Result<()> {
-        let (old, _) = encode(&self.metadata, &self.tensors, self.options.alignment)?;
-        let (new, plan) = encode(metadata, &self.tensors, self.options.alignment)?;
-        // Padding would hide a small difference, but then the file would not be the one a fresh `create`
-        // writes; comparing the plans is enough for the data to stay where it is.
+        let (header, plan) = encode(metadata, &self.tensors, self.options.alignment)?;
+        // The data stays where it is as long as the plan does.
         if plan != self.plan {
-            return Err(GgufError::malformed(
-                self.path.display(),
-                "replaced metadata",
-                format!("makes a header of {} bytes out of one of {}", new.len(), old.len()),
-            ));
+            let (new, old) = (plan.header_bytes, self.plan.header_bytes);
+            let problem = format!("makes the header {new} bytes long, where {old} were written");
+            return Err(GgufError::malformed(self.path.display(), "replaced metadata", problem));
         }
         let sink = &mut self.stream_mut().sink;
-        let written = sink.flush().and_then(|()| sink.get_ref().write_all_at(&new, 0));
-        written.map_err(|source| self.write_error(source))?;
-        self.metadata = metadata.clone();
-        Ok(())
+        let written = sink.flush().and_then(|()| sink.get_ref().write_all_at(&header, 0));
+        written.map_err(|source| self.write_error(source))
     }
 
     /// Completes the file: everything is on the disk and under its final name when this returns.
@@ -166,10 +159,11 @@ impl GgufWriter {
         self.stream.as_mut().expect("a writer that was not finished has its stream")
     }
 
-    fn write_error(&mut self, source: io::Error) -> GgufError {
-        let needed = self.stream.as_ref().map_or(0, |stream| self.plan.total - stream.position);
-        let available = available_space(parent_of(&self.path)).ok().flatten();
-        write_error(&self.path, needed, available, source)
+    fn write_error(&self, source: io::Error) -> GgufError {
+        let free = available_space(parent_of(&self.path)).ok().flatten();
+        // What was written so far is given back, so it counts as free.
+        let written = self.stream.as_ref().map_or(0, |stream| stream.position);
+        write_error(&self.path, self.plan.total, free.map(|free| free.saturating_add(written)), source)
     }
 }
 
@@ -189,7 +183,7 @@ impl Drop for GgufWriter {
 fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Error) -> GgufError {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     if matches!(source.kind(), StorageFull | QuotaExceeded) {
-        // A quota is less than what the file system has free: then its figure would mislead.
+        // Under a quota the file system may have enough free: that figure would mislead.
         let available = available.filter(|&bytes| bytes < needed);
         return GgufError::NoSpace { path: path.to_owned(), needed, available, source: Some(source) };
     }
@@ -361,4 +355,70 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 pub fn available_space(dir: &Path) -> io::Result<Option<u64>> {
     let stat = rustix::fs::statvfs(dir)?;
     Ok((stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes `room` bytes, then fails like a full disk.
+    struct Full {
+        room: usize,
+        kind: io::ErrorKind,
+    }
+
+    impl Write for Full {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            if self.room == 0 {
+                return Err(self.kind.into());
+            }
+            let n = data.len().min(self.room);
+            self.room -= n;
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn fail(room: usize, kind: io::ErrorKind) -> GgufError {
+        let mut stream = TensorStream::new(Full { room, kind }, vec![100, 100], 64);
+        match stream.write(&[1; 200]) {
+            Err(StreamError::Io(source)) => write_error(Path::new("out.gguf"), 256, Some(room as u64), source),
+            other => panic!("expected a failing write, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_full_disk_in_data_and_in_padding_says_what_is_needed() {
+        for room in [0, 50, 110, 130, 199] {
+            let error = fail(room, io::ErrorKind::StorageFull);
+            assert_eq!(
+                error.to_string(),
+                format!("out.gguf: not enough disk space: 256 bytes are needed, {room} are free")
+            );
+        }
+        assert!(matches!(fail(0, io::ErrorKind::QuotaExceeded), GgufError::NoSpace { .. }));
+        assert!(matches!(fail(0, io::ErrorKind::PermissionDenied), GgufError::Io { .. }));
+    }
+
+    #[test]
+    fn the_system_calls_a_full_device_by_its_name() {
+        let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut stream = TensorStream::new(file, vec![10], 32);
+        let Err(StreamError::Io(source)) = stream.write(&[1; 10]) else { panic!("/dev/full took data") };
+        let error = write_error(Path::new("out.gguf"), 4096, None, source);
+        assert_eq!(error.to_string(), "out.gguf: not enough disk space: 4096 bytes are needed");
+    }
+
+    #[test]
+    fn padding_follows_each_tensor() {
+        let mut stream = TensorStream::new(Vec::new(), vec![3, 64, 1], 64);
+        stream.write(&[7; 68]).unwrap();
+        assert_eq!(stream.sink.len(), 192);
+        assert_eq!((stream.received, stream.position), (68, 192));
+        let set: Vec<usize> = (0..192).filter(|&i| stream.sink[i] == 7).collect();
+        assert_eq!(set, (0..3).chain(64..129).collect::<Vec<_>>());
+    }
 }

@@ -1,0 +1,198 @@
+//! Experts are found in both layouts, and a file that does not hold what it says is refused.
+
+use st_gguf::{
+    Array, ExpertIndex, GgmlType, GgufError, GgufFile, Layout, Matrix, Metadata, TensorSpec, Value, layout_keys,
+    tensor_names,
+};
+
+use crate::common::{counting, spec, write_file};
+
+const N_LAYERS: usize = 2;
+const N_EXPERTS: usize = 3;
+const N_EMBD: u64 = 64;
+const N_FF: u64 = 32;
+const MATRIX_BYTES: u64 = N_EMBD * N_FF / 32 * 18;
+
+fn metadata() -> Metadata {
+    let mut metadata = Metadata::new();
+    metadata.insert("general.architecture", "smallthinker");
+    metadata.insert("smallthinker.block_count", N_LAYERS as u32);
+    metadata.insert("smallthinker.expert_count", N_EXPERTS as u32);
+    metadata.insert("smallthinker.embedding_length", N_EMBD as u32);
+    metadata.insert("smallthinker.expert_feed_forward_length", N_FF as u32);
+    metadata
+}
+
+fn stacked() -> Vec<TensorSpec> {
+    let mut tensors = Vec::new();
+    for layer in 0..N_LAYERS {
+        for matrix in Matrix::ALL {
+            let shape = match matrix {
+                Matrix::Down => [N_FF, N_EMBD, N_EXPERTS as u64],
+                _ => [N_EMBD, N_FF, N_EXPERTS as u64],
+            };
+            tensors.push(spec(&tensor_names::stacked(layer, matrix), &shape, GgmlType::Q4_0));
+        }
+    }
+    tensors
+}
+
+fn offload_metadata() -> Metadata {
+    let mut metadata = metadata();
+    metadata.insert(layout_keys::KIND, "offload");
+    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
+    metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
+    metadata.insert(layout_keys::RECORD_BYTES, 8192u64);
+    metadata.insert(layout_keys::GATE_OFFSET, 0u64);
+    metadata.insert(layout_keys::NEURON_OFFSET, 1152u64);
+    metadata.insert(layout_keys::DOWN_OFFSET, 2368u64);
+    metadata.insert(layout_keys::CRC32C, (0..6).collect::<Vec<u32>>());
+    metadata
+}
+
+fn packed() -> Vec<TensorSpec> {
+    (0..N_LAYERS).map(|layer| spec(&tensor_names::packed(layer), &[8192, N_EXPERTS as u64], GgmlType::I8)).collect()
+}
+
+fn open(metadata: &Metadata, tensors: &[TensorSpec]) -> GgufFile {
+    let dir = tempfile::tempdir().unwrap();
+    write_file(&dir.path().join("m.gguf"), metadata, tensors, 4096)
+}
+
+#[track_caller]
+fn assert_refused(metadata: &Metadata, tensors: &[TensorSpec], message: &str) -> GgufError {
+    let error = ExpertIndex::from_header(&open(metadata, tensors).header).unwrap_err();
+    assert!(error.to_string().contains(message), "got: {error}\nexpected: {message}");
+    assert!(error.to_string().contains("m.gguf"), "{error}");
+    error
+}
+
+#[test]
+fn the_gguf_layout() {
+    let file = open(&metadata(), &stacked());
+    let index = ExpertIndex::from_header(&file.header).unwrap();
+    assert_eq!((index.layout(), index.n_layers(), index.n_experts()), (Layout::Gguf, N_LAYERS, N_EXPERTS));
+    assert_eq!((index.n_embd(), index.n_ff(), index.expert_type()), (N_EMBD, N_FF, GgmlType::Q4_0));
+    for layer in 0..N_LAYERS {
+        for expert in 0..N_EXPERTS {
+            assert_eq!((index.record(layer, expert), index.checksum(layer, expert)), (None, None));
+            for matrix in Matrix::ALL {
+                let tensor = file.header.tensor(&tensor_names::stacked(layer, matrix)).unwrap();
+                let range = index.matrix(layer, expert, matrix);
+                assert_eq!(range.len, MATRIX_BYTES);
+                assert_eq!(range.offset, tensor.offset + expert as u64 * MATRIX_BYTES);
+                assert!(range.end() <= tensor.offset + tensor.n_bytes);
+                let mut bytes = vec![0; range.len as usize];
+                file.source.read_exact_at(&mut bytes, range.offset).unwrap();
+                let start = expert * MATRIX_BYTES as usize;
+                assert_eq!(bytes, counting(tensor.n_bytes)[start..start + bytes.len()]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_offload_layout() {
+    let file = open(&offload_metadata(), &packed());
+    let index = ExpertIndex::from_header(&file.header).unwrap();
+    assert_eq!(index.layout(), Layout::Offload);
+    assert_eq!(index.expert_type(), GgmlType::Q4_0);
+    let record = index.record(1, 2).unwrap();
+    assert_eq!(record.offset, file.header.tensor("blk.1.ffn_exps.packed").unwrap().offset + 2 * 8192);
+    assert_eq!((record.len, record.offset % 4096), (8192, 0));
+    assert_eq!(index.checksum(1, 2), Some(5));
+    let [gate, up, down] = Matrix::ALL.map(|matrix| index.matrix(1, 2, matrix));
+    assert_eq!((gate.offset, gate.len), (record.offset, 1152));
+    assert_eq!((up.offset, up.len), (record.offset + 1152, 1216));
+    assert_eq!((down.offset, down.end()), (record.offset + 2368, record.end()));
+}
+
+#[test]
+fn missing_keys_and_impossible_counts() {
+    for key in metadata().iter().map(|(key, _)| key) {
+        let mut metadata = metadata();
+        metadata.remove(key);
+        assert_refused(&metadata, &stacked(), &format!("metadata key `{key}` is missing"));
+    }
+    for key in ["block_count", "expert_count", "embedding_length", "expert_feed_forward_length"] {
+        for count in [0, u32::MAX] {
+            let mut metadata = metadata();
+            metadata.insert(format!("smallthinker.{key}"), count);
+            assert_refused(&metadata, &stacked(), "must be between 1 and");
+        }
+    }
+    let mut odd = metadata();
+    odd.insert("smallthinker.expert_feed_forward_length", 33u32);
+    assert_refused(&odd, &stacked(), "no whole number of blocks");
+}
+
+#[test]
+fn a_missing_tensor() {
+    let mut tensors = stacked();
+    tensors.remove(4);
+    assert_refused(&metadata(), &tensors, "tensor `blk.1.ffn_up_exps.weight` is missing");
+    assert_refused(&metadata(), &[], "tensor `blk.0.ffn_gate_exps.weight` is missing");
+    let mut more_layers = metadata();
+    more_layers.insert("smallthinker.block_count", 3u32);
+    assert_refused(&more_layers, &stacked(), "tensor `blk.2.ffn_gate_exps.weight` is missing");
+}
+
+#[test]
+fn a_wrong_shape_names_both() {
+    let mut tensors = stacked();
+    tensors[2].shape = vec![N_EMBD, N_FF, N_EXPERTS as u64];
+    let message = "tensor `blk.0.ffn_down_exps.weight`: expected shape [32, 64, 3], got [64, 32, 3]";
+    assert_refused(&metadata(), &tensors, message);
+}
+
+#[test]
+fn experts_of_two_types() {
+    let mut tensors = stacked();
+    tensors[5].ty = GgmlType::Q8_0;
+    let message = "tensor `blk.1.ffn_down_exps.weight`: expected type Q4_0, got Q8_0";
+    assert_refused(&metadata(), &tensors, message);
+}
+
+#[test]
+fn offload_keys_that_are_missing_or_cannot_be() {
+    for key in layout_keys::ALL.into_iter().filter(|&key| key != layout_keys::KIND) {
+        let mut metadata = offload_metadata();
+        metadata.remove(key);
+        assert_refused(&metadata, &packed(), &format!("metadata key `{key}` is missing"));
+    }
+    let cases: [(&str, Value, &str); 10] = [
+        (layout_keys::KIND, "upside-down".into(), "expected \"offload\", got \"upside-down\""),
+        (layout_keys::VERSION, 1u32.into(), "record format 1 is not known (only 2 is); convert again"),
+        (layout_keys::EXPERT_TYPE, 99u32.into(), "experts of type unknown type 99"),
+        (layout_keys::RECORD_BYTES, 0u64.into(), "must be a multiple of 4096"),
+        (layout_keys::RECORD_BYTES, 8000u64.into(), "must be a multiple of 4096, got 8000"),
+        (layout_keys::RECORD_BYTES, 12288u64.into(), "expected shape [12288, 3], got [8192, 3]"),
+        (layout_keys::GATE_OFFSET, 1u64.into(), "must be a multiple of 64, got 1"),
+        (
+            layout_keys::NEURON_OFFSET,
+            1088u64.into(),
+            "the gate matrix needs 1152 bytes, its place in a record is 0..1088",
+        ),
+        (layout_keys::DOWN_OFFSET, (u64::MAX - 63).into(), "the down matrix needs 1152 bytes"),
+        (layout_keys::CRC32C, Value::Array(Array::U32(vec![1])), "expected 6 checksums, one per expert, got 1"),
+    ];
+    for (key, value, message) in cases {
+        let mut metadata = offload_metadata();
+        metadata.insert(key, value);
+        assert_refused(&metadata, &packed(), message);
+    }
+}
+
+#[test]
+fn offload_tensors_that_do_not_match() {
+    let mut tensors = packed();
+    tensors[1].ty = GgmlType::I16;
+    assert_refused(&offload_metadata(), &tensors, "`blk.1.ffn_exps.packed`: expected type I8, got I16");
+    assert_refused(&offload_metadata(), &packed()[..1], "tensor `blk.1.ffn_exps.packed` is missing");
+}
+
+#[test]
+#[should_panic(expected = "expert 3 of 3")]
+fn asking_for_an_expert_beyond_the_last_is_a_bug() {
+    ExpertIndex::from_header(&open(&metadata(), &stacked()).header).unwrap().matrix(0, 3, Matrix::Gate);
+}

@@ -1,0 +1,8 @@
+//! What the crate promises, seen from outside: damaged input is refused, what is written is read back, and
+//! nothing half-written is left behind.
+
+mod common;
+mod expert_index;
+mod reject;
+mod round_trip;
+mod writer;

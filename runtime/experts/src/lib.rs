@@ -1,1 +1,59 @@
-//! To be written.
+//! The expert store: experts' weights in a fixed number of memory slots, read from the model file when they are needed.
+//!
+//! A router names experts; [`ExpertStore::prefetch`] begins to read the missing ones, [`ExpertStore::acquire`] pins all of
+//! them and returns a [`Lease`] whose matrices can be used as they land. With a slot for every expert nothing is ever
+//! evicted and a slot's memory is taken when its expert is first needed; with fewer, an eviction policy decides who goes.
+//! Both are the same code.
+//!
+//! This crate owns the slots' memory, the cache's state machine and all expert I/O. It does not know what is in a slot: how
+//! canonical matrices become a slot's bytes is injected ([`SlotFormat`]), so the crate computes nothing and imports only
+//! the file format. Memory decides how fast an expert is there and never what its bytes are: every byte handed out is what
+//! the file holds, or the waiter gets a typed error.
+//!
+//! Unsafe code stands in the slab, the buffers and the one place that hands a piece of a slot to a thread; each block says
+//! which rule of the state machine makes it sound.
+
+mod buffer;
+mod error;
+mod eviction;
+#[cfg(test)]
+mod fixture;
+mod inflight;
+pub mod io;
+mod lease;
+mod list;
+mod reader;
+mod slots;
+mod stats;
+mod store;
+mod table;
+mod waves;
+
+pub use buffer::{AlignedBuf, PAGE};
+pub use error::StoreError;
+pub use eviction::{Eviction, Lfru, LfuAging, Lru, Policy, Warmth};
+pub use io::IoMode;
+pub use lease::{Landing, Lease};
+pub use st_gguf::Matrix;
+pub use stats::StoreStats;
+pub use store::{ALL_EXPERTS, ExpertStore, MAX_LEASE, StoreOptions};
+pub use table::Use;
+pub use waves::Waves;
+
+use std::ops::Range;
+
+/// What a slot holds, and how the canonical matrices of a file in the `gguf` layout become that.
+///
+/// A record of the `offload` layout is a slot's bytes already: there the format only says where the matrices lie, and
+/// [`SlotFormat::fill`] is not called.
+pub trait SlotFormat: Send + Sync + std::fmt::Debug {
+    /// Bytes of one slot; in the `offload` layout exactly the record's.
+    fn slot_bytes(&self) -> usize;
+    /// Where a matrix lies within a slot. The three follow each other as gate, up, down and do not overlap.
+    fn region(&self, matrix: Matrix) -> Range<usize>;
+    /// Bytes of a matrix as the `gguf` layout stores it.
+    fn canonical_bytes(&self, matrix: Matrix) -> usize;
+    /// Turns `canonical` (of [`SlotFormat::canonical_bytes`] bytes) into `region` (as long as [`SlotFormat::region`]). It
+    /// writes every byte of the region and gives the same bytes every time; it runs on I/O threads, on every cache miss.
+    fn fill(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]);
+}

@@ -1,0 +1,115 @@
+//! Page-aligned anonymous memory: what direct reads write to, and what the slab is cut from.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ptr::NonNull;
+
+/// The alignment of files, buffers and lengths that direct I/O is given: one page.
+pub const PAGE: usize = 4096;
+
+/// Huge pages are asked for at this alignment.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Anonymous zeroed memory, reserved at once and backed page by page as it is first touched.
+///
+/// It owns the mapping and nothing else: who may read or write which part is decided by its user.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    /// Usable bytes from `base`.
+    len: usize,
+    /// What was mapped, `base` included.
+    mapped: (NonNull<libc::c_void>, usize),
+}
+
+// SAFETY: the mapping is plain memory that belongs to this value alone; access goes through raw pointers whose users
+// state their own rules.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; no method of `Mapping` itself reads or writes the memory.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Reserves `len` bytes, aligned to a page, or to 2 MiB where `huge_pages` asks the kernel for large pages.
+    pub(crate) fn new(len: usize, huge_pages: bool) -> io::Result<Self> {
+        let slack = if huge_pages { HUGE_PAGE } else { 0 };
+        let total = len.max(1).checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: an anonymous private mapping at an address of the kernel's choosing touches no existing memory.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), total, prot, flags | libc::MAP_NORESERVE, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        let skip = if huge_pages { start.cast::<u8>().align_offset(HUGE_PAGE) } else { 0 };
+        // SAFETY: `skip` is below 2 MiB, which `total` has to spare, so the pointer stays inside the mapping.
+        let base = unsafe { start.cast::<u8>().add(skip) };
+        #[cfg(target_os = "linux")]
+        if huge_pages {
+            // SAFETY: the range lies inside the mapping made above. The advice is a hint: a refusal changes nothing.
+            unsafe { libc::madvise(base.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        }
+        Ok(Self { base, len, mapped: (start, total) })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The first byte; valid for `len()` bytes as long as the mapping lives.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this is the range that `new` mapped, and no borrow of it can outlive `self`.
+        unsafe { libc::munmap(self.mapped.0.as_ptr(), self.mapped.1) };
+    }
+}
+
+/// A page-aligned buffer of one thread.
+#[derive(Debug)]
+pub struct AlignedBuf {
+    mapping: Mapping,
+}
+
+impl AlignedBuf {
+    /// At least `len` zeroed bytes, rounded up to whole pages.
+    pub fn new(len: usize) -> io::Result<Self> {
+        let len = len.checked_next_multiple_of(PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { mapping: Mapping::new(len, false)? })
+    }
+
+    /// The whole buffer.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping is `len()` initialised (zeroed) bytes, and `&mut self` makes this the only access.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_ptr(), self.mapping.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_zeroed_and_writable() {
+        for len in [0, 1, PAGE, PAGE + 1, 3 << 20] {
+            let mut buf = AlignedBuf::new(len).unwrap();
+            let slice = buf.as_mut_slice();
+            assert!(slice.len() >= len && slice.len().is_multiple_of(PAGE));
+            assert_eq!(slice.as_ptr().align_offset(PAGE), 0);
+            assert!(slice.iter().all(|&b| b == 0));
+            slice.fill(7);
+        }
+        assert_eq!(Mapping::new(5 << 20, true).unwrap().as_ptr().align_offset(HUGE_PAGE), 0);
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        assert!(AlignedBuf::new(usize::MAX).is_err());
+        assert!(Mapping::new(usize::MAX - 5, true).is_err());
+        assert!(Mapping::new(1 << 60, false).is_err());
+    }
+}

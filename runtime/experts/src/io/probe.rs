@@ -1,0 +1,194 @@
+//! Which way of reading to use: what was demanded, what the file system offers, and, under a budget, what is faster here.
+//!
+//! Direct reads win where the model far exceeds memory and lose on some drives and file systems, so `auto` measures: a few
+//! matrices from all over the file, read by as many threads as will read later, each way on ranges of its own that are
+//! taken out of the page cache first. Without a budget every expert is read once and the page cache is there to be used:
+//! the next start finds the file in it.
+
+use super::{BufferedIo, DirectIo, ExpertIo, IoMode, SourceIo, bounce_bytes, read_covering};
+use crate::buffer::{AlignedBuf, PAGE};
+use crate::error::StoreError;
+use st_gguf::ReadAt;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// Ranges read per way of reading.
+const SAMPLES: usize = 8;
+
+/// Buffered reads are taken only where they are faster by more than this factor: they cost a copy, and the page cache's
+/// memory while they are under way.
+const BUFFERED_MARGIN: f64 = 1.15;
+
+/// What the probe measured, in bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measured {
+    /// Past the page cache.
+    pub direct: f64,
+    /// Through the page cache, not cached before.
+    pub buffered: f64,
+}
+
+/// Opens `source`'s file for reading experts. `samples` are ranges that will be read later, to measure with; `threads` is how
+/// many reads will be under way at once.
+///
+/// # Errors
+/// [`StoreError::DirectRefused`] where direct I/O is demanded and not possible, [`StoreError::Open`] where the file is gone.
+pub fn open(
+    source: &Arc<dyn ReadAt>,
+    mode: IoMode,
+    budgeted: bool,
+    samples: &[Range<u64>],
+    threads: usize,
+) -> Result<(Box<dyn ExpertIo>, Option<Measured>), StoreError> {
+    let Some(path) = source.path() else {
+        return Ok((Box::new(SourceIo(Arc::clone(source))), None));
+    };
+    let opened = |cause: io::Error| StoreError::Open { path: path.to_owned(), cause: Arc::new(cause) };
+    let direct = || {
+        let io = DirectIo::open(path)?;
+        check_same_file(source.as_ref(), &io)?;
+        Ok(io)
+    };
+    match mode {
+        IoMode::Direct => match direct() {
+            Ok(io) => Ok((Box::new(io), None)),
+            Err(cause) => Err(StoreError::DirectRefused { path: path.to_owned(), cause: Arc::new(cause) }),
+        },
+        IoMode::Auto if budgeted => {
+            let buffered = open_buffered(source, path, true).map_err(opened)?;
+            let direct = match direct() {
+                Ok(io) => io,
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "direct I/O is not possible, reading through the page cache");
+                    return Ok((Box::new(buffered), None));
+                }
+            };
+            let measured = measure(&direct, &buffered, samples, threads);
+            tracing::debug!(?measured, "probed I/O");
+            let io: Box<dyn ExpertIo> = match measured {
+                Some(Measured { direct: d, buffered: b }) if b > d * BUFFERED_MARGIN => Box::new(buffered),
+                _ => Box::new(direct),
+            };
+            Ok((io, measured))
+        }
+        IoMode::Auto | IoMode::Buffered => Ok((Box::new(open_buffered(source, path, budgeted).map_err(opened)?), None)),
+    }
+}
+
+fn open_buffered(source: &Arc<dyn ReadAt>, path: &Path, leave_nothing: bool) -> io::Result<BufferedIo> {
+    let io = BufferedIo::open(path, leave_nothing)?;
+    check_same_file(source.as_ref(), &io)?;
+    Ok(io)
+}
+
+/// The file is opened a second time, by its name: refuse another one that has taken its place meanwhile.
+fn check_same_file(source: &dyn ReadAt, io: &dyn ExpertIo) -> io::Result<()> {
+    let len = source.len();
+    let mut bounce = AlignedBuf::new(bounce_bytes(PAGE))?;
+    let mut expected = [0; PAGE];
+    for start in [0, len.saturating_sub(PAGE as u64)] {
+        let end = len.min(start + PAGE as u64);
+        let expected = &mut expected[..(end - start) as usize];
+        source.read_exact_at(expected, start)?;
+        let (got, _) = read_covering(io, &mut bounce, start..end)?;
+        if got != expected {
+            return Err(io::Error::new(io::ErrorKind::StaleNetworkFileHandle, "the file has been replaced"));
+        }
+    }
+    Ok(())
+}
+
+/// Reads half of the samples each way; `None` where there are too few of them or a read fails.
+fn measure(direct: &DirectIo, buffered: &BufferedIo, samples: &[Range<u64>], threads: usize) -> Option<Measured> {
+    let picked: Vec<_> = (0..2 * SAMPLES).filter_map(|i| samples.get(i * samples.len() / (2 * SAMPLES))).collect();
+    if samples.len() < 2 * SAMPLES {
+        return None;
+    }
+    let half = |parity: usize| picked.iter().skip(parity).step_by(2).map(|range| (*range).clone()).collect::<Vec<_>>();
+    let (for_direct, for_buffered) = (half(0), half(1));
+    for_buffered.iter().for_each(|range| buffered.forget(range.clone()));
+    Some(Measured {
+        direct: throughput(direct, &for_direct, threads).ok()?,
+        buffered: throughput(buffered, &for_buffered, threads).ok()?,
+    })
+}
+
+/// Bytes per second over all `ranges`, read by `threads` threads.
+fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize) -> io::Result<f64> {
+    let next = AtomicUsize::new(0);
+    let longest = ranges.iter().map(|range| range.end - range.start).max().unwrap_or(0);
+    let longest = usize::try_from(longest).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let started = Instant::now();
+    let read_some = || -> io::Result<()> {
+        let mut bounce = AlignedBuf::new(bounce_bytes(longest))?;
+        while let Some(range) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
+            read_covering(io, &mut bounce, range.clone())?;
+            io.done_with(range.clone());
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.clamp(1, 8)).map(|_| scope.spawn(read_some)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
+    })?;
+    let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+    Ok(bytes as f64 / started.elapsed().as_secs_f64().max(1e-9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use st_gguf::{FileSource, StaticSource};
+    use std::io::Write;
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn every_mode_reads_the_same_bytes() {
+        let data: Vec<u8> = (0..(100 * PAGE + 77)).map(|i| (i % 251) as u8).collect();
+        let file = file(&data);
+        let source: Arc<dyn ReadAt> = Arc::new(FileSource::open(file.path()).unwrap());
+        let samples: Vec<_> = (0..40u64).map(|i| i * 10_000..i * 10_000 + 9_000).collect();
+        let mut bounce = AlignedBuf::new(bounce_bytes(10_000)).unwrap();
+        for mode in [IoMode::Auto, IoMode::Buffered, IoMode::Direct] {
+            for budgeted in [false, true] {
+                let (io, measured) = match open(&source, mode, budgeted, &samples, 2) {
+                    Ok(opened) => opened,
+                    // Some file systems for temporary files offer no direct I/O; then it must be this error.
+                    Err(StoreError::DirectRefused { .. }) if mode == IoMode::Direct => continue,
+                    Err(error) => panic!("{error}"),
+                };
+                assert_eq!(io.path(), Some(file.path()));
+                assert!(
+                    measured.is_none_or(|m| budgeted && mode == IoMode::Auto && m.direct > 0.0 && m.buffered > 0.0)
+                );
+                for range in [0..10u64, 4095..9000, 409_000..409_677] {
+                    let (got, _) = read_covering(io.as_ref(), &mut bounce, range.clone()).unwrap();
+                    assert_eq!(got, &data[range.start as usize..range.end as usize]);
+                    io.done_with(range);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_replaced_file_is_refused_and_memory_is_read_as_it_is() {
+        let file = file(&[1; 9000]);
+        let source: Arc<dyn ReadAt> = Arc::new(FileSource::open(file.path()).unwrap());
+        std::fs::rename(self::file(&[2; 9000]).into_temp_path().keep().unwrap(), file.path()).unwrap();
+        let error = open(&source, IoMode::Buffered, false, &[], 1).unwrap_err();
+        assert!(matches!(&error, StoreError::Open { path, .. } if path == file.path()), "{error}");
+
+        let source: Arc<dyn ReadAt> = Arc::new(StaticSource(b"embedded"));
+        let (io, _) = open(&source, IoMode::Direct, true, &[], 1).unwrap();
+        assert_eq!((io.name(), io.alignment()), ("memory", 1));
+    }
+}

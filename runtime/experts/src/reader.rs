@@ -1,0 +1,222 @@
+//! The I/O threads' work: one piece of one expert from the file into its slot, in either layout.
+
+#![allow(unsafe_code)]
+
+use crate::SlotFormat;
+use crate::buffer::AlignedBuf;
+use crate::error::{StoreError, matrix_name};
+use crate::inflight::{Job, Pieces};
+use crate::io::{ExpertIo, bounce_bytes, read_covering, read_into};
+use crate::slots::Slab;
+use st_gguf::{ExpertIndex, Layout, Matrix};
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Everything that reading a piece takes; shared by the I/O threads, changed by none.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    io: Box<dyn ExpertIo>,
+    index: ExpertIndex,
+    format: Arc<dyn SlotFormat>,
+    pub(crate) pieces: Pieces,
+    pub(crate) slab: Slab,
+}
+
+/// What reading one piece cost.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Cost {
+    pub(crate) bytes: u64,
+    pub(crate) reads: u64,
+    pub(crate) retries: u64,
+    pub(crate) reading: Duration,
+    pub(crate) filling: Duration,
+}
+
+impl Reader {
+    /// Checks that the file's experts and the slot format agree about every size.
+    pub(crate) fn new(
+        io: Box<dyn ExpertIo>,
+        index: ExpertIndex,
+        format: Arc<dyn SlotFormat>,
+        whole_records: bool,
+        slab: Slab,
+    ) -> Result<Self, StoreError> {
+        let pieces = check_format(&index, format.as_ref(), whole_records)?;
+        Ok(Self { io, index, format, pieces, slab })
+    }
+
+    pub(crate) fn io(&self) -> &dyn ExpertIo {
+        self.io.as_ref()
+    }
+
+    pub(crate) fn index(&self) -> &ExpertIndex {
+        &self.index
+    }
+
+    /// A buffer for [`Reader::read`], one per thread. Its pages are taken from the system when they are first needed.
+    pub(crate) fn bounce(&self) -> io::Result<AlignedBuf> {
+        AlignedBuf::new(self.bounce_bytes())
+    }
+
+    /// Bytes of [`Reader::bounce`].
+    pub(crate) fn bounce_bytes(&self) -> usize {
+        let canonical = Matrix::ALL.map(|matrix| self.format.canonical_bytes(matrix));
+        bounce_bytes(self.pieces.max_len().max(canonical.into_iter().max().unwrap_or(0)))
+    }
+
+    /// The bytes of slot `slot` that hold `matrix`.
+    ///
+    /// # Safety
+    /// The matrix has landed and the slot stays pinned while the slice lives.
+    pub(crate) unsafe fn region(&self, slot: u32, matrix: Matrix) -> &[u8] {
+        // SAFETY: passed on to the caller.
+        unsafe { self.slab.read(slot, self.format.region(matrix)) }
+    }
+
+    /// Reads the job's piece into its slot; a read that fails is made once more. Returns the piece's checksum where the job
+    /// wants it (0 otherwise).
+    ///
+    /// # Safety
+    /// The job was handed out by the table and is not finished: until it is, nobody else touches the piece's bytes.
+    pub(crate) unsafe fn read(&self, job: &Job, bounce: &mut AlignedBuf, cost: &mut Cost) -> Result<u32, StoreError> {
+        let file_range = self.file_range(job);
+        // SAFETY: the table hands each piece of a load to one thread and shows it to readers only when it is finished; the
+        // ranges of different pieces do not overlap.
+        let dest = unsafe { self.slab.write(job.slot, self.pieces.range(job.piece)) };
+        let mut attempt = self.read_once(job, &file_range, bounce, dest, cost);
+        if let Err(error) = &attempt {
+            tracing::debug!(offset = file_range.start, %error, "a read failed and is made once more");
+            cost.retries += 1;
+            attempt = self.read_once(job, &file_range, bounce, dest, cost);
+        }
+        attempt.map_err(|cause| self.failure(job, cause))?;
+        self.io.done_with(file_range);
+        Ok(if job.verify { crc32c::crc32c(dest) } else { 0 })
+    }
+
+    fn read_once(
+        &self,
+        job: &Job,
+        file_range: &Range<u64>,
+        bounce: &mut AlignedBuf,
+        dest: &mut [u8],
+        cost: &mut Cost,
+    ) -> io::Result<()> {
+        let started = Instant::now();
+        cost.reads += 1;
+        match self.index.layout() {
+            Layout::Offload => {
+                let delivered = read_into(self.io.as_ref(), bounce, file_range.clone(), dest);
+                cost.reading += started.elapsed();
+                cost.bytes += delivered? as u64;
+            }
+            Layout::Gguf => {
+                let read = read_covering(self.io.as_ref(), bounce, file_range.clone());
+                cost.reading += started.elapsed();
+                let (canonical, delivered) = read?;
+                cost.bytes += delivered as u64;
+                let started = Instant::now();
+                self.format.fill(Matrix::ALL[job.piece as usize], canonical, dest);
+                cost.filling += started.elapsed();
+            }
+        }
+        Ok(())
+    }
+
+    /// Layer and expert of a key.
+    pub(crate) fn expert(&self, key: u32) -> (usize, usize) {
+        let n_experts = self.index.n_experts();
+        (key as usize / n_experts, key as usize % n_experts)
+    }
+
+    fn file_range(&self, job: &Job) -> Range<u64> {
+        let (layer, expert) = self.expert(job.key);
+        match self.index.record(layer, expert) {
+            Some(record) => {
+                let piece = self.pieces.range(job.piece);
+                record.offset + piece.start as u64..record.offset + piece.end as u64
+            }
+            None => {
+                let matrix = self.index.matrix(layer, expert, Matrix::ALL[job.piece as usize]);
+                matrix.offset..matrix.end()
+            }
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.io.path().map_or_else(|| PathBuf::from("the model in memory"), PathBuf::from)
+    }
+
+    /// The error of a piece that cannot be had.
+    pub(crate) fn failure(&self, job: &Job, cause: io::Error) -> StoreError {
+        let (layer, expert) = self.expert(job.key);
+        let offset = self.file_range(job).start;
+        StoreError::Read {
+            path: self.path(),
+            layer: layer as u32,
+            expert: expert as u32,
+            offset,
+            cause: Arc::new(cause),
+        }
+    }
+
+    /// The error of a record whose checksum is wrong.
+    pub(crate) fn corruption(&self, job: &Job, got: u32) -> StoreError {
+        let (layer, expert) = self.expert(job.key);
+        StoreError::Corrupt {
+            path: self.path(),
+            layer: layer as u32,
+            expert: expert as u32,
+            offset: self.index.record(layer, expert).map_or(0, |record| record.offset),
+            expected: self.index.checksum(layer, expert).unwrap_or_default(),
+            got,
+        }
+    }
+}
+
+/// Compares the index with the format and splits an expert into pieces.
+fn check_format(index: &ExpertIndex, format: &dyn SlotFormat, whole: bool) -> Result<Pieces, StoreError> {
+    let mismatch = |what, expected: usize, got: u64| {
+        let expected = expected as u64;
+        if expected == got { Ok(()) } else { Err(StoreError::Format { what, expected, got }) }
+    };
+    let regions = Matrix::ALL.map(|matrix| format.region(matrix));
+    let mut end = 0;
+    for (matrix, region) in Matrix::ALL.into_iter().zip(&regions) {
+        if region.start < end || region.end < region.start || region.end > format.slot_bytes() {
+            let (expected, got) = (format.slot_bytes() as u64, region.end as u64);
+            return Err(StoreError::Format { what: matrix_name(matrix), expected, got });
+        }
+        end = region.end;
+    }
+    match index.record(0, 0) {
+        Some(record) => {
+            mismatch("record", format.slot_bytes(), record.len)?;
+            for (matrix, region) in Matrix::ALL.into_iter().zip(&regions) {
+                mismatch(
+                    offset_name(matrix),
+                    region.start,
+                    index.matrix(0, 0, matrix).offset.wrapping_sub(record.offset),
+                )?;
+            }
+            Ok(Pieces::of_record(&regions, format.slot_bytes(), whole))
+        }
+        None => {
+            for matrix in Matrix::ALL {
+                mismatch(matrix_name(matrix), format.canonical_bytes(matrix), index.matrix(0, 0, matrix).len)?;
+            }
+            Ok(Pieces::per_matrix(regions))
+        }
+    }
+}
+
+fn offset_name(matrix: Matrix) -> &'static str {
+    match matrix {
+        Matrix::Gate => "record before the gate matrix",
+        Matrix::Up => "record before the up matrix",
+        Matrix::Down => "record before the down matrix",
+    }
+}

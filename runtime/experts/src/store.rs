@@ -1,0 +1,477 @@
+//! The store itself: the table under one mutex, the I/O threads that serve it, and the clock.
+//!
+//! One mutex guards all state and two condition variables wait on it: `work` (I/O threads, when nothing is queued) and
+//! `landed` (computing threads, when something is missing). A request whose experts are all there takes the lock once and
+//! returns it once. Nobody holds the lock while reading, filling or computing.
+
+use crate::SlotFormat;
+use crate::error::StoreError;
+use crate::eviction::Policy;
+use crate::io::{self, ExpertIo, IoMode, Measured};
+use crate::lease::Lease;
+use crate::reader::{Cost, Reader};
+use crate::slots::Slab;
+use crate::stats::StoreStats;
+use crate::table::{Blocked, Certainty, Finish, Held, Table, Use};
+use st_gguf::{ExpertIndex, Layout, Matrix, ReadAt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// As `n_slots`: a slot for every expert, and nothing is ever evicted.
+pub const ALL_EXPERTS: usize = usize::MAX;
+
+/// The most experts in one lease, whatever the number of slots.
+pub const MAX_LEASE: usize = 256;
+
+/// The most experts of all layers together; far above any model, and little memory.
+const MAX_EXPERTS: usize = 1 << 20;
+
+/// How a store works. `StoreOptions::default()` holds every expert and prefetches.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Slots, each for one expert; [`ALL_EXPERTS`], or anything above what the model has, means one for each.
+    pub n_slots: usize,
+    /// Experts that one token needs in one layer; fewer than twice as many slots are refused.
+    pub top_k: usize,
+    /// How to read.
+    pub io: IoMode,
+    /// Reads in flight, each on a thread of its own; from 1 to 8 (anything else is brought into that range).
+    pub io_threads: usize,
+    /// Whether [`ExpertStore::prefetch`] and the waves' look-ahead do anything.
+    pub prefetch: bool,
+    /// Who goes first.
+    pub policy: Policy,
+    /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache.
+    pub guess_slots: usize,
+    /// Read a record of the `offload` layout in one piece and not matrix by matrix.
+    pub whole_records: bool,
+    /// Verify the checksum of each record when it is first read.
+    pub verify: bool,
+    /// Ask for large pages for the slots.
+    pub huge_pages: bool,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            n_slots: ALL_EXPERTS,
+            top_k: 1,
+            io: IoMode::Auto,
+            io_threads: 4,
+            prefetch: true,
+            policy: Policy::Lru,
+            guess_slots: 0,
+            whole_records: false,
+            verify: true,
+            huge_pages: true,
+        }
+    }
+}
+
+/// The experts of one model file, as many in memory as there are slots. Shared by all sessions of an engine.
+#[derive(Debug)]
+pub struct ExpertStore {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    n_slots: usize,
+    capacity: usize,
+    prefetch: bool,
+    measured: Option<Measured>,
+}
+
+/// What I/O threads and computing threads share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) reader: Reader,
+    state: Mutex<State>,
+    /// Signalled when pieces are queued or the store closes.
+    work: Condvar,
+    /// Signalled when a piece has landed and somebody waits.
+    landed: Condvar,
+}
+
+/// Everything the mutex guards.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) table: Table,
+    closing: bool,
+    /// I/O threads asleep on `work`.
+    idle: usize,
+    /// Computing threads asleep on `landed`, and since when there has been one.
+    waiting: usize,
+    waiting_since: Option<Instant>,
+    /// I/O threads in a read, and since when there has been one.
+    reading: usize,
+    reading_since: Option<Instant>,
+    /// Emptied pin lists, to be used again.
+    spare: Vec<Vec<Held>>,
+}
+
+impl ExpertStore {
+    /// A store over the experts that `index` found in `source`. Reserves the slots, chooses the way of reading (which may
+    /// take a few reads) and starts the I/O threads; no expert is read yet.
+    ///
+    /// # Errors
+    /// [`StoreError::TooFewSlots`], [`StoreError::Format`] where file and format disagree about a size,
+    /// [`StoreError::DirectRefused`], [`StoreError::Open`], [`StoreError::Reserve`], [`StoreError::Thread`].
+    pub fn new(
+        source: Arc<dyn ReadAt>,
+        index: ExpertIndex,
+        format: Arc<dyn SlotFormat>,
+        options: StoreOptions,
+    ) -> Result<Self, StoreError> {
+        let n_experts = count_experts(&index)?;
+        let samples: Vec<_> = (0..n_experts)
+            .map(|key| index.matrix(key / index.n_experts(), key % index.n_experts(), Matrix::Gate))
+            .map(|range| range.offset..range.end())
+            .collect();
+        let (io, measured) =
+            io::open(&source, options.io, options.n_slots < n_experts, &samples, options.io_threads.clamp(1, 8))?;
+        let mut store = Self::with_io(io, index, format, options)?;
+        store.measured = measured;
+        Ok(store)
+    }
+
+    /// As [`ExpertStore::new`], with an engine of the caller's; `options.io` is not looked at.
+    ///
+    /// # Errors
+    /// As [`ExpertStore::new`], but for those of opening the file.
+    pub fn with_io(
+        io: Box<dyn ExpertIo>,
+        index: ExpertIndex,
+        format: Arc<dyn SlotFormat>,
+        options: StoreOptions,
+    ) -> Result<Self, StoreError> {
+        let n_keys = count_experts(&index)?;
+        let n_slots = options.n_slots.min(n_keys);
+        let minimum = options.top_k.max(1).saturating_mul(2).min(n_keys);
+        if n_slots < minimum {
+            return Err(StoreError::TooFewSlots { minimum, got: n_slots });
+        }
+        // Half of the slots for one request leaves the other half for the next, which may be loading meanwhile.
+        let capacity = if n_slots == n_keys { n_slots } else { n_slots / 2 }.min(MAX_LEASE);
+        let slot_bytes = format.slot_bytes();
+        let slab = Slab::new(n_slots, slot_bytes, options.huge_pages)
+            .map_err(|e| StoreError::Reserve { bytes: slot_bytes.saturating_mul(n_slots), cause: Arc::new(e) })?;
+        let checksums = if options.verify && index.layout() == Layout::Offload {
+            let of = |key: usize| index.checksum(key / index.n_experts(), key % index.n_experts());
+            (0..n_keys).map(|key| of(key).unwrap_or_default()).collect()
+        } else {
+            Vec::new()
+        };
+        let reader = Reader::new(io, index, format, options.whole_records, slab)?;
+        let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
+        let table = Table::new(n_slots, n_keys, options.policy, guess_slots, reader.pieces.clone(), checksums);
+        let state = State {
+            table,
+            closing: false,
+            idle: 0,
+            waiting: 0,
+            waiting_since: None,
+            reading: 0,
+            reading_since: None,
+            spare: Vec::new(),
+        };
+        let shared =
+            Arc::new(Shared { reader, state: Mutex::new(state), work: Condvar::new(), landed: Condvar::new() });
+        let mut store =
+            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch: options.prefetch, measured: None };
+        for i in 0..options.io_threads.clamp(1, 8) {
+            // Should a later one fail, dropping the store ends those that run.
+            store.threads.push(spawn_io_thread(&store.shared, i)?);
+        }
+        Ok(store)
+    }
+
+    /// Begins to read the missing ones among the experts that a router has chosen, and keeps those that are here for the
+    /// request that follows. Advisory: it never waits, never fails, and changes no byte that anybody gets to see. What
+    /// finds no slot is dropped.
+    pub fn prefetch(&self, layer: usize, ids: &[u32]) {
+        self.prefetch_with(layer, ids, Certainty::Chosen);
+    }
+
+    /// As [`ExpertStore::prefetch`] for experts that are only guessed: read after everything that is certain, into the
+    /// slots set aside for guesses, never evicting what was used.
+    pub fn prefetch_guess(&self, layer: usize, ids: &[u32]) {
+        self.prefetch_with(layer, ids, Certainty::Guess);
+    }
+
+    fn prefetch_with(&self, layer: usize, ids: &[u32], certainty: Certainty) {
+        let (n_layers, n_experts) = (self.index().n_layers(), self.index().n_experts());
+        if !self.prefetch || layer >= n_layers {
+            return;
+        }
+        let known = ids.iter().filter(|&&id| (id as usize) < n_experts);
+        let mut state = self.shared.lock();
+        let queued = state.table.prefetch(known.map(|&id| (layer * n_experts) as u32 + id), certainty);
+        self.shared.wake_readers(state, queued);
+    }
+
+    /// Pins the experts `ids` (distinct, at most [`ExpertStore::capacity`]) of `layer` and begins to read what is missing.
+    /// Waits only where loads that nobody holds occupy the slots.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownExpert`], [`StoreError::Duplicate`], [`StoreError::LeaseTooLarge`]; [`StoreError::SlotsPinned`]
+    /// where other leases hold too many slots, which cannot happen while at most one other lease is alive. Failed reads
+    /// are reported by the lease.
+    pub fn acquire(&self, layer: usize, ids: &[u32]) -> Result<Lease<'_>, StoreError> {
+        self.acquire_for(layer, ids, Use::Keep)
+    }
+
+    /// As [`ExpertStore::acquire`], saying whether what is read for it is worth keeping.
+    ///
+    /// # Errors
+    /// As [`ExpertStore::acquire`].
+    pub fn acquire_for(&self, layer: usize, ids: &[u32], how: Use) -> Result<Lease<'_>, StoreError> {
+        let (n_layers, n_experts) = (self.index().n_layers(), self.index().n_experts());
+        if ids.len() > self.capacity {
+            return Err(StoreError::LeaseTooLarge { asked: ids.len(), capacity: self.capacity });
+        }
+        let mut keys = [0; MAX_LEASE];
+        for (rank, (key, &id)) in keys.iter_mut().zip(ids).enumerate() {
+            if layer >= n_layers || id as usize >= n_experts {
+                let (n_layers, n_experts) = (n_layers as u32, n_experts as u32);
+                return Err(StoreError::UnknownExpert { layer: layer as u32, expert: id, n_layers, n_experts });
+            }
+            if ids[..rank].contains(&id) {
+                return Err(StoreError::Duplicate { layer: layer as u32, expert: id });
+            }
+            *key = (layer * n_experts) as u32 + id;
+        }
+        let keys = &keys[..ids.len()];
+        let mut state = self.shared.lock();
+        let mut held = state.spare.pop().unwrap_or_default();
+        loop {
+            match state.table.acquire(keys, how, &mut held) {
+                Ok(queued) => {
+                    self.shared.wake_readers(state, queued);
+                    return Ok(Lease::new(&self.shared, held, (layer * n_experts) as u32));
+                }
+                Err(Blocked::OnLoads) => state = self.shared.wait_for_landing(state),
+                Err(Blocked::OnPins { needed, free }) => {
+                    state.spare.push(held);
+                    return Err(StoreError::SlotsPinned { asked: needed, free, n_slots: self.n_slots });
+                }
+            }
+        }
+    }
+
+    /// For each of `ids` of `layer`: whether it is in the cache (or being read).
+    pub(crate) fn cached(&self, layer: usize, ids: &[u32]) -> Vec<bool> {
+        let n_experts = self.index().n_experts();
+        let state = self.shared.lock();
+        let in_range = |id: u32| layer < self.index().n_layers() && (id as usize) < n_experts;
+        ids.iter().map(|&id| in_range(id) && state.table.is_cached((layer * n_experts) as u32 + id)).collect()
+    }
+
+    /// The most experts that one lease may hold: half of the slots, so that the next request can be loading meanwhile; all of
+    /// them where there is a slot for every expert.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Slots, each for one expert.
+    pub fn n_slots(&self) -> usize {
+        self.n_slots
+    }
+
+    /// Whether there is a slot for every expert, so that nothing is ever evicted.
+    pub fn is_resident(&self) -> bool {
+        self.n_slots == self.index().n_layers() * self.index().n_experts()
+    }
+
+    /// Bytes of all slots; they are taken from the system as slots are first filled.
+    pub fn slab_bytes(&self) -> usize {
+        self.shared.reader.slab.bytes()
+    }
+
+    /// Bytes of the I/O threads' buffers once each has been used.
+    pub fn io_buffer_bytes(&self) -> usize {
+        self.threads.len() * self.shared.reader.bounce_bytes()
+    }
+
+    /// Bytes of one slot, whole pages.
+    pub fn slot_stride(format: &dyn SlotFormat) -> usize {
+        format.slot_bytes().next_multiple_of(crate::PAGE)
+    }
+
+    /// What is counted since the store was made.
+    pub fn stats(&self) -> StoreStats {
+        let state = self.shared.lock();
+        let mut stats = state.table.stats;
+        let since = |start: Option<Instant>| start.map_or(0.0, |start| start.elapsed().as_secs_f64());
+        stats.stall_seconds += since(state.waiting_since);
+        stats.io_seconds += since(state.reading_since);
+        stats
+    }
+
+    /// How experts are read: `direct`, `buffered` or `memory`.
+    pub fn io_name(&self) -> &'static str {
+        self.shared.reader.io().name()
+    }
+
+    /// What the choice of the way of reading was based on, where it was measured.
+    pub fn io_measured(&self) -> Option<Measured> {
+        self.measured
+    }
+
+    /// Where the experts lie in the file.
+    pub fn index(&self) -> &ExpertIndex {
+        self.shared.reader.index()
+    }
+}
+
+impl Drop for ExpertStore {
+    fn drop(&mut self) {
+        self.shared.lock().closing = true;
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            // An I/O thread catches panics of what it calls; there is nothing left to report here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The state. A panic while it was locked would be a bug of the table's; the state is used on, so that the other threads
+    /// end in order.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes as many I/O threads as there are new pieces and sleepers.
+    fn wake_readers(&self, state: MutexGuard<'_, State>, queued: usize) {
+        let wake = queued.min(state.idle);
+        drop(state);
+        (0..wake).for_each(|_| self.work.notify_one());
+    }
+
+    /// Sleeps until something has landed. The time in which anybody sleeps here is the stall.
+    pub(crate) fn wait_for_landing<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if state.waiting == 0 {
+            state.waiting_since = Some(Instant::now());
+        }
+        state.waiting += 1;
+        state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        if state.waiting == 0
+            && let Some(since) = state.waiting_since.take()
+        {
+            state.table.stats.stall_seconds += since.elapsed().as_secs_f64();
+        }
+        state
+    }
+
+    /// Unpins a lease's experts.
+    pub(crate) fn release(&self, mut held: Vec<Held>) {
+        let mut state = self.lock();
+        state.table.release_all(&mut held);
+        state.spare.push(held);
+        if state.waiting > 0 {
+            // A request may be waiting for slots.
+            drop(state);
+            self.landed.notify_all();
+        }
+    }
+
+    /// An I/O thread: takes pieces as long as there are any, and sleeps.
+    fn serve(&self) {
+        let mut bounce = self.reader.bounce();
+        let mut state = self.lock();
+        while !state.closing {
+            let Some(job) = state.table.next_job() else {
+                state.idle += 1;
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.idle -= 1;
+                continue;
+            };
+            if state.reading == 0 {
+                state.reading_since = Some(Instant::now());
+            }
+            state.reading += 1;
+            drop(state);
+
+            let mut cost = Cost::default();
+            let result = match &mut bounce {
+                Ok(bounce) => {
+                    // A panic in the engine or the format must reach the waiter as an error: nobody else would wake it.
+                    let read = AssertUnwindSafe(|| self.read(&job, bounce, &mut cost));
+                    catch_unwind(read).unwrap_or_else(|_| {
+                        Err(self.reader.failure(&job, std::io::Error::other("reading the expert panicked")))
+                    })
+                }
+                Err(error) => {
+                    let cause = std::io::Error::new(error.kind(), error.to_string());
+                    Err(self.reader.failure(&job, cause))
+                }
+            };
+
+            state = self.lock();
+            state.reading -= 1;
+            if state.reading == 0
+                && let Some(since) = state.reading_since.take()
+            {
+                state.table.stats.io_seconds += since.elapsed().as_secs_f64();
+            }
+            state.count(&cost);
+            let mut more = 0;
+            match result {
+                Ok(crc) => match state.table.finish(&job, crc) {
+                    Finish::Done => {}
+                    Finish::ReadAgain => more = state.idle,
+                    Finish::Corrupt(got) => state.table.fail(&job, self.reader.corruption(&job, got)),
+                },
+                Err(error) => {
+                    tracing::warn!(%error, "an expert could not be read");
+                    state.table.fail(&job, error);
+                }
+            }
+            (0..more).for_each(|_| self.work.notify_one());
+            if state.waiting > 0 {
+                self.landed.notify_all();
+            }
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn read(
+        &self,
+        job: &crate::inflight::Job,
+        bounce: &mut crate::AlignedBuf,
+        cost: &mut Cost,
+    ) -> Result<u32, StoreError> {
+        // SAFETY: `serve` took this job from the table and finishes it after this call, on the same thread.
+        unsafe { self.reader.read(job, bounce, cost) }
+    }
+}
+
+impl State {
+    fn count(&mut self, cost: &Cost) {
+        let stats = &mut self.table.stats;
+        stats.bytes_read += cost.bytes;
+        stats.reads += cost.reads;
+        stats.retries += cost.retries;
+        stats.read_thread_seconds += cost.reading.as_secs_f64();
+        stats.fill_thread_seconds += cost.filling.as_secs_f64();
+    }
+}
+
+/// Experts in all layers.
+fn count_experts(index: &ExpertIndex) -> Result<usize, StoreError> {
+    let got = index.n_layers().saturating_mul(index.n_experts());
+    if got > MAX_EXPERTS { Err(StoreError::TooManyExperts { got, limit: MAX_EXPERTS }) } else { Ok(got) }
+}
+
+fn spawn_io_thread(shared: &Arc<Shared>, i: usize) -> Result<JoinHandle<()>, StoreError> {
+    let shared = Arc::clone(shared);
+    std::thread::Builder::new()
+        .name(format!("expert-io-{i}"))
+        .spawn(move || shared.serve())
+        .map_err(|e| StoreError::Thread { cause: Arc::new(e) })
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

@@ -1,0 +1,546 @@
+//! Who is in which slot, and what may happen to it next: the store's state machine, pure and single-threaded.
+//!
+//! The store keeps one [`Table`] under its mutex; no I/O, no clock and no lock is in here, so the tests walk through every
+//! reachable state of a small table. A slot is in exactly one [`Place`]:
+//!
+//! ```text
+//!   Free ──load──> Loading ──last piece──> Pinned ⇄ Ordered     (evictable, in the policy's order)
+//!     ^               │          │
+//!     │               │          ├──> Promised                  (prefetched for a router's choice, not yet used)
+//!     │               │          └──> Guessed                   (prefetched on a guess, not yet used)
+//!     └──── Failed <──┘   (until the last pin is gone)
+//! ```
+//!
+//! Invariants: an expert has at most one live slot; pinned and loading slots are never victims; a matrix is shown only
+//! when every piece it needs is in and no piece of the slot that overlaps it can be written again before the slot is freed.
+
+use crate::error::StoreError;
+use crate::eviction::{Eviction, Policy, Warmth};
+use crate::inflight::{ALL_MATRICES, Arrival, Job, Load, Pieces, Queue};
+use crate::list::{NONE, SlotList};
+use crate::stats::StoreStats;
+
+/// A prefetched expert that nobody came for is given up first after this many further requests.
+const PROMISE_LASTS: u64 = 64;
+
+/// Where a slot stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Empty.
+    Free,
+    /// Some pieces are still to come; pinned or not.
+    Loading,
+    /// Whole and in use.
+    Pinned,
+    /// Whole, used before, in the policy's order.
+    Ordered,
+    /// Whole, and a router has chosen it: kept for the request that is to come.
+    Promised,
+    /// Whole, loaded on a guess.
+    Guessed,
+    /// The load failed; pinned by those who still have to be told.
+    Failed,
+}
+
+/// What becomes of a slot when it is whole and nobody holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intent {
+    Promise,
+    Guess,
+    Used,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// The expert in it; meaningless where free.
+    key: u32,
+    pins: u32,
+    place: Place,
+    intent: Intent,
+    warmth: Warmth,
+    /// Whether a lease has had this expert since it was loaded.
+    used: bool,
+    /// Whether a prefetch (not a guess) had it read; cleared once that is counted as useful.
+    prefetched: bool,
+    /// The matrices that may be used, as a mask.
+    ready: u8,
+    load: Load,
+    /// The request count when it was promised.
+    promised_at: u64,
+    error: Option<StoreError>,
+}
+
+/// How a lease is going to use its experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// A token's choice: worth keeping in the cache.
+    Keep,
+    /// Swept through once, as a prompt's waves do: what had to be read for it goes first, so that a prompt which touches
+    /// more experts than there are slots does not push out everything that was warm.
+    Sweep,
+}
+
+/// Whether a prefetch follows a router's choice or a guess.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Certainty {
+    Chosen,
+    Guess,
+}
+
+/// One pinned expert of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) slot: u32,
+    pub(crate) key: u32,
+    /// The matrices that were ready when it was pinned, as a mask.
+    pub(crate) ready: u8,
+}
+
+/// Why an acquisition was not possible at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Blocked {
+    /// Loads that nobody holds occupy the slots; they will end.
+    OnLoads,
+    /// Leases hold the slots.
+    OnPins {
+        /// Slots that the request lacks the experts for.
+        needed: usize,
+        /// Slots that could be given.
+        free: usize,
+    },
+}
+
+/// What finishing a piece leads to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// Nothing more to do.
+    Done,
+    /// Pieces were queued again.
+    ReadAgain,
+    /// The record is damaged (this was its checksum): the load has to be failed with [`Table::fail`].
+    Corrupt(u32),
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub(crate) struct Table {
+    /// Per expert: its live slot, or NONE.
+    slot_of: Vec<u32>,
+    slots: Vec<Slot>,
+    /// Free slots; the last is taken first.
+    free: Vec<u32>,
+    policy: Box<dyn Eviction>,
+    promised: SlotList,
+    guessed: SlotList,
+    /// Slots with intent Guess, loading ones included, and how many there may be.
+    n_guesses: usize,
+    max_guesses: usize,
+    queue: Queue,
+    pieces: Pieces,
+    /// Per expert: the checksum of its record; empty where the file has none.
+    checksums: Vec<u32>,
+    /// Per expert: in the cache once already.
+    seen: Vec<bool>,
+    /// Per expert: its checksum was found right.
+    verified: Vec<bool>,
+    /// Per expert: the last request that named it, to find duplicates and what a request will hit.
+    mark: Vec<u64>,
+    requests: u64,
+    pub(crate) stats: StoreStats,
+}
+
+impl Table {
+    /// A table without a single expert loaded. `checksums` is empty or has one entry per expert.
+    pub(crate) fn new(
+        n_slots: usize,
+        n_keys: usize,
+        policy: Policy,
+        max_guesses: usize,
+        pieces: Pieces,
+        checksums: Vec<u32>,
+    ) -> Self {
+        let slot = || Slot {
+            key: NONE,
+            pins: 0,
+            place: Place::Free,
+            intent: Intent::Used,
+            warmth: Warmth::Warm,
+            used: false,
+            prefetched: false,
+            ready: 0,
+            load: Load::default(),
+            promised_at: 0,
+            error: None,
+        };
+        Self {
+            slot_of: vec![NONE; n_keys],
+            slots: (0..n_slots).map(|_| slot()).collect(),
+            free: (0..n_slots as u32).rev().collect(),
+            policy: policy.build(n_slots, n_keys),
+            promised: SlotList::new(n_slots),
+            guessed: SlotList::new(n_slots),
+            n_guesses: 0,
+            max_guesses,
+            queue: Queue::with_capacity(n_slots),
+            pieces,
+            checksums,
+            seen: vec![false; n_keys],
+            verified: vec![false; n_keys],
+            mark: vec![0; n_keys],
+            requests: 0,
+            stats: StoreStats::default(),
+        }
+    }
+
+    /// Whether an expert is in the cache, loading included.
+    pub(crate) fn is_cached(&self, key: u32) -> bool {
+        self.slot_of[key as usize] != NONE
+    }
+
+    /// The matrices of a held slot that may be used, or the error that ended its load.
+    pub(crate) fn ready(&self, slot: u32) -> Result<u8, &StoreError> {
+        let slot = &self.slots[slot as usize];
+        slot.error.as_ref().map_or(Ok(slot.ready), Err)
+    }
+
+    /// Begins reading the experts that are missing, as far as slots can be had without taking what is in use, promised, or
+    /// (for guesses) anything beyond the guesses' share. Returns how many pieces were queued.
+    pub(crate) fn prefetch(&mut self, keys: impl Iterator<Item = u32>, certainty: Certainty) -> usize {
+        keys.map(|key| self.prefetch_one(key, certainty)).sum()
+    }
+
+    fn prefetch_one(&mut self, key: u32, certainty: Certainty) -> usize {
+        let at = self.slot_of[key as usize];
+        if at != NONE {
+            return if certainty == Certainty::Chosen { self.promise_cached(at) } else { 0 };
+        }
+        let slot = match certainty {
+            Certainty::Chosen => self.vacate_for_prefetch(),
+            Certainty::Guess => self.vacate_for_guess(),
+        };
+        let Some(slot) = slot else {
+            self.stats.prefetch_dropped += 1;
+            return 0;
+        };
+        match certainty {
+            Certainty::Chosen => {
+                self.stats.prefetch_issued += 1;
+                self.begin(slot, key, Intent::Promise)
+            }
+            Certainty::Guess => {
+                self.stats.guess_issued += 1;
+                self.begin(slot, key, Intent::Guess)
+            }
+        }
+    }
+
+    /// A router has chosen an expert that is here or coming: keep it for the request that follows.
+    fn promise_cached(&mut self, at: u32) -> usize {
+        let slot = &mut self.slots[at as usize];
+        match (slot.place, slot.intent) {
+            (Place::Ordered, _) => {
+                let key = slot.key;
+                self.policy.hold(at, key);
+                self.promise(at);
+                0
+            }
+            (Place::Guessed, _) => {
+                self.guessed.remove(at);
+                self.confirm_guess(at);
+                self.promise(at);
+                0
+            }
+            (Place::Loading, Intent::Guess) => {
+                self.confirm_guess(at);
+                let slot = &mut self.slots[at as usize];
+                slot.intent = Intent::Promise;
+                self.queue.push(at, slot.key, &slot.load, true)
+            }
+            _ => 0,
+        }
+    }
+
+    fn promise(&mut self, at: u32) {
+        let slot = &mut self.slots[at as usize];
+        slot.place = Place::Promised;
+        slot.promised_at = self.requests;
+        self.promised.push_back(at);
+    }
+
+    fn confirm_guess(&mut self, at: u32) {
+        self.n_guesses -= 1;
+        self.stats.guess_useful += 1;
+        self.slots[at as usize].intent = Intent::Used;
+    }
+
+    /// Pins every expert of `keys` (distinct) into `out`, loading those that are missing; all of them or none. Returns how
+    /// many pieces were queued.
+    pub(crate) fn acquire(&mut self, keys: &[u32], how: Use, out: &mut Vec<Held>) -> Result<usize, Blocked> {
+        self.requests += 1;
+        let (mut missing, mut hits_in_reach) = (0, 0);
+        for &key in keys {
+            self.mark[key as usize] = self.requests;
+            match self.slot_of[key as usize] {
+                NONE => missing += 1,
+                at => hits_in_reach += usize::from(self.is_evictable(at)),
+            }
+        }
+        let free = self.free.len() + self.policy.len() + self.promised.len() + self.guessed.len() - hits_in_reach;
+        if missing > free {
+            let unheld_load = |slot: &Slot| {
+                let asked_for = self.mark[slot.key as usize] == self.requests && slot.error.is_none();
+                slot.place == Place::Loading && slot.pins == 0 && !asked_for
+            };
+            let coming = self.slots.iter().filter(|slot| slot.place == Place::Loading).any(unheld_load);
+            return Err(if coming { Blocked::OnLoads } else { Blocked::OnPins { needed: missing, free } });
+        }
+        // Hits first, so that none of them becomes a victim of this very request.
+        for &key in keys {
+            let at = self.slot_of[key as usize];
+            if at != NONE {
+                self.pin(at, how);
+            }
+        }
+        let mut queued = 0;
+        for &key in keys {
+            let mut at = self.slot_of[key as usize];
+            if at == NONE {
+                let Some(vacated) = self.vacate_for_request() else {
+                    // The count above says that there is one; were it ever wrong, nothing may stay pinned.
+                    self.release_all(out);
+                    return Err(Blocked::OnPins { needed: missing, free });
+                };
+                at = vacated;
+                queued += self.begin(at, key, Intent::Used);
+                let slot = &mut self.slots[at as usize];
+                slot.warmth = if how == Use::Keep { Warmth::Warm } else { Warmth::Cold };
+                slot.pins = 1;
+                slot.used = true;
+            }
+            out.push(Held { slot: at, key, ready: self.slots[at as usize].ready });
+        }
+        self.stats.lookups += keys.len() as u64;
+        Ok(queued)
+    }
+
+    fn is_evictable(&self, at: u32) -> bool {
+        matches!(self.slots[at as usize].place, Place::Ordered | Place::Promised | Place::Guessed)
+    }
+
+    /// Pins a slot whose expert is here or coming.
+    fn pin(&mut self, at: u32, how: Use) {
+        let slot = &mut self.slots[at as usize];
+        slot.pins += 1;
+        match (slot.used, how) {
+            (_, Use::Keep) => slot.warmth = Warmth::Warm,
+            (false, Use::Sweep) => slot.warmth = Warmth::Cold,
+            (true, Use::Sweep) => {}
+        }
+        self.stats.hits += u64::from(slot.used);
+        slot.used = true;
+        self.stats.prefetch_useful += u64::from(std::mem::take(&mut slot.prefetched));
+        let (place, intent, key) = (slot.place, slot.intent, slot.key);
+        match place {
+            Place::Ordered => self.policy.hold(at, key),
+            Place::Promised => {
+                self.promised.remove(at);
+            }
+            Place::Guessed => {
+                self.guessed.remove(at);
+            }
+            Place::Loading | Place::Pinned | Place::Free | Place::Failed => {}
+        }
+        if intent == Intent::Guess {
+            self.confirm_guess(at);
+        }
+        let slot = &mut self.slots[at as usize];
+        slot.intent = Intent::Used;
+        if place == Place::Loading {
+            // A guess's pieces may stand in the slow lane.
+            if intent == Intent::Guess {
+                self.queue.push(at, key, &slot.load, true);
+            }
+        } else {
+            slot.place = Place::Pinned;
+        }
+    }
+
+    /// Unpins everything in `held` and empties it.
+    pub(crate) fn release_all(&mut self, held: &mut Vec<Held>) {
+        for Held { slot, .. } in held.drain(..) {
+            self.unpin(slot);
+        }
+    }
+
+    fn unpin(&mut self, at: u32) {
+        let slot = &mut self.slots[at as usize];
+        slot.pins -= 1;
+        if slot.pins > 0 {
+            return;
+        }
+        match slot.place {
+            Place::Pinned => {
+                slot.place = Place::Ordered;
+                self.policy.release(at, slot.key, slot.warmth);
+            }
+            Place::Failed => self.clear(at),
+            // Loading: it is settled when its last piece has landed.
+            Place::Loading | Place::Free | Place::Ordered | Place::Promised | Place::Guessed => {}
+        }
+    }
+
+    /// The next piece for an I/O thread, which has to [`Table::finish`] it.
+    pub(crate) fn next_job(&mut self) -> Option<Job> {
+        let slots = &mut self.slots;
+        self.queue.pop(|job| slots[job.slot as usize].load.take(job))
+    }
+
+    /// A piece has been read, and its checksum is `crc` (where the job asked for it).
+    pub(crate) fn finish(&mut self, job: &Job, crc: u32) -> Finish {
+        let slot = &mut self.slots[job.slot as usize];
+        if slot.error.is_some() {
+            // Another piece of the same load has failed meanwhile.
+            slot.load.reading &= !(1 << job.piece);
+            self.settle(job.slot);
+            return Finish::Done;
+        }
+        let expected = self.checksums.get(slot.key as usize).copied().unwrap_or_default();
+        match slot.load.arrive(&self.pieces, job.piece, crc, expected) {
+            Arrival::Ready(matrices) => {
+                slot.ready |= matrices;
+                if job.verify && slot.ready == ALL_MATRICES {
+                    self.verified[slot.key as usize] = true;
+                    self.stats.verified += 1;
+                }
+                self.settle(job.slot);
+                Finish::Done
+            }
+            Arrival::ReadAgain => {
+                self.stats.retries += 1;
+                self.queue.push(job.slot, slot.key, &slot.load, slot.intent != Intent::Guess);
+                Finish::ReadAgain
+            }
+            Arrival::Corrupt(got) => Finish::Corrupt(got),
+        }
+    }
+
+    /// The piece could not be read, or its record is damaged: ends the load. Whoever holds the slot is told; others who ask
+    /// for the expert from now on begin a new load.
+    pub(crate) fn fail(&mut self, job: &Job, error: StoreError) {
+        let slot = &mut self.slots[job.slot as usize];
+        slot.load.reading &= !(1 << job.piece);
+        if slot.error.is_none() {
+            slot.load.todo = 0;
+            slot.error = Some(error);
+            self.slot_of[slot.key as usize] = NONE;
+            self.stats.failures += 1;
+        }
+        self.settle(job.slot);
+    }
+
+    /// Decides what becomes of a slot whose load may be over.
+    fn settle(&mut self, at: u32) {
+        let slot = &mut self.slots[at as usize];
+        if slot.place != Place::Loading || !slot.load.is_over() {
+            return;
+        }
+        let failed = slot.error.is_some();
+        match (slot.pins, slot.intent) {
+            (0, _) if failed => self.clear(at),
+            (1.., _) => slot.place = if failed { Place::Failed } else { Place::Pinned },
+            (0, Intent::Promise) => self.promise(at),
+            (0, Intent::Guess) => {
+                slot.place = Place::Guessed;
+                self.guessed.push_back(at);
+            }
+            (0, Intent::Used) => {
+                slot.place = Place::Ordered;
+                self.policy.release(at, slot.key, slot.warmth);
+            }
+        }
+    }
+
+    /// Makes a slot that is in no list free.
+    fn clear(&mut self, at: u32) {
+        let slot = &mut self.slots[at as usize];
+        if slot.intent == Intent::Guess {
+            self.n_guesses -= 1;
+        }
+        slot.place = Place::Free;
+        slot.intent = Intent::Used;
+        slot.error = None;
+        slot.ready = 0;
+        self.free.push(at);
+    }
+
+    /// Begins to load `key` into a vacated slot; returns how many pieces were queued.
+    fn begin(&mut self, at: u32, key: u32, intent: Intent) -> usize {
+        let verify = !self.checksums.is_empty() && !self.verified[key as usize];
+        self.stats.loads += 1;
+        self.stats.rereads += u64::from(std::mem::replace(&mut self.seen[key as usize], true));
+        self.n_guesses += usize::from(intent == Intent::Guess);
+        self.slot_of[key as usize] = at;
+        let slot = &mut self.slots[at as usize];
+        slot.load.begin(&self.pieces, verify);
+        slot.key = key;
+        slot.pins = 0;
+        slot.place = Place::Loading;
+        slot.intent = intent;
+        slot.warmth = Warmth::Warm;
+        slot.used = false;
+        slot.prefetched = intent == Intent::Promise;
+        slot.ready = 0;
+        slot.error = None;
+        self.queue.push(at, key, &slot.load, intent != Intent::Guess)
+    }
+
+    /// A slot for an expert that is needed now: whatever is neither pinned nor loading can be had.
+    fn vacate_for_request(&mut self) -> Option<u32> {
+        self.vacate_for_prefetch().or_else(|| {
+            let at = self.promised.pop_front()?;
+            Some(self.evict(at))
+        })
+    }
+
+    /// A slot for a router's choice: not one that is promised to another choice, unless that was abandoned.
+    fn vacate_for_prefetch(&mut self) -> Option<u32> {
+        if let Some(at) = self.free.pop() {
+            return Some(at);
+        }
+        if let Some(at) = self.promised.front()
+            && self.slots[at as usize].promised_at + PROMISE_LASTS < self.requests
+        {
+            self.promised.remove(at);
+            return Some(self.evict(at));
+        }
+        let at = self.policy.evict().or_else(|| self.guessed.pop_front())?;
+        Some(self.evict(at))
+    }
+
+    /// A slot for a guess: beyond the guesses' share only the place of an older guess.
+    fn vacate_for_guess(&mut self) -> Option<u32> {
+        if self.n_guesses < self.max_guesses {
+            if let Some(at) = self.free.pop() {
+                return Some(at);
+            }
+            if let Some(at) = self.policy.evict() {
+                return Some(self.evict(at));
+            }
+        }
+        let at = self.guessed.pop_front()?;
+        Some(self.evict(at))
+    }
+
+    /// Forgets the expert in a slot that was just taken out of its list.
+    fn evict(&mut self, at: u32) -> u32 {
+        let slot = &mut self.slots[at as usize];
+        self.slot_of[slot.key as usize] = NONE;
+        if slot.intent == Intent::Guess {
+            slot.intent = Intent::Used;
+            self.n_guesses -= 1;
+        }
+        slot.place = Place::Free;
+        self.stats.evictions += 1;
+        at
+    }
+}

@@ -1,0 +1,486 @@
+//! Logits to the next token.
+//!
+//! Owns the choice and its randomness: repeat penalty, then greedy at temperature 0, else top-k, top-p, min-p,
+//! temperature and a draw, in llama.cpp's order, so that the same settings mean the same there and here. Equal seeds
+//! give equal draws on every machine. Refuses logits that are not numbers. Nothing is allocated per token once the
+//! buffers have grown.
+
+use std::cmp::Ordering;
+
+/// How many of the latest tokens the repeat penalty looks back on.
+pub const REPEAT_WINDOW: usize = 64;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplerOptions {
+    /// Divides the logits before the draw; 0 is greedy. Finite, not negative.
+    pub temperature: f32,
+    /// Keep the `top_k` likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the likeliest tokens up to this total probability, in (0, 1]; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the likeliest one, in [0, 1]; 0 drops none.
+    pub min_p: f32,
+    /// Makes the last [`REPEAT_WINDOW`] tokens less likely where above 1; 1 does nothing. Finite, positive.
+    pub repeat_penalty: f32,
+    /// Start of the random sequence.
+    pub seed: u64,
+}
+
+impl SamplerOptions {
+    /// Always the likeliest token, no penalty: the same text every time.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repeat_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// Why no token can be chosen.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum SamplerError {
+    /// A setting outside its range.
+    #[error("{name} is {got}, expected {expected}")]
+    Option {
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        got: f32,
+        /// Its range.
+        expected: &'static str,
+    },
+    /// The model computed something that is not a finite number.
+    #[error("the logit of token {id} is {got}: the model's weights or its file are damaged")]
+    NotFinite {
+        /// The first token concerned.
+        id: usize,
+        /// Its logit.
+        got: f32,
+    },
+    /// There is nothing to choose from.
+    #[error("there are no logits to choose from")]
+    Empty,
+}
+
+/// One token still in the running.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    id: u32,
+    logit: f32,
+    /// exp(logit - the highest logit).
+    weight: f32,
+}
+
+/// Best first: higher logit, then lower id, so that the order is total and never depends on chance.
+fn best_first(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+/// Chooses tokens; remembers the recent ones and where its random sequence stands.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    options: SamplerOptions,
+    random: Xoshiro256,
+    /// The latest tokens, a ring once full.
+    recent: Vec<u32>,
+    next_recent: usize,
+    /// Logits with the penalty applied.
+    penalized: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+impl Sampler {
+    /// A sampler at the start of its random sequence.
+    ///
+    /// # Errors
+    /// Where an option is outside its range.
+    pub fn new(options: SamplerOptions) -> Result<Self, SamplerError> {
+        let checks = [
+            ("temperature", options.temperature, "a number from 0", options.temperature >= 0.0),
+            ("top-p", options.top_p, "above 0 and at most 1", options.top_p > 0.0 && options.top_p <= 1.0),
+            ("min-p", options.min_p, "from 0 to 1", (0.0..=1.0).contains(&options.min_p)),
+            ("repeat penalty", options.repeat_penalty, "a number above 0", options.repeat_penalty > 0.0),
+        ];
+        for (name, got, expected, holds) in checks {
+            if !holds || !got.is_finite() {
+                return Err(SamplerError::Option { name, got, expected });
+            }
+        }
+        Ok(Self {
+            random: Xoshiro256::new(options.seed),
+            options,
+            recent: Vec::with_capacity(REPEAT_WINDOW),
+            next_recent: 0,
+            penalized: Vec::new(),
+            candidates: Vec::new(),
+        })
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &SamplerOptions {
+        &self.options
+    }
+
+    /// Takes note of a token that is now part of the text, of the prompt or chosen: the repeat penalty counts it.
+    pub fn accept(&mut self, id: u32) {
+        if self.recent.len() < REPEAT_WINDOW {
+            self.recent.push(id);
+        } else {
+            self.recent[self.next_recent] = id;
+            self.next_recent = (self.next_recent + 1) % REPEAT_WINDOW;
+        }
+    }
+
+    /// Forgets the text; the random sequence goes on.
+    pub fn forget(&mut self) {
+        self.recent.clear();
+        self.next_recent = 0;
+    }
+
+    /// The next token, given one logit per token of the vocabulary. Does not [`accept`](Sampler::accept) it.
+    ///
+    /// # Errors
+    /// Where `logits` is empty or holds NaN or an infinity.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SamplerError> {
+        if let Some((id, &got)) = logits.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+            return Err(SamplerError::NotFinite { id, got });
+        }
+        let mut penalized = std::mem::take(&mut self.penalized);
+        let logits = match self.options.repeat_penalty {
+            1.0 => logits,
+            penalty => {
+                penalized.clear();
+                penalized.extend_from_slice(logits);
+                self.penalize(&mut penalized, penalty);
+                &penalized
+            }
+        };
+        let chosen = match self.options.temperature {
+            0.0 => argmax(logits),
+            _ => self.draw(logits),
+        };
+        self.penalized = penalized;
+        chosen.ok_or(SamplerError::Empty)
+    }
+
+    fn penalize(&self, logits: &mut [f32], penalty: f32) {
+        for (i, &id) in self.recent.iter().enumerate() {
+            let counted = self.recent[..i].contains(&id);
+            if let Some(logit) = logits.get_mut(id as usize).filter(|_| !counted) {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Option<u32> {
+        let k = match self.options.top_k {
+            0 => logits.len(),
+            k => k.min(logits.len()),
+        };
+        keep_top_k(logits, k, &mut self.candidates);
+        let candidates = &mut self.candidates;
+        let best = candidates.iter().map(|c| c.logit).fold(f32::NEG_INFINITY, f32::max);
+        let mut total = 0.0f64;
+        for candidate in candidates.iter_mut() {
+            candidate.weight = (candidate.logit - best).exp();
+            total += f64::from(candidate.weight);
+        }
+        if self.options.top_p < 1.0 {
+            keep_top_p(candidates, f64::from(self.options.top_p) * total);
+        }
+        let min_p = self.options.min_p;
+        candidates.retain(|c| c.weight >= min_p);
+
+        let mut total = 0.0f64;
+        for candidate in candidates.iter_mut() {
+            candidate.weight = ((candidate.logit - best) / self.options.temperature).exp();
+            total += f64::from(candidate.weight);
+        }
+        // Walking in a fixed order keeps the draw the same however the candidates were selected.
+        candidates.sort_unstable_by(best_first);
+        let target = self.random.unit() * total;
+        let mut reached = 0.0f64;
+        for candidate in candidates.iter() {
+            reached += f64::from(candidate.weight);
+            if reached > target {
+                return Some(candidate.id);
+            }
+        }
+        candidates.last().map(|c| c.id)
+    }
+}
+
+/// The id of the highest logit, the lowest id where several are equal.
+fn argmax(logits: &[f32]) -> Option<u32> {
+    let mut best: Option<(u32, f32)> = None;
+    for (id, &logit) in (0u32..).zip(logits) {
+        if best.is_none_or(|(_, highest)| logit > highest) {
+            best = Some((id, logit));
+        }
+    }
+    best.map(|(id, _)| id)
+}
+
+/// Fills `out` with the `k` best candidates, in no order.
+///
+/// One pass with a rising threshold: most logits of a large vocabulary are dismissed by a single comparison.
+fn keep_top_k(logits: &[f32], k: usize, out: &mut Vec<Candidate>) {
+    out.clear();
+    let room = k.saturating_mul(2).max(k + 1024);
+    let mut threshold = f32::NEG_INFINITY;
+    for (id, &logit) in (0u32..).zip(logits) {
+        if logit >= threshold {
+            out.push(Candidate { id, logit, weight: 0.0 });
+            if out.len() >= room {
+                out.select_nth_unstable_by(k - 1, best_first);
+                out.truncate(k);
+                threshold = out[k - 1].logit;
+            }
+        }
+    }
+    if out.len() > k && k > 0 {
+        out.select_nth_unstable_by(k - 1, best_first);
+        out.truncate(k);
+    }
+}
+
+/// Keeps the best candidates until their weights reach `enough`, the one that reaches it included; at least one.
+///
+/// Sorts only as many as it keeps, a stretch at a time.
+fn keep_top_p(candidates: &mut Vec<Candidate>, enough: f64) {
+    let mut reached = 0.0f64;
+    let mut sorted = 0;
+    let mut stretch = 256;
+    while sorted < candidates.len() {
+        let rest = &mut candidates[sorted..];
+        let n = stretch.min(rest.len());
+        if n < rest.len() {
+            rest.select_nth_unstable_by(n - 1, best_first);
+        }
+        rest[..n].sort_unstable_by(best_first);
+        for (i, candidate) in rest[..n].iter().enumerate() {
+            reached += f64::from(candidate.weight);
+            if reached >= enough {
+                candidates.truncate(sorted + i + 1);
+                return;
+            }
+        }
+        sorted += n;
+        stretch *= 4;
+    }
+}
+
+/// xoshiro256++ (Blackman and Vigna), seeded by splitmix64 as its authors advise.
+#[derive(Debug, Clone)]
+struct Xoshiro256 {
+    state: [u64; 4],
+}
+
+impl Xoshiro256 {
+    fn new(seed: u64) -> Self {
+        let mut x = seed;
+        let state = std::array::from_fn(|_| {
+            x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = x;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        });
+        Self { state }
+    }
+
+    fn next(&mut self) -> u64 {
+        let s = &mut self.state;
+        let result = s[0].wrapping_add(s[3]).rotate_left(23).wrapping_add(s[0]);
+        let t = s[1] << 17;
+        s[2] ^= s[0];
+        s[3] ^= s[1];
+        s[1] ^= s[2];
+        s[0] ^= s[3];
+        s[2] ^= t;
+        s[3] = s[3].rotate_left(45);
+        result
+    }
+
+    /// Uniform in [0, 1).
+    fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(change: impl FnOnce(&mut SamplerOptions)) -> Sampler {
+        let mut options = SamplerOptions { temperature: 1.0, ..SamplerOptions::greedy() };
+        change(&mut options);
+        Sampler::new(options).expect("valid options")
+    }
+
+    /// How often each of `n` tokens is drawn in `draws` draws.
+    fn histogram(sampler: &mut Sampler, logits: &[f32], draws: usize) -> Vec<usize> {
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..draws {
+            counts[sampler.sample(logits).expect("a token") as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_id_on_ties() {
+        let mut greedy = Sampler::new(SamplerOptions::greedy()).expect("valid");
+        assert_eq!(greedy.sample(&[0.0, 3.0, 3.0, -1.0]), Ok(1));
+        assert_eq!(greedy.sample(&[0.0, -0.0]), Ok(0));
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_refused() {
+        let mut draw = sampler(|_| ());
+        let Err(SamplerError::NotFinite { id: 1, .. }) = draw.sample(&[0.0, f32::NAN]) else {
+            panic!("NaN was accepted");
+        };
+        assert!(draw.sample(&[f32::INFINITY]).is_err());
+        assert_eq!(draw.sample(&[]), Err(SamplerError::Empty));
+    }
+
+    #[test]
+    fn options_outside_their_range_are_refused() {
+        let bad: [fn(&mut SamplerOptions); 8] = [
+            |o| o.temperature = -0.1,
+            |o| o.temperature = f32::NAN,
+            |o| o.temperature = f32::INFINITY,
+            |o| o.top_p = 0.0,
+            |o| o.top_p = 1.1,
+            |o| o.min_p = -0.1,
+            |o| o.min_p = f32::NAN,
+            |o| o.repeat_penalty = 0.0,
+        ];
+        for change in bad {
+            let mut options = SamplerOptions::greedy();
+            change(&mut options);
+            assert!(Sampler::new(options).is_err(), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.2f32.ln()];
+        let counts = histogram(&mut sampler(|o| o.seed = 7), &logits, 20_000);
+        for (count, p) in counts.iter().zip([0.5, 0.3, 0.2]) {
+            let got = *count as f64 / 20_000.0;
+            assert!((got - p).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_draws_and_others_do_not() {
+        let logits: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin()).collect();
+        let draws = |seed| -> Vec<u32> {
+            let mut s = sampler(|o| o.seed = seed);
+            (0..32).map(|_| s.sample(&logits).expect("a token")).collect()
+        };
+        assert_eq!(draws(1), draws(1));
+        assert_ne!(draws(1), draws(2));
+    }
+
+    #[test]
+    fn the_random_sequence_is_xoshiro256_plus_plus() {
+        // From the authors' C code with the state 1, 2, 3, 4.
+        let mut random = Xoshiro256 { state: [1, 2, 3, 4] };
+        let first: Vec<u64> = (0..4).map(|_| random.next()).collect();
+        assert_eq!(first, [41_943_041, 58_720_359, 3_588_806_011_781_223, 3_591_011_842_654_386]);
+        // From the authors' splitmix64.c with the seed 0.
+        assert_eq!(Xoshiro256::new(0).state[0], 0xe220_a839_7b1d_cdaf);
+    }
+
+    #[test]
+    fn top_k_keeps_the_best() {
+        let logits: Vec<f32> = (0..5000).map(|i| ((i * 7919) % 5000) as f32 * 1e-4).collect();
+        let mut kept = Vec::new();
+        for k in [1, 2, 40, 1024, 4999, 5000] {
+            keep_top_k(&logits, k, &mut kept);
+            let mut all: Vec<u32> = (0..5000).collect();
+            all.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+            let mut got: Vec<u32> = kept.iter().map(|c| c.id).collect();
+            got.sort_unstable();
+            all.truncate(k);
+            all.sort_unstable();
+            assert_eq!(got, all);
+        }
+        let counts = histogram(&mut sampler(|o| o.top_k = 2), &[1.0, 1.1, 1.2], 500);
+        assert_eq!(counts[0], 0);
+        assert!(counts[1] > 0 && counts[2] > 0);
+    }
+
+    #[test]
+    fn ties_at_the_edge_of_top_k_keep_the_lowest_ids() {
+        let mut kept = Vec::new();
+        keep_top_k(&[1.0; 5000], 3, &mut kept);
+        let mut ids: Vec<u32> = kept.iter().map(|c| c.id).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 1, 2]);
+    }
+
+    #[test]
+    fn top_p_keeps_the_token_that_reaches_it() {
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.15f32.ln(), 0.05f32.ln()];
+        let counts = histogram(&mut sampler(|o| o.top_p = 0.7), &logits, 500);
+        assert!(counts[0] > 0 && counts[1] > 0);
+        assert_eq!(counts[2..], [0, 0]);
+        let counts = histogram(&mut sampler(|o| o.top_p = 1e-9), &logits, 100);
+        assert_eq!(counts, [100, 0, 0, 0]);
+    }
+
+    #[test]
+    fn top_p_over_a_large_flat_vocabulary() {
+        let logits = vec![0.0; 10_000];
+        let mut s = sampler(|o| o.top_p = 0.5);
+        s.sample(&logits).expect("a token");
+        assert_eq!(s.candidates.len(), 5000);
+    }
+
+    #[test]
+    fn min_p_is_relative_to_the_best() {
+        let logits = [0.6f32.ln(), 0.35f32.ln(), 0.05f32.ln()];
+        let counts = histogram(&mut sampler(|o| o.min_p = 0.1), &logits, 500);
+        assert!(counts[1] > 0);
+        assert_eq!(counts[2], 0);
+        let counts = histogram(&mut sampler(|o| o.min_p = 1.0), &logits, 50);
+        assert_eq!(counts, [50, 0, 0]);
+    }
+
+    #[test]
+    fn repeat_penalty_counts_each_recent_token_once_and_forgets_old_ones() {
+        let mut s = Sampler::new(SamplerOptions { repeat_penalty: 2.0, ..SamplerOptions::greedy() }).expect("valid");
+        let logits = [1.0, 1.5, -0.1];
+        assert_eq!(s.sample(&logits), Ok(1));
+        s.accept(1);
+        s.accept(1);
+        // 1.5 / 2 = 0.75; dividing twice would do as well, so the margin is checked below.
+        assert_eq!(s.sample(&logits), Ok(0));
+        assert_eq!(s.sample(&[0.7, 1.5, 0.0]), Ok(1));
+        for _ in 0..REPEAT_WINDOW {
+            s.accept(2);
+        }
+        assert_eq!(s.sample(&logits), Ok(1));
+        // A negative logit is multiplied: -0.1 becomes -0.2.
+        assert_eq!(s.sample(&[-0.15, -0.2, -0.1]), Ok(0));
+        s.forget();
+        assert_eq!(s.sample(&[-0.15, -0.2, -0.1]), Ok(2));
+    }
+
+    #[test]
+    fn buffers_do_not_grow_after_the_first_token() {
+        let logits: Vec<f32> = (0..4000).map(|i| (i as f32 * 0.11).cos()).collect();
+        let mut s = sampler(|o| {
+            o.top_k = 40;
+            o.repeat_penalty = 1.1;
+        });
+        s.sample(&logits).expect("a token");
+        let before = (s.candidates.as_ptr(), s.penalized.as_ptr(), s.candidates.capacity());
+        for _ in 0..100 {
+            let id = s.sample(&logits).expect("a token");
+            s.accept(id);
+        }
+        assert_eq!(before, (s.candidates.as_ptr(), s.penalized.as_ptr(), s.candidates.capacity()));
+    }
+}

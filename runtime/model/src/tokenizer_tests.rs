@@ -1,0 +1,232 @@
+//! Tests of `tokenizer.rs` and `bpe.rs`: against the golden ids, against the `tokenizers` crate's own BPE, and against
+//! damaged metadata.
+
+use proptest::prelude::*;
+use serde_json::Value as Json;
+use st_gguf::{Array, StringArray, Value};
+use tokenizers::Model as _;
+use tokenizers::models::bpe::BPE;
+
+use super::*;
+
+/// The bundled model's tokenizer.json.
+fn tokenizer_json() -> Json {
+    let text = include_str!("../../../models/tiny/checkpoint/tokenizer.json");
+    serde_json::from_str(text).expect("the file parses")
+}
+
+fn merges_of(json: &Json) -> Vec<(String, String)> {
+    let merges = json["model"]["merges"].as_array().expect("a list");
+    let part = |merge: &Json, i: usize| merge[i].as_str().expect("text").to_owned();
+    merges.iter().map(|merge| (part(merge, 0), part(merge, 1))).collect()
+}
+
+fn strings<'a>(items: impl IntoIterator<Item = &'a str>) -> Value {
+    let mut array = StringArray::default();
+    for item in items {
+        assert!(array.push(item));
+    }
+    Value::Array(Array::String(array))
+}
+
+/// The keys a converter writes for the bundled model.
+fn metadata() -> Metadata {
+    let json = tokenizer_json();
+    let vocab = json["model"]["vocab"].as_object().expect("a map");
+    let added = json["added_tokens"].as_array().expect("a list");
+    let id_of = |id: &Json| id.as_u64().expect("an id") as usize;
+    let mut tokens = vec![String::new(); vocab.len() + added.len()];
+    let mut types = vec![1i32; tokens.len()];
+    for (text, id) in vocab {
+        tokens[id_of(id)] = text.clone();
+    }
+    for token in added {
+        tokens[id_of(&token["id"])] = token["content"].as_str().expect("text").to_owned();
+        types[id_of(&token["id"])] = 3;
+    }
+    let merges: Vec<String> = merges_of(&json).iter().map(|(a, b)| format!("{a} {b}")).collect();
+    let mut metadata = Metadata::new();
+    metadata.insert(KEY_MODEL, "gpt2");
+    metadata.insert(KEY_PRE, "qwen2");
+    metadata.insert(KEY_TOKENS, strings(tokens.iter().map(String::as_str)));
+    metadata.insert(KEY_TOKEN_TYPE, types);
+    metadata.insert(KEY_MERGES, strings(merges.iter().map(String::as_str)));
+    metadata.insert(KEY_BOS, 2045u32);
+    metadata.insert(KEYS_END[0], 2047u32);
+    metadata.insert(KEY_ADD_BOS, false);
+    metadata
+}
+
+fn tokenizer() -> Tokenizer {
+    let tokenizer = Tokenizer::from_metadata(&metadata());
+    tokenizer.expect("it is sound").expect("it is there")
+}
+
+fn golden() -> Json {
+    let text = include_str!("../../../tests/golden/tokenizer_vectors.json");
+    serde_json::from_str(text).expect("the golden parses")
+}
+
+fn ids_of(json: &Json) -> Vec<u32> {
+    let ids = json.as_array().expect("a list");
+    ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+#[test]
+fn golden_ids_and_text() {
+    let tokenizer = tokenizer();
+    let golden = golden();
+    let vectors = golden["vectors"].as_array().expect("a list");
+    assert_eq!(vectors.len(), 200);
+    for vector in vectors {
+        let text = vector["text"].as_str().expect("text");
+        let ids = tokenizer.encode(text, true).expect("it encodes");
+        assert_eq!(ids, ids_of(&vector["ids"]), "{text:?}");
+        assert_eq!(tokenizer.decode(&ids, true), vector["decoded"].as_str().expect("text"));
+    }
+    let chat = &golden["chat"];
+    let rendered = chat["rendered"].as_str().expect("text");
+    assert_eq!(tokenizer.encode(rendered, true).expect("it encodes"), ids_of(&chat["ids"]));
+}
+
+#[test]
+fn special_tokens_are_text_where_not_allowed() {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode("a<|im_end|>b", false).expect("it encodes");
+    assert!(!ids.contains(&2047));
+    assert_eq!(tokenizer.decode(&ids, false), "a<|im_end|>b");
+    assert_eq!(tokenizer.encode("a<|im_end|>b", true).expect("it encodes"), [64, 2047, 65]);
+}
+
+#[test]
+fn control_tokens_are_never_shown() {
+    let tokenizer = tokenizer();
+    assert_eq!(tokenizer.decode(&[64, 2047, 65], false), "ab");
+    assert_eq!(tokenizer.visible_bytes(2046), b"");
+    assert_eq!(tokenizer.token_bytes(2046), Some(b"<|im_start|>".as_slice()));
+    assert_eq!(tokenizer.kind(2046), Some(TokenKind::Control));
+    assert_eq!((tokenizer.kind(2048), tokenizer.token_bytes(2048)), (None, None));
+    assert_eq!(tokenizer.token_bytes(u32::MAX), None);
+}
+
+#[test]
+fn user_defined_tokens_are_matched_always_and_shown() {
+    let mut metadata = metadata();
+    let mut types = vec![1i32; 2048];
+    types[2045..].fill(4);
+    metadata.insert(KEY_TOKEN_TYPE, types);
+    let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
+    let ids = tokenizer.encode("a<|im_end|>b", false).expect("it encodes");
+    assert_eq!(ids, [64, 2047, 65]);
+    assert_eq!(tokenizer.decode(&ids, false), "a<|im_end|>b");
+}
+
+#[test]
+fn every_end_token_counts_once() {
+    let mut metadata = metadata();
+    assert_eq!(tokenizer().end_ids(), [2047]);
+    metadata.insert(KEYS_END[1], 2046u32);
+    metadata.insert(KEY_END_ALL, vec![2045u32, 2047]);
+    let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
+    assert_eq!(tokenizer.end_ids(), [2047, 2046, 2045]);
+}
+
+#[test]
+fn the_beginning_token_is_added_only_where_asked_for_and_once() {
+    let mut metadata = metadata();
+    assert_eq!(tokenizer().encode_prompt("a", true).expect("it encodes"), [64]);
+    metadata.insert(KEY_ADD_BOS, true);
+    let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
+    assert_eq!(tokenizer.encode_prompt("a", true).expect("it encodes"), [2045, 64]);
+    assert_eq!(tokenizer.encode_prompt("<|endoftext|>a", true).expect("it encodes"), [2045, 64]);
+}
+
+#[test]
+fn a_file_without_a_tokenizer_is_fine() {
+    assert!(Tokenizer::from_metadata(&Metadata::new()).expect("no error").is_none());
+    let mut metadata = Metadata::new();
+    metadata.insert(KEY_MODEL, "none");
+    assert!(Tokenizer::from_metadata(&metadata).expect("no error").is_none());
+}
+
+#[test]
+fn damaged_metadata_is_refused() {
+    let refused = |change: &dyn Fn(&mut Metadata)| {
+        let mut metadata = metadata();
+        change(&mut metadata);
+        Tokenizer::from_metadata(&metadata).expect_err("it is damaged").to_string()
+    };
+    let cases: [(&dyn Fn(&mut Metadata), &str); 12] = [
+        (&|m| drop(m.insert(KEY_MODEL, "llama")), "`tokenizer.ggml.model` is `llama`, expected `gpt2`"),
+        (&|m| drop(m.insert(KEY_PRE, "llama-bpe")), "`tokenizer.ggml.pre` is `llama-bpe`, expected `qwen2`"),
+        (&|m| drop(m.remove(KEY_PRE)), "`tokenizer.ggml.pre` is `(absent)`"),
+        (&|m| drop(m.remove(KEY_TOKENS)), "no `tokenizer.ggml.tokens`"),
+        (&|m| drop(m.remove(KEY_MERGES)), "no `tokenizer.ggml.merges`"),
+        (&|m| drop(m.insert(KEY_TOKEN_TYPE, vec![1i32; 7])), "7 entries, expected 2048"),
+        (&|m| drop(m.insert(KEY_TOKEN_TYPE, vec![9i32; 2048])), "token 0 has the unknown type 9"),
+        (&|m| drop(m.insert(KEYS_END[0], 2048u32)), "`tokenizer.ggml.eos_token_id` is 2048"),
+        (&|m| drop(m.insert(KEY_END_ALL, vec![1u32, 4000])), "`tokenizer.ggml.eos_token_ids` is 4000"),
+        (&|m| drop(m.insert(KEY_MERGES, strings(["ab"]))), "merge 0 is not a pair of tokens: `ab`"),
+        (&|m| drop(m.insert(KEY_MERGES, strings(["a qqq"]))), "merge 0 needs the token `qqq`"),
+        (&|m| drop(m.insert(KEY_TOKENS, strings(vec!["a"; 2048]))), "no token for the byte 0x00"),
+    ];
+    for (change, expected) in cases {
+        let message = refused(change);
+        assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+    }
+}
+
+#[test]
+fn long_unbroken_texts_encode_in_reasonable_time() {
+    let tokenizer = tokenizer();
+    for unit in ["a", " ", "\n", "the", "é", "1", "!", " \n", "\u{301}"] {
+        let text = unit.repeat(100_000 / unit.len());
+        let started = std::time::Instant::now();
+        let ids = tokenizer.encode(&text, true).expect("it encodes");
+        assert!(started.elapsed().as_secs() < 10, "{unit:?} took {:?}", started.elapsed());
+        assert!(!ids.is_empty());
+    }
+}
+
+proptest! {
+    /// One word merges as in the `tokenizers` crate.
+    #[test]
+    fn words_merge_as_in_the_reference(words in proptest::collection::vec("[a-eht ]{1,40}|[ -~]{1,12}", 1..8)) {
+        thread_local! {
+            static BOTH: (Tokenizer, BPE) = {
+                let json = tokenizer_json();
+                let vocab: std::collections::HashMap<String, u32> =
+                    serde_json::from_value(json["model"]["vocab"].clone()).expect("a map");
+                let vocab: Vec<(String, u32)> = vocab.into_iter().collect();
+                let bpe = BPE::builder().vocab_and_merges(vocab.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges_of(&json)).build();
+                (tokenizer(), bpe.expect("it builds"))
+            };
+        }
+        BOTH.with(|(ours, reference)| -> Result<(), TestCaseError> {
+            for word in &words {
+                let got: Vec<u32> = SharedBpe(Arc::clone(&ours.bpe))
+                    .tokenize(word)
+                    .expect("it merges")
+                    .iter()
+                    .map(|token| token.id)
+                    .collect();
+                let stand_ins = word.replace(' ', "Ġ");
+                let expected = reference.tokenize(&stand_ins).expect("it merges");
+                let expected: Vec<u32> = expected.iter().map(|token| token.id).collect();
+                prop_assert_eq!(got, expected, "{:?}", word);
+            }
+            Ok(())
+        })?;
+    }
+
+    /// What is encoded without control tokens decodes to the same text, NFC aside.
+    #[test]
+    fn text_survives_the_round_trip(text in "[ -~\n\té你😀가]{0,60}") {
+        thread_local! { static OURS: Tokenizer = tokenizer(); }
+        OURS.with(|ours| -> Result<(), TestCaseError> {
+            let ids = ours.encode(&text, false).expect("it encodes");
+            prop_assert_eq!(ours.decode(&ids, false), text.clone());
+            Ok(())
+        })?;
+    }
+}

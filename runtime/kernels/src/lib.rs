@@ -8,14 +8,32 @@
 //! the documentation of the kernel fixes.
 #![allow(unsafe_code)]
 
+mod activations;
 mod aligned;
+mod attention;
 pub mod block;
+mod dispatch;
+pub mod expert_format;
+mod experts;
+mod kv;
+mod linear;
+mod math;
 mod out;
 mod pool;
+pub mod r16;
+mod scalar;
+mod scratch;
 mod weight_type;
 
+pub use activations::Q8Acts;
 pub use aligned::AlignedBuf;
+pub use attention::{kv_chunks, partial_len, visible_range};
 pub use block::{BLOCK_LEN, dequantize_row, quantize_row_q4_0, quantize_row_q4_0_search, quantize_row_q8_0};
+pub use dispatch::{Isa, Kernels};
+pub use expert_format::{ExpertFormat, FormatError, Matrix, OUTPUT_CHUNK};
+pub use experts::{ExpertInput, HiddenGroup};
+pub use kv::{KV_CHUNK, KvBuffer, KvType};
 pub use out::ColumnsMut;
 pub use pool::Pool;
+pub use r16::{R16, R16_ROWS, R16Matrix};
 pub use weight_type::WeightType;

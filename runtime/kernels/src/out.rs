@@ -3,12 +3,13 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Exclusive access to some columns of a row-major matrix of f32: the output of a matrix product, rows being tokens.
+/// Exclusive access to some columns (of all or some rows) of a row-major matrix of f32: the output of a matrix product, rows being tokens.
 ///
-/// Made from a whole slice ([`Self::new`]) or by [`crate::Pool::run_columns`].
+/// Made from a whole slice ([`Self::new`]) or by [`crate::Pool::run_columns`] and [`crate::Pool::run_tiles`].
 #[derive(Debug)]
 pub struct ColumnsMut<'a> {
     base: *mut f32,
+    first_row: usize,
     rows: usize,
     ld: usize,
     columns: Range<usize>,
@@ -26,15 +27,20 @@ impl<'a> ColumnsMut<'a> {
     pub fn new(out: &'a mut [f32], ld: usize) -> Self {
         assert!(ld > 0 && out.len().is_multiple_of(ld), "{} floats are not rows of {ld}", out.len());
         // SAFETY: the slice is exclusively borrowed for 'a and has rows * ld elements.
-        unsafe { Self::from_raw(out.as_mut_ptr(), out.len() / ld, ld, 0..ld) }
+        unsafe { Self::from_raw(out.as_mut_ptr(), 0..out.len() / ld, ld, 0..ld) }
     }
 
     /// # Safety
-    /// `base` must point to `rows * ld` floats that live for 'a; nobody else may touch `columns` of them, which must lie
-    /// in `0..ld`.
-    pub(crate) unsafe fn from_raw(base: *mut f32, rows: usize, ld: usize, columns: Range<usize>) -> Self {
+    /// `base` must point to at least `rows.end * ld` floats that live for 'a; nobody else may touch `columns` of `rows`;
+    /// `columns` must lie in `0..ld`.
+    pub(crate) unsafe fn from_raw(base: *mut f32, rows: Range<usize>, ld: usize, columns: Range<usize>) -> Self {
         debug_assert!(columns.start <= columns.end && columns.end <= ld);
-        Self { base, rows, ld, columns, _out: PhantomData }
+        Self { base, first_row: rows.start, rows: rows.len(), ld, columns, _out: PhantomData }
+    }
+
+    /// Which row of the whole matrix row 0 of this view is.
+    pub fn first_row(&self) -> usize {
+        self.first_row
     }
 
     /// Number of rows.
@@ -53,13 +59,13 @@ impl<'a> ColumnsMut<'a> {
     /// If there is no such row.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: row < rows and columns lie in 0..ld, so the part is inside the matrix; `&mut self` makes it exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.ld + self.columns.start), self.columns.len()) }
-    }
-
-    /// Pointer to the first column of this view in row 0; row `i` is `i * ld` further.
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.base.wrapping_add(self.columns.start)
+        // SAFETY: row is one of the view's rows and columns lie in 0..ld, so the part is inside the matrix; `&mut self` makes it exclusive.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.base.add((self.first_row + row) * self.ld + self.columns.start),
+                self.columns.len(),
+            )
+        }
     }
 
     /// Distance between rows, in floats.

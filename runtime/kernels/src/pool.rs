@@ -9,7 +9,6 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
 use std::io;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -168,14 +167,32 @@ impl Pool {
     /// # Panics
     /// If `out` is not whole rows or `chunk` is 0, or as [`Self::run`].
     pub fn run_columns(&self, out: &mut [f32], ld: usize, chunk: usize, job: &(dyn Fn(ColumnsMut<'_>) + Sync)) {
-        assert!(chunk > 0, "run_columns: chunk is 0");
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_columns: {} floats are not rows of {ld}", out.len());
+        let rows = (out.len() / ld.max(1)).max(1);
+        self.run_tiles(out, ld, rows, chunk, job);
+    }
+
+    /// Like [`Self::run_columns`], but cuts the rows too, into ranges of `row_chunk`.
+    ///
+    /// # Panics
+    /// If `out` is not whole rows or a chunk is 0, or as [`Self::run`].
+    pub fn run_tiles(
+        &self,
+        out: &mut [f32],
+        ld: usize,
+        row_chunk: usize,
+        column_chunk: usize,
+        job: &(dyn Fn(ColumnsMut<'_>) + Sync),
+    ) {
+        assert!(row_chunk > 0 && column_chunk > 0, "run_tiles: a chunk is 0");
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_tiles: {} floats are not rows of {ld}", out.len());
         let rows = out.len() / ld;
+        let across = ld.div_ceil(column_chunk);
         let base = SendPtr(out.as_mut_ptr());
-        self.for_each(ld.div_ceil(chunk), &|i| {
-            let columns: Range<usize> = i * chunk..ld.min((i + 1) * chunk);
-            // SAFETY: `for_each` hands out each `i` once, so no two views share a column, and `out` is exclusively
-            // borrowed until all are done; `rows * ld` is its length.
+        self.for_each(rows.div_ceil(row_chunk) * across, &|i| {
+            let (r, c) = (i / across * row_chunk, i % across * column_chunk);
+            let (rows, columns) = (r..rows.min(r + row_chunk), c..ld.min(c + column_chunk));
+            // SAFETY: `for_each` hands out each `i` once, so no two views share an element, and `out` is exclusively
+            // borrowed until all are done; its length is `rows * ld`.
             job(unsafe { ColumnsMut::from_raw(base.get(), rows, ld, columns) });
         });
     }

@@ -1,0 +1,203 @@
+//! Activations quantized to int8: what the integer kernels multiply weights with.
+//!
+//! Every row of `k` floats becomes `k / 32` Q8_0 blocks (ggml's rounding, the scale rounded through f16), kept in two forms:
+//!
+//! - *rows*: the int8 values of a row in natural order, padded with zeros to whole groups of 4 blocks (128 columns), beside
+//!   one f32 scale and one `-8 * sum` per block. Kernels for one token read these.
+//! - *units*: 4 rows together, for the kernels with many tokens. For each block 160 bytes: for each of the 8 column
+//!   groups `g` the bytes of columns `4g..4g+4` of row 0, 1, 2, 3; then 4 f32 scales; then 4 i32 `-8 * sum`. Missing rows
+//!   are zero. Filled only when there is more than one row.
+
+use crate::aligned::AlignedBuf;
+use crate::block::BLOCK_LEN;
+
+/// Rows per unit.
+pub(crate) const UNIT_ROWS: usize = 4;
+/// Bytes of one block of a unit.
+pub(crate) const UNIT_BLOCK: usize = 160;
+
+/// One quantized row, all slices padded to a multiple of 4 blocks; padding is zero.
+#[derive(Clone, Copy)]
+pub(crate) struct ActRow<'a> {
+    /// int8 values, 32 per block.
+    pub q: &'a [i8],
+    /// Scale of each block, an f16 value as f32.
+    pub d: &'a [f32],
+    /// -8 times the sum of each block.
+    pub bias: &'a [i32],
+}
+
+/// A batch of activation rows quantized to Q8_0. Filled by [`crate::Kernels::quantize_acts`] and
+/// [`crate::Kernels::gather_acts`]; refilling allocates only when there are more rows than ever before.
+#[derive(Debug, Clone)]
+pub struct Q8Acts {
+    k: usize,
+    rows: usize,
+    capacity: usize,
+    q: AlignedBuf<i8>,
+    d: AlignedBuf<f32>,
+    bias: AlignedBuf<i32>,
+    units: AlignedBuf<u8>,
+}
+
+impl Q8Acts {
+    /// An empty batch for rows of `k` values, with room for `capacity` rows.
+    ///
+    /// # Panics
+    /// If `k` is not a positive multiple of 32.
+    pub fn new(k: usize, capacity: usize) -> Self {
+        assert!(k > 0 && k.is_multiple_of(BLOCK_LEN), "activation rows of {k} values are not whole blocks of 32");
+        let mut acts = Self {
+            k,
+            rows: 0,
+            capacity: 0,
+            q: AlignedBuf::default(),
+            d: AlignedBuf::default(),
+            bias: AlignedBuf::default(),
+            units: AlignedBuf::default(),
+        };
+        acts.reserve(capacity);
+        acts
+    }
+
+    /// Values per row.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Rows held now.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Bytes that a batch of `rows` rows of `k` values takes.
+    pub fn bytes_for(k: usize, rows: usize) -> usize {
+        let kbp = padded_blocks(k);
+        let units = if rows > 1 { rows.div_ceil(UNIT_ROWS) * (k / BLOCK_LEN) * UNIT_BLOCK } else { 0 };
+        rows * kbp * (BLOCK_LEN + 8) + units
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.k / BLOCK_LEN
+    }
+
+    pub(crate) fn row(&self, row: usize) -> ActRow<'_> {
+        assert!(row < self.rows, "activation row {row} of {}", self.rows);
+        let kbp = padded_blocks(self.k);
+        let blocks = row * kbp..(row + 1) * kbp;
+        ActRow {
+            q: &self.q[blocks.start * BLOCK_LEN..blocks.end * BLOCK_LEN],
+            d: &self.d[blocks.clone()],
+            bias: &self.bias[blocks],
+        }
+    }
+
+    /// The units that hold the rows, each of `blocks() * UNIT_BLOCK` bytes. Only valid with more than one row.
+    pub(crate) fn units(&self) -> &[u8] {
+        debug_assert!(self.rows > 1);
+        &self.units[..self.rows.div_ceil(UNIT_ROWS) * self.unit_bytes()]
+    }
+
+    pub(crate) fn unit_bytes(&self) -> usize {
+        self.blocks() * UNIT_BLOCK
+    }
+
+    /// Sets the number of rows and gives the parts to fill, cut into units of 4 rows.
+    pub(crate) fn begin(&mut self, rows: usize) -> RowsMut<'_> {
+        self.reserve(rows);
+        self.rows = rows;
+        let kbp = padded_blocks(self.k);
+        let n_units = if rows > 1 { rows.div_ceil(UNIT_ROWS) } else { 0 };
+        let unit_bytes = self.unit_bytes();
+        RowsMut {
+            k: self.k,
+            q: &mut self.q[..rows * kbp * BLOCK_LEN],
+            d: &mut self.d[..rows * kbp],
+            bias: &mut self.bias[..rows * kbp],
+            units: &mut self.units[..n_units * unit_bytes],
+        }
+    }
+
+    fn reserve(&mut self, rows: usize) {
+        if rows <= self.capacity {
+            return;
+        }
+        let kbp = padded_blocks(self.k);
+        let blocks = rows.checked_mul(kbp).expect("activation buffer size overflows");
+        self.q = AlignedBuf::zeroed(blocks.checked_mul(BLOCK_LEN).expect("activation buffer size overflows"));
+        self.d = AlignedBuf::zeroed(blocks);
+        self.bias = AlignedBuf::zeroed(blocks);
+        if rows > 1 {
+            self.units = AlignedBuf::zeroed(rows.div_ceil(UNIT_ROWS) * self.unit_bytes());
+        }
+        self.capacity = rows;
+    }
+}
+
+/// Some rows of a batch while it is filled.
+pub(crate) struct RowsMut<'a> {
+    k: usize,
+    q: &'a mut [i8],
+    d: &'a mut [f32],
+    bias: &'a mut [i32],
+    units: &'a mut [u8],
+}
+
+impl<'a> RowsMut<'a> {
+    pub(crate) fn rows(&self) -> usize {
+        self.d.len() / padded_blocks(self.k)
+    }
+
+    /// Cuts off the first `rows` rows, a whole number of units unless it takes all.
+    pub(crate) fn split(self, rows: usize) -> (RowsMut<'a>, RowsMut<'a>) {
+        let kbp = padded_blocks(self.k);
+        let unit_bytes = self.k / BLOCK_LEN * UNIT_BLOCK;
+        let units = if self.units.is_empty() { 0 } else { rows.div_ceil(UNIT_ROWS) * unit_bytes };
+        let (q0, q1) = self.q.split_at_mut(rows * kbp * BLOCK_LEN);
+        let (d0, d1) = self.d.split_at_mut(rows * kbp);
+        let (b0, b1) = self.bias.split_at_mut(rows * kbp);
+        let (u0, u1) = self.units.split_at_mut(units);
+        let k = self.k;
+        (RowsMut { k, q: q0, d: d0, bias: b0, units: u0 }, RowsMut { k, q: q1, d: d1, bias: b1, units: u1 })
+    }
+
+    /// Fills every row by `fill(row, q, d, bias)`, slices without padding, then the units.
+    pub(crate) fn fill(self, mut fill: impl FnMut(usize, &mut [i8], &mut [f32], &mut [i32])) {
+        let (kb, kbp) = (self.k / BLOCK_LEN, padded_blocks(self.k));
+        for row in 0..self.rows() {
+            let at = row * kbp;
+            fill(
+                row,
+                &mut self.q[at * BLOCK_LEN..at * BLOCK_LEN + self.k],
+                &mut self.d[at..at + kb],
+                &mut self.bias[at..at + kb],
+            );
+        }
+        if self.units.is_empty() {
+            return;
+        }
+        for (u, unit) in self.units.chunks_exact_mut(kb * UNIT_BLOCK).enumerate() {
+            for t in 0..UNIT_ROWS {
+                let row = u * UNIT_ROWS + t;
+                let present = (row + 1) * kbp <= self.d.len();
+                for (b, block) in unit.chunks_exact_mut(UNIT_BLOCK).enumerate() {
+                    let (values, scales) = block.split_at_mut(128);
+                    let at = if present { row * kbp + b } else { 0 };
+                    let q = &self.q[at * BLOCK_LEN..(at + 1) * BLOCK_LEN];
+                    for (g, q) in q.chunks_exact(4).enumerate() {
+                        let quad = if present { [q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8] } else { [0; 4] };
+                        values[(g * UNIT_ROWS + t) * 4..][..4].copy_from_slice(&quad);
+                    }
+                    let (d, bias) = if present { (self.d[at], self.bias[at]) } else { (0.0, 0) };
+                    scales[t * 4..][..4].copy_from_slice(&d.to_ne_bytes());
+                    scales[16 + t * 4..][..4].copy_from_slice(&bias.to_ne_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of a row of `k` values, rounded up to a multiple of 4.
+pub(crate) fn padded_blocks(k: usize) -> usize {
+    (k / BLOCK_LEN).next_multiple_of(4)
+}

@@ -1,0 +1,254 @@
+//! Attention over a [`KvBuffer`]: softmax(q·k / √d)·v for the query heads that share a KV head.
+//!
+//! Positions are taken in chunks of [`KV_CHUNK`] at absolute boundaries. Each chunk gives, for each query, the maximum score, the
+//! sum of exponentials and the weighted sum of values relative to that maximum; chunks are merged in order of position. A query's
+//! bits depend on nothing else: not on other queries, nor on the split among threads. One token ([`Kernels::attend_chunk`] and
+//! [`Kernels::attend_merge`], which let threads share a long context) and many ([`Kernels::attend_batch`]) agree.
+
+use std::ops::Range;
+
+use crate::dispatch::{Kernels, MAX_QUERIES};
+use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer};
+use crate::out::ColumnsMut;
+use crate::scratch::with_floats;
+
+/// The chunks that hold the positions `visible`.
+pub fn kv_chunks(visible: &Range<usize>) -> Range<usize> {
+    visible.start / KV_CHUNK..visible.end.div_ceil(KV_CHUNK)
+}
+
+/// The positions that the token at `pos` sees: itself and all before it, or the last `window` of them.
+pub fn visible_range(pos: usize, window: Option<usize>) -> Range<usize> {
+    let end = pos + 1;
+    window.map_or(0, |window| end.saturating_sub(window))..end
+}
+
+/// Floats that [`Kernels::attend_chunk`] writes for `n_queries` query heads.
+pub fn partial_len(n_queries: usize, head_dim: usize) -> usize {
+    n_queries * (2 + head_dim)
+}
+
+/// Queries of up to MAX_QUERIES (token, head) pairs for one chunk, and what came of them.
+struct Part<'a> {
+    /// `n × dim`, padded.
+    q: &'a [f32],
+    /// `n × KV_CHUNK`.
+    scores: &'a mut [f32],
+    /// `n × dim`.
+    acc: &'a mut [f32],
+    max: [f32; MAX_QUERIES],
+    sum: [f32; MAX_QUERIES],
+}
+
+impl Kernels {
+    /// What chunk `chunk` adds to the attention of one token's query heads `q` (`n × head_dim`) over KV head `head`.
+    /// `out` ([`partial_len`] floats) receives for each head the maximum, the sum and `head_dim` weighted values.
+    ///
+    /// # Panics
+    /// If a length is wrong, `visible` is longer than the buffer, or the chunk holds none of it.
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend_chunk(
+        self,
+        kv: &KvBuffer,
+        head: usize,
+        q: &[f32],
+        visible: Range<usize>,
+        chunk: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        let d = kv.head_dim();
+        let n = q.len() / d;
+        assert_eq!(q.len(), n * d, "attend_chunk: queries of {d}");
+        assert_eq!(out.len(), partial_len(n, d), "attend_chunk: output length");
+        check_visible(kv, &visible);
+        assert!(kv_chunks(&visible).contains(&chunk), "attend_chunk: chunk {chunk} of {visible:?}");
+        let dim = kv.padded_dim();
+        with_floats(MAX_QUERIES * (KV_CHUNK + 2 * dim), |scratch| {
+            let queries = q.chunks(MAX_QUERIES * d).zip(out.chunks_mut(MAX_QUERIES * (2 + d)));
+            for (q, out) in queries {
+                let n = q.len() / d;
+                let (padded, rest) = scratch.split_at_mut(n * dim);
+                let (scores, rest) = rest.split_at_mut(n * KV_CHUNK);
+                for (dst, src) in padded.chunks_exact_mut(dim).zip(q.chunks_exact(d)) {
+                    dst[..d].copy_from_slice(src);
+                    dst[d..].fill(0.0);
+                }
+                let mut part = Part {
+                    q: padded,
+                    scores,
+                    acc: &mut rest[..n * dim],
+                    max: [0.0; MAX_QUERIES],
+                    sum: [0.0; MAX_QUERIES],
+                };
+                self.chunk_part(kv, head, chunk, scale, |_| visible.clone(), &mut part);
+                for (i, out) in out.chunks_exact_mut(2 + d).enumerate() {
+                    out[0] = part.max[i];
+                    out[1] = part.sum[i];
+                    out[2..].copy_from_slice(&part.acc[i * dim..i * dim + d]);
+                }
+            }
+        });
+    }
+
+    /// Merges what [`Self::attend_chunk`] wrote for consecutive chunks (`partials`, in order of position) into the attention
+    /// output of the query heads, `n × head_dim`.
+    ///
+    /// # Panics
+    /// If a length is wrong.
+    pub fn attend_merge(self, partials: &[f32], head_dim: usize, out: &mut [f32]) {
+        let n = out.len() / head_dim;
+        let len = partial_len(n, head_dim);
+        assert!(n > 0 && out.len() == n * head_dim, "attend_merge: output length");
+        assert!(!partials.is_empty() && partials.len().is_multiple_of(len), "attend_merge: partials");
+        for (i, acc) in out.chunks_exact_mut(head_dim).enumerate() {
+            acc.fill(0.0);
+            let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
+            for chunk in partials.chunks_exact(len) {
+                let part = &chunk[i * (2 + head_dim)..(i + 1) * (2 + head_dim)];
+                self.merge_part(&mut max, &mut sum, acc, part[0], part[1], &part[2..]);
+            }
+            for v in acc {
+                *v /= sum;
+            }
+        }
+    }
+
+    /// Attention of many tokens over KV head `head`. Row `t` of `out` is the token at position `first_pos + out.first_row() + t`;
+    /// its columns are the query heads that share this KV head (`n × head_dim`). `q` is the whole matrix of queries, laid out as
+    /// the matrix that `out` is part of.
+    ///
+    /// # Panics
+    /// If a length is wrong or a token sees more positions than the buffer holds.
+    #[allow(clippy::too_many_arguments)]
+    pub fn attend_batch(
+        self,
+        kv: &KvBuffer,
+        head: usize,
+        q: &[f32],
+        first_pos: usize,
+        window: Option<usize>,
+        scale: f32,
+        out: &mut ColumnsMut<'_>,
+    ) {
+        let (d, dim, ld) = (kv.head_dim(), kv.padded_dim(), out.ld());
+        let (columns, tokens, first_row) = (out.columns(), out.rows(), out.first_row());
+        let heads = columns.len() / d;
+        assert!(heads > 0 && columns.len() == heads * d, "attend_batch: columns are not heads of {d}");
+        assert!(q.len() >= (first_row + tokens) * ld, "attend_batch: {} queries", q.len());
+        if tokens == 0 {
+            return;
+        }
+        let visible = |i: usize| visible_range(first_pos + first_row + i / heads, window);
+        let n = tokens * heads;
+        let all = visible(0).start..visible(n - 1).end;
+        for i in 0..n {
+            check_visible(kv, &visible(i));
+        }
+        // Per query: dim padded query values, dim accumulated ones, maximum and sum; and the scores and sums of one part.
+        with_floats(n * (2 * dim + 2) + MAX_QUERIES * (KV_CHUNK + dim), |scratch| {
+            let (queries, rest) = scratch.split_at_mut(n * dim);
+            let (acc, rest) = rest.split_at_mut(n * dim);
+            let (state, rest) = rest.split_at_mut(n * 2);
+            let (scores, part_acc) = rest.split_at_mut(MAX_QUERIES * KV_CHUNK);
+            for (i, query) in queries.chunks_exact_mut(dim).enumerate() {
+                let from = (first_row + i / heads) * ld + columns.start + i % heads * d;
+                query[..d].copy_from_slice(&q[from..from + d]);
+                query[d..].fill(0.0);
+            }
+            acc.fill(0.0);
+            for state in state.chunks_exact_mut(2) {
+                state.copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
+            }
+            for chunk in kv_chunks(&all) {
+                for start in (0..n).step_by(MAX_QUERIES) {
+                    let end = n.min(start + MAX_QUERIES);
+                    let mut part = Part {
+                        q: &queries[start * dim..end * dim],
+                        scores: &mut scores[..(end - start) * KV_CHUNK],
+                        acc: &mut part_acc[..(end - start) * dim],
+                        max: [0.0; MAX_QUERIES],
+                        sum: [0.0; MAX_QUERIES],
+                    };
+                    self.chunk_part(kv, head, chunk, scale, |i| visible(start + i), &mut part);
+                    for i in start..end {
+                        let (max, sum) = (part.max[i - start], part.sum[i - start]);
+                        let values = &part.acc[(i - start) * dim..][..dim];
+                        let [m, s] = &mut state[i * 2..i * 2 + 2] else { unreachable!("two floats") };
+                        self.merge_part(m, s, &mut acc[i * dim..(i + 1) * dim], max, sum, values);
+                    }
+                }
+            }
+            for i in 0..n {
+                let row = &mut out.row_mut(i / heads)[i % heads * d..][..d];
+                for (o, &v) in row.iter_mut().zip(&acc[i * dim..]) {
+                    *o = v / state[i * 2 + 1];
+                }
+            }
+        });
+    }
+
+    /// Scores, softmax and values of one chunk for up to MAX_QUERIES queries. Queries that see nothing of it get a maximum of -inf.
+    fn chunk_part(
+        self,
+        kv: &KvBuffer,
+        head: usize,
+        chunk: usize,
+        scale: f32,
+        visible: impl Fn(usize) -> Range<usize>,
+        part: &mut Part<'_>,
+    ) {
+        let dim = kv.padded_dim();
+        let n = part.q.len() / dim;
+        let local = |i: usize| {
+            let v = visible(i);
+            let base = chunk * KV_CHUNK;
+            v.start.clamp(base, base + KV_CHUNK) - base..v.end.clamp(base, base + KV_CHUNK) - base
+        };
+        let (mut start, mut end) = (KV_CHUNK, 0);
+        for v in (0..n).map(local).filter(|v| !v.is_empty()) {
+            (start, end) = (start.min(v.start), end.max(v.end));
+        }
+        part.max.fill(f32::NEG_INFINITY);
+        part.sum.fill(0.0);
+        if start >= end {
+            return;
+        }
+        let seen = start..end;
+        let tiles = seen.start / KV_TILE..seen.end.div_ceil(KV_TILE);
+        // SAFETY: the table is of this CPU; the chunk has KV_CHUNK positions of `dim` values, and the queries and
+        // scores are n rows, n <= MAX_QUERIES.
+        unsafe { (self.table.scores)(kv.ty(), dim, kv.keys(head, chunk), tiles.clone(), part.q, part.scores) };
+        for (i, s) in part.scores.chunks_exact_mut(KV_CHUNK).enumerate() {
+            let v = local(i);
+            if v.is_empty() {
+                s[tiles.start * KV_TILE..tiles.end * KV_TILE].fill(0.0);
+            } else {
+                // SAFETY: the table is of this CPU; one row of KV_CHUNK scores, ranges inside it.
+                (part.max[i], part.sum[i]) = unsafe { (self.table.softmax)(s, tiles.clone(), v, scale) };
+            }
+        }
+        // SAFETY: as for the scores.
+        unsafe { (self.table.values)(kv.ty(), dim, kv.values(head, chunk), seen, part.scores, part.acc) };
+    }
+
+    fn merge_part(self, max: &mut f32, sum: &mut f32, acc: &mut [f32], part_max: f32, part_sum: f32, part: &[f32]) {
+        if part_sum == 0.0 {
+            return;
+        }
+        let new = max.max(part_max);
+        let (a, b) = (crate::math::exp(*max - new), crate::math::exp(part_max - new));
+        *max = new;
+        *sum = *sum * a + part_sum * b;
+        // SAFETY: the table is of this CPU; `part` is at least as long as `acc`.
+        unsafe { (self.table.merge)(acc, a, &part[..acc.len()], b) };
+    }
+}
+
+fn check_visible(kv: &KvBuffer, visible: &Range<usize>) {
+    assert!(
+        !visible.is_empty() && visible.len() <= kv.capacity(),
+        "positions {visible:?} do not fit a KV buffer of {}",
+        kv.capacity()
+    );
+}

@@ -1,0 +1,132 @@
+//! Which instruction set computes: detected once, logged, and the same functions behind every one of them.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use crate::WeightType;
+use crate::activations::ActRow;
+use crate::expert_format::{DownLayout, UpLayout};
+use crate::experts::HiddenGroup;
+use crate::kv::KvType;
+use crate::scalar;
+
+/// An instruction set that the kernels are written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Portable code; what the others are tested against.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 (F, BW, VL, DQ) and VNNI.
+    Avx512Vnni,
+    /// AArch64 with the dot product instructions.
+    NeonDot,
+}
+
+impl Isa {
+    /// Every instruction set, best last.
+    pub const ALL: [Isa; 4] = [Self::Scalar, Self::NeonDot, Self::Avx2, Self::Avx512Vnni];
+
+    /// A short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512Vnni => "avx512-vnni",
+            Self::NeonDot => "neon-dotprod",
+        }
+    }
+}
+
+/// Most units of 4 tokens that [`Table::gemm`] takes at once.
+pub(crate) const GEMM_UNITS: usize = 3;
+/// Most queries that [`Table::scores`] and [`Table::values`] take at once.
+pub(crate) const MAX_QUERIES: usize = 12;
+/// Bytes of one block of a weight panel: 8 column groups × 16 rows × 4 bytes, then 16 f32 scales.
+pub(crate) const PANEL_BLOCK: usize = 576;
+
+/// The functions of one instruction set. All lengths are checked by the callers in `Kernels`.
+///
+/// # Safety of the members
+/// Each needs the CPU features of its instruction set, and arguments whose lengths fit each other as described.
+#[allow(clippy::type_complexity)]
+pub(crate) struct Table {
+    pub isa: Isa,
+    /// Floats to int8 blocks: `x` of whole blocks, `q` as long, one `d` and `bias` per block.
+    pub quantize_q8: unsafe fn(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]),
+    /// Floats to Q4_0 bytes.
+    pub quantize_q4_0: unsafe fn(x: &[f32], out: &mut [u8]),
+    /// Canonical rows (a multiple of 16) of `kb` blocks to tiles.
+    pub pack_r16: unsafe fn(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]),
+    /// One group of 32 neurons of a down region; `canonical` is the whole matrix of `n_embd` rows.
+    pub pack_down_group: unsafe fn(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]),
+    /// `out[r] = row r · a` for `out.len() / 16` row groups of tiles.
+    pub gemv_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]),
+    /// `out[i] = up row rows[i] · a`.
+    pub up_rows: unsafe fn(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
+    /// `out[i] = canonical Q8_0 row rows[i] · a`, rows of `kb` blocks.
+    pub q8_rows: unsafe fn(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
+    /// Outputs of 128-output chunks from the live neurons; `out` has 128 floats per chunk.
+    pub down:
+        unsafe fn(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]),
+    /// One row group of tiles to a weight panel of `kb * PANEL_BLOCK` bytes.
+    pub panel_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], panel: &mut [u8]),
+    /// Rows `first..first + 16` of an up region to a weight panel.
+    pub panel_up: unsafe fn(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]),
+    /// Chunk `chunk` (128 outputs) of a down region to 8 weight panels of `fb * PANEL_BLOCK` bytes each.
+    pub panel_down: unsafe fn(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]),
+    /// `out[t * 16 + r] = panel row r · token t` for 1..=GEMM_UNITS units of 4 tokens.
+    pub gemm: unsafe fn(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut [f32; GEMM_UNITS * 4 * 16]),
+    /// `out[r] = float row r · x`, rows of `x.len()` values of a float type.
+    pub dots: unsafe fn(ty: WeightType, rows: &[u8], x: &[f32], out: &mut [f32]),
+    /// `out = x / rms(x) * weight`.
+    pub rms_norm: unsafe fn(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]),
+    /// `out[i * KV_CHUNK + p] = q row i · key p` for the positions of `tiles` of a chunk; `q` has 1..=MAX_QUERIES rows of `dim`.
+    pub scores: unsafe fn(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]),
+    /// Turns the scores of one query into exp(score * scale - max) for the `visible` positions and 0 for the rest of `tiles`;
+    /// returns the maximum and the sum.
+    pub softmax: unsafe fn(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> (f32, f32),
+    /// `acc row i = Σ p[i * KV_CHUNK + j] * value j` for the positions `j`, in order; `acc` has 1..=MAX_QUERIES rows of `dim`.
+    pub values: unsafe fn(ty: KvType, dim: usize, values: &[u8], positions: Range<usize>, p: &[f32], acc: &mut [f32]),
+    /// `acc = acc * a + part * b`.
+    pub merge: unsafe fn(acc: &mut [f32], a: f32, part: &[f32], b: f32),
+}
+
+/// The kernels of one instruction set: a handle to copy around. Methods are safe; they check lengths and panic where a
+/// caller got them wrong.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    pub(crate) table: &'static Table,
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Kernels").field(&self.isa()).finish()
+    }
+}
+
+impl Kernels {
+    /// The best kernels that this CPU runs. Detection and its log line happen once per process.
+    pub fn detect() -> Self {
+        static BEST: OnceLock<Kernels> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let best = Isa::ALL.into_iter().rev().find_map(Self::for_isa).unwrap_or(Self { table: &scalar::TABLE });
+            tracing::info!(isa = best.isa().name(), "kernels selected");
+            best
+        })
+    }
+
+    /// The kernels of one instruction set, if this CPU runs it.
+    pub fn for_isa(isa: Isa) -> Option<Self> {
+        let table = match isa {
+            Isa::Scalar => Some(&scalar::TABLE),
+            _ => None,
+        };
+        table.map(|table| Self { table })
+    }
+
+    /// The instruction set.
+    pub fn isa(self) -> Isa {
+        self.table.isa
+    }
+}

@@ -1,0 +1,385 @@
+//! How the three matrices of one expert lie in memory: in a slot of the expert cache and in a record of the `offload` layout.
+//!
+//! An expert has `gate` and `up` of `n_ff` rows × `n_embd` columns and `down` of `n_embd` rows × `n_ff` columns. With
+//! `kb = n_embd / 32` and `fb = n_ff / 32`, a record of **Q4_0** is a permutation of the canonical bytes:
+//!
+//! - **gate**, at 0: [R16](crate::r16) tiles.
+//! - **up**, one run of bytes per neuron, so that dead neurons are not touched: first `n_ff × kb` f16 scales, row-major, padded
+//!   to 64 bytes; then for each row the nibbles of its blocks (16 bytes each, as Q4_0 has them) in order, padded with 0x88 to
+//!   a multiple of 64 bytes.
+//! - **down**, transposed by position: with `E` = `n_embd` rounded up to a multiple of 128, for each block `b` of 32 neurons
+//!   `E` f16 scales (one for each output), then 32 rows of `E / 2` bytes, row `n` holding the nibbles of neuron `32b + n` for
+//!   all outputs. Each 64 bytes of such a row are 128 outputs: byte `16L + 4v + e` (`L, v, e` in 0..4) holds output
+//!   `16v + 4L + e` in its low nibble and output `64 + 16v + 4L + e` in its high one. So interleaving the bytes of four rows
+//!   (`unpack epi8`, then `epi16`, lane by lane) gives in vector `v`, lane `i`, the four neurons' nibbles of outputs `16v + i`
+//!   and `64 + 16v + i`, in natural order for vectors of 16, 32 and 64 bytes alike. Outputs that pad have scale 0 and nibble 8.
+//!
+//! For the other types a region is the canonical row-major matrix. Regions start at multiples of 64 bytes, in this order, and
+//! the record is padded with zeros to a multiple of 4096 bytes.
+
+use std::ops::Range;
+
+use thiserror::Error;
+
+use crate::WeightType;
+use crate::block::BLOCK_LEN;
+use crate::r16;
+
+/// Outputs of `down` that are computed together: ranges of outputs start at multiples of this.
+pub const OUTPUT_CHUNK: usize = 128;
+/// Records are padded to a multiple of this.
+pub const RECORD_ALIGN: usize = 4096;
+const REGION_ALIGN: usize = 64;
+
+/// One of an expert's three matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Matrix {
+    /// `n_ff × n_embd`; its ReLU decides which neurons live.
+    Gate,
+    /// `n_ff × n_embd`.
+    Up,
+    /// `n_embd × n_ff`.
+    Down,
+}
+
+impl Matrix {
+    /// All three in the order in which a record holds them.
+    pub const ALL: [Matrix; 3] = [Self::Gate, Self::Up, Self::Down];
+}
+
+/// Why a shape has no expert format.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// A dimension is zero or not whole blocks.
+    #[error("expert of n_embd {n_embd}, n_ff {n_ff}: {ty} needs positive multiples of {multiple}")]
+    Shape {
+        /// Weight type.
+        ty: WeightType,
+        /// Hidden size.
+        n_embd: usize,
+        /// Neurons.
+        n_ff: usize,
+        /// What both must be a multiple of.
+        multiple: usize,
+    },
+    /// The sizes overflow.
+    #[error("expert of n_embd {n_embd}, n_ff {n_ff} is too large")]
+    TooLarge {
+        /// Hidden size.
+        n_embd: usize,
+        /// Neurons.
+        n_ff: usize,
+    },
+}
+
+/// The layout of one expert's record; see the module documentation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertFormat {
+    ty: WeightType,
+    n_embd: usize,
+    n_ff: usize,
+    /// Offset and length of gate, up, down.
+    regions: [(usize, usize); 3],
+    record_bytes: usize,
+}
+
+impl ExpertFormat {
+    /// The format for experts of this type and shape.
+    ///
+    /// # Errors
+    /// If a dimension is 0, not a multiple of 32 for a quantized type, or too large.
+    pub fn new(ty: WeightType, n_embd: usize, n_ff: usize) -> Result<Self, FormatError> {
+        let multiple = ty.block_len();
+        if n_embd == 0 || n_ff == 0 || !n_embd.is_multiple_of(multiple) || !n_ff.is_multiple_of(multiple) {
+            return Err(FormatError::Shape { ty, n_embd, n_ff, multiple });
+        }
+        Self::layout(ty, n_embd, n_ff).ok_or(FormatError::TooLarge { n_embd, n_ff })
+    }
+
+    fn layout(ty: WeightType, n_embd: usize, n_ff: usize) -> Option<Self> {
+        let canonical = ty.row_bytes(n_embd)?.checked_mul(n_ff)?;
+        let sizes = if ty == WeightType::Q4_0 {
+            let scales =
+                (n_ff.checked_mul(n_embd / BLOCK_LEN)?.checked_mul(2)?).checked_next_multiple_of(REGION_ALIGN)?;
+            let row = (n_embd / 2).checked_next_multiple_of(64)?;
+            let up = n_ff.checked_mul(row)?.checked_add(scales)?;
+            let padded = n_embd.checked_next_multiple_of(OUTPUT_CHUNK)?;
+            let down = (n_ff / BLOCK_LEN).checked_mul(padded.checked_mul(18)?)?;
+            [canonical, up, down]
+        } else {
+            [canonical, canonical, ty.row_bytes(n_ff)?.checked_mul(n_embd)?]
+        };
+        let mut regions = [(0, 0); 3];
+        let mut at = 0usize;
+        for (region, size) in regions.iter_mut().zip(sizes) {
+            *region = (at, size);
+            at = at.checked_add(size)?.checked_next_multiple_of(REGION_ALIGN)?;
+        }
+        let record_bytes = at.checked_next_multiple_of(RECORD_ALIGN)?;
+        Some(Self { ty, n_embd, n_ff, regions, record_bytes })
+    }
+
+    /// Weight type.
+    pub fn ty(&self) -> WeightType {
+        self.ty
+    }
+
+    /// Hidden size: columns of gate and up, rows of down.
+    pub fn n_embd(&self) -> usize {
+        self.n_embd
+    }
+
+    /// Neurons: rows of gate and up, columns of down.
+    pub fn n_ff(&self) -> usize {
+        self.n_ff
+    }
+
+    /// Bytes of a record, a multiple of [`RECORD_ALIGN`].
+    pub fn record_bytes(&self) -> usize {
+        self.record_bytes
+    }
+
+    /// Where in the record this matrix lies.
+    pub fn region(&self, matrix: Matrix) -> Range<usize> {
+        let (start, len) = self.regions[matrix as usize];
+        start..start + len
+    }
+
+    /// Rows and columns of this matrix.
+    pub fn shape(&self, matrix: Matrix) -> (usize, usize) {
+        match matrix {
+            Matrix::Gate | Matrix::Up => (self.n_ff, self.n_embd),
+            Matrix::Down => (self.n_embd, self.n_ff),
+        }
+    }
+
+    /// Bytes of this matrix as a GGUF file holds it: row-major blocks.
+    pub fn canonical_bytes(&self, matrix: Matrix) -> usize {
+        let (rows, columns) = self.shape(matrix);
+        rows * self.ty.row_bytes(columns).expect("checked on construction")
+    }
+
+    /// Arranges the canonical bytes of a matrix in its region. [`crate::Kernels::pack_expert`] is the fast version.
+    ///
+    /// # Panics
+    /// If a length is not [`Self::canonical_bytes`] or that of [`Self::region`].
+    pub fn pack(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
+        self.check(matrix, canonical.len(), region.len());
+        if self.ty != WeightType::Q4_0 {
+            region.copy_from_slice(canonical);
+            return;
+        }
+        match matrix {
+            Matrix::Gate => r16::pack(self.ty, self.n_ff, self.n_embd, canonical, region),
+            Matrix::Up => {
+                let up = self.up();
+                let (scales, rows) = region.split_at_mut(up.scales_bytes);
+                scales.fill(0);
+                for (scale, block) in scales.chunks_exact_mut(2).zip(canonical.chunks_exact(18)) {
+                    scale.copy_from_slice(&block[..2]);
+                }
+                let canonical = canonical.chunks_exact(up.kb * 18);
+                for (row, canonical) in rows.chunks_exact_mut(up.row_bytes).zip(canonical) {
+                    row[up.kb * 16..].fill(0x88);
+                    for (qs, block) in row.chunks_exact_mut(16).zip(canonical.chunks_exact(18)) {
+                        qs.copy_from_slice(&block[2..]);
+                    }
+                }
+            }
+            Matrix::Down => {
+                let down = self.down();
+                for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
+                    pack_down_group(&down, self.n_embd, canonical, b, group);
+                }
+            }
+        }
+    }
+
+    /// Undoes [`Self::pack`]: the canonical bytes of a matrix from its region.
+    ///
+    /// # Panics
+    /// As [`Self::pack`].
+    pub fn unpack(&self, matrix: Matrix, region: &[u8], canonical: &mut [u8]) {
+        self.check(matrix, canonical.len(), region.len());
+        if self.ty != WeightType::Q4_0 {
+            canonical.copy_from_slice(region);
+            return;
+        }
+        match matrix {
+            Matrix::Gate => r16::unpack(self.ty, self.n_ff, self.n_embd, region, canonical),
+            Matrix::Up => {
+                let up = self.up();
+                let (scales, rows) = region.split_at(up.scales_bytes);
+                for (scale, block) in scales.chunks_exact(2).zip(canonical.chunks_exact_mut(18)) {
+                    block[..2].copy_from_slice(scale);
+                }
+                for (row, canonical) in rows.chunks_exact(up.row_bytes).zip(canonical.chunks_exact_mut(up.kb * 18)) {
+                    for (qs, block) in row.chunks_exact(16).zip(canonical.chunks_exact_mut(18)) {
+                        block[2..].copy_from_slice(qs);
+                    }
+                }
+            }
+            Matrix::Down => {
+                let down = self.down();
+                for (i, block) in canonical.chunks_exact_mut(18).enumerate() {
+                    let (o, b) = (i / down.fb, i % down.fb);
+                    let (scales, rows) = region[b * down.group_bytes..][..down.group_bytes].split_at(down.padded * 2);
+                    block[..2].copy_from_slice(&scales[o * 2..o * 2 + 2]);
+                    for (j, byte) in block[2..].iter_mut().enumerate() {
+                        let nibble = |n: usize| down_nibble(&rows[n * down.row_bytes..], o);
+                        *byte = nibble(j) | nibble(j + 16) << 4;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lays the three canonical matrices out as one record, padding zeroed.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn pack_record(&self, gate: &[u8], up: &[u8], down: &[u8], record: &mut [u8]) {
+        assert_eq!(record.len(), self.record_bytes, "expert record length");
+        record.fill(0);
+        for (matrix, canonical) in Matrix::ALL.into_iter().zip([gate, up, down]) {
+            self.pack(matrix, canonical, &mut record[self.region(matrix)]);
+        }
+    }
+
+    pub(crate) fn check(&self, matrix: Matrix, canonical: usize, region: usize) {
+        assert_eq!(canonical, self.canonical_bytes(matrix), "{matrix:?}: canonical bytes");
+        self.check_region(matrix, region);
+    }
+
+    pub(crate) fn check_region(&self, matrix: Matrix, region: usize) {
+        assert_eq!(region, self.regions[matrix as usize].1, "{matrix:?}: region bytes");
+    }
+
+    /// Sizes inside the up region of Q4_0.
+    pub(crate) fn up(&self) -> UpLayout {
+        let kb = self.n_embd / BLOCK_LEN;
+        UpLayout {
+            kb,
+            scales_bytes: (self.n_ff * kb * 2).next_multiple_of(REGION_ALIGN),
+            row_bytes: (kb * 16).next_multiple_of(64),
+        }
+    }
+
+    /// Sizes inside the down region of Q4_0.
+    pub(crate) fn down(&self) -> DownLayout {
+        let padded = self.n_embd.next_multiple_of(OUTPUT_CHUNK);
+        DownLayout { fb: self.n_ff / BLOCK_LEN, padded, row_bytes: padded / 2, group_bytes: padded * 18 }
+    }
+}
+
+/// Sizes inside the up region of Q4_0.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UpLayout {
+    /// Blocks of a row.
+    pub kb: usize,
+    /// Bytes of all scales, padding included: where the nibble rows start.
+    pub scales_bytes: usize,
+    /// Bytes of the nibbles of a neuron, padding included.
+    pub row_bytes: usize,
+}
+
+/// Sizes inside the down region of Q4_0.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DownLayout {
+    /// Groups of 32 neurons.
+    pub fb: usize,
+    /// Outputs, padding included.
+    pub padded: usize,
+    /// Bytes of the nibbles of a neuron.
+    pub row_bytes: usize,
+    /// Bytes of a group: `padded` scales and 32 rows.
+    pub group_bytes: usize,
+}
+
+/// Byte of a down row that holds output `o`, and whether in its high nibble.
+#[inline]
+pub(crate) fn down_position(o: usize) -> (usize, bool) {
+    let (chunk, i) = (o / OUTPUT_CHUNK, o % 64);
+    let (v, l, e) = (i / 16, i / 4 % 4, i % 4);
+    (chunk * 64 + 16 * l + 4 * v + e, o % OUTPUT_CHUNK >= 64)
+}
+
+/// Nibble of output `o` in a down row.
+#[inline]
+pub(crate) fn down_nibble(row: &[u8], o: usize) -> u8 {
+    let (byte, high) = down_position(o);
+    if high { row[byte] >> 4 } else { row[byte] & 15 }
+}
+
+/// Fills group `b` of the down region; `canonical` is the whole matrix of `n_embd` rows.
+pub(crate) fn pack_down_group(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]) {
+    let (scales, rows) = group.split_at_mut(down.padded * 2);
+    for o in 0..down.padded {
+        let (byte, high) = down_position(o);
+        let mut block = [0x88; 18];
+        block[..2].fill(0);
+        if o < n_embd {
+            block.copy_from_slice(&canonical[(o * down.fb + b) * 18..][..18]);
+        }
+        scales[o * 2..o * 2 + 2].copy_from_slice(&block[..2]);
+        for n in 0..BLOCK_LEN {
+            let q = block[2 + n % 16];
+            let nibble = if n < 16 { q & 15 } else { q >> 4 };
+            let dst = &mut rows[n * down.row_bytes + byte];
+            *dst = if high { (*dst & 0x0f) | nibble << 4 } else { (*dst & 0xf0) | nibble };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn published_shapes_have_no_padding() {
+        for (n_embd, n_ff, bytes) in [(1536, 768, 663_552), (2560, 768, 1_105_920)] {
+            let format = ExpertFormat::new(WeightType::Q4_0, n_embd, n_ff).unwrap();
+            assert_eq!(format.record_bytes(), 3 * bytes);
+            for (i, matrix) in Matrix::ALL.into_iter().enumerate() {
+                assert_eq!(format.region(matrix), i * bytes..(i + 1) * bytes);
+                assert_eq!(format.canonical_bytes(matrix), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn bad_shapes_are_refused() {
+        assert!(matches!(ExpertFormat::new(WeightType::Q4_0, 48, 32), Err(FormatError::Shape { multiple: 32, .. })));
+        assert!(matches!(ExpertFormat::new(WeightType::F32, 0, 32), Err(FormatError::Shape { multiple: 1, .. })));
+        let huge = usize::MAX / 32 * 32;
+        assert!(matches!(ExpertFormat::new(WeightType::Q4_0, huge, 64), Err(FormatError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn unpack_undoes_pack(eb in 1usize..10, fb in 1usize..5, ty in prop::sample::select(&WeightType::ALL), seed: u64) {
+            let format = ExpertFormat::new(ty, eb * 32, fb * 32).unwrap();
+            let mut state = seed | 1;
+            for matrix in Matrix::ALL {
+                let canonical: Vec<u8> = (0..format.canonical_bytes(matrix))
+                    .map(|_| {
+                        state ^= state << 13;
+                        state ^= state >> 7;
+                        state ^= state << 17;
+                        state as u8
+                    })
+                    .collect();
+                let range = format.region(matrix);
+                prop_assert!(range.start.is_multiple_of(64) && range.end <= format.record_bytes());
+                let mut region = vec![0x5a; range.len()];
+                format.pack(matrix, &canonical, &mut region);
+                let mut back = vec![0; canonical.len()];
+                format.unpack(matrix, &region, &mut back);
+                prop_assert!(back == canonical, "{matrix:?}");
+            }
+        }
+    }
+}

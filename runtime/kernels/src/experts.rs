@@ -1,0 +1,444 @@
+//! The feed-forward network of one expert, `down · (up·x ⊙ relu(gate·x))`, for one token (sparse) and for many.
+//!
+//! For quantized experts the hidden values are quantized to Q8_0 in groups of 32 neurons, so that `down` is an integer product
+//! as well. Neurons whose gate is not positive are skipped: their rows of up and down are not read. Both forms give the same bits.
+
+use std::ops::Range;
+
+use crate::WeightType;
+use crate::activations::{ActRow, Q8Acts, padded_blocks};
+use crate::block::BLOCK_LEN;
+use crate::dispatch::{Kernels, PANEL_BLOCK};
+use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
+use crate::linear::units_of;
+use crate::out::ColumnsMut;
+use crate::r16;
+use crate::r16::{R16_ROWS, tile_bytes};
+use crate::scratch::{with_bytes, with_floats};
+
+/// What goes into an expert: rows of `n_embd` values, as floats (read if the expert's type is a float) or quantized (read if it
+/// is quantized). The other one may be empty.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertInput<'a> {
+    /// `rows × n_embd` floats.
+    pub floats: &'a [f32],
+    /// The same rows as int8 blocks.
+    pub acts: &'a Q8Acts,
+}
+
+/// The hidden values of 32 neurons of one expert for one token.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy)]
+pub struct HiddenGroup {
+    /// Values as int8 (quantized experts).
+    pub q: [i8; BLOCK_LEN],
+    /// Their scale, an f16 value.
+    pub d: f32,
+    /// -8 times their sum.
+    pub bias: i32,
+    /// Bit `n`: `q[n]` is not 0, so neuron `n` matters to the output.
+    pub live: u32,
+    /// Bit `n`: the gate of neuron `n` was positive.
+    pub active: u32,
+    /// Values as floats (float experts).
+    pub h: [f32; BLOCK_LEN],
+}
+
+impl HiddenGroup {
+    /// A group in which every neuron is dead.
+    pub const ZERO: Self = Self { q: [0; BLOCK_LEN], d: 0.0, bias: 0, live: 0, active: 0, h: [0.0; BLOCK_LEN] };
+
+    /// Groups of 32 that hold `n_ff` neurons.
+    pub fn groups(n_ff: usize) -> usize {
+        n_ff.div_ceil(BLOCK_LEN)
+    }
+}
+
+impl Default for HiddenGroup {
+    fn default() -> Self {
+        Self::ZERO
+    }
+}
+
+impl Kernels {
+    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input: all gate rows,
+    /// then only the up rows of neurons whose gate is positive. `out` has one entry per group. Returns how many gates were positive.
+    ///
+    /// # Panics
+    /// If a region, the input or `out` has the wrong size.
+    #[allow(clippy::too_many_arguments)]
+    pub fn expert_gate_up(
+        self,
+        format: &ExpertFormat,
+        gate: &[u8],
+        up: &[u8],
+        input: ExpertInput<'_>,
+        row: usize,
+        groups: Range<usize>,
+        out: &mut [HiddenGroup],
+    ) -> usize {
+        format.check_region(Matrix::Gate, gate.len());
+        format.check_region(Matrix::Up, up.len());
+        assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_gate_up: group {}", groups.end);
+        assert_eq!(out.len(), groups.len(), "expert_gate_up: output length");
+        groups.zip(out).map(|(group, out)| self.hidden_group(format, gate, up, input, row, group, out)).sum()
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn hidden_group(
+        self,
+        format: &ExpertFormat,
+        gate: &[u8],
+        up: &[u8],
+        input: ExpertInput<'_>,
+        row: usize,
+        group: usize,
+        out: &mut HiddenGroup,
+    ) -> usize {
+        let first = group * BLOCK_LEN;
+        let neurons = BLOCK_LEN.min(format.n_ff() - first);
+        let mut g = [0f32; BLOCK_LEN];
+        let ty = format.ty();
+        let n_embd = format.n_embd();
+        let kb = n_embd / BLOCK_LEN;
+        let all: [u32; BLOCK_LEN] = std::array::from_fn(|i| (first + i) as u32);
+        let a = ty.is_quantized().then(|| {
+            assert_eq!(input.acts.k(), n_embd, "expert_gate_up: k of the activations");
+            input.acts.row(row)
+        });
+        let x = if ty.is_quantized() { &[][..] } else { &input.floats[row * n_embd..(row + 1) * n_embd] };
+        let row_bytes = n_embd * ty.block_bytes() / ty.block_len();
+        match (ty, a) {
+            (WeightType::Q4_0, Some(a)) => {
+                let bytes = 2 * kb * tile_bytes(ty);
+                // SAFETY: the table is of this CPU; two row groups of kb tiles, whose existence the region's size proves.
+                unsafe { (self.table.gemv_r16)(ty, kb, &gate[group * bytes..(group + 1) * bytes], a, &mut g) };
+            }
+            // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so the region has the 32 rows.
+            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &all, a, &mut g) },
+            // SAFETY: the table is of this CPU; `neurons` rows of n_embd values, as many outputs.
+            (_, None) => unsafe {
+                let rows = &gate[first * row_bytes..(first + neurons) * row_bytes];
+                (self.table.dots)(ty, rows, x, &mut g[..neurons]);
+            },
+        }
+        let mut rows = [0u32; BLOCK_LEN];
+        let mut n = 0;
+        let mut active = 0;
+        for (i, &g) in g.iter().enumerate() {
+            rows[n] = (first + i) as u32;
+            let positive = g > 0.0;
+            n += usize::from(positive);
+            active |= u32::from(positive) << i;
+        }
+        *out = HiddenGroup::ZERO;
+        out.active = active;
+        if n == 0 {
+            return 0;
+        }
+        let mut u = [0f32; BLOCK_LEN];
+        let (rows, u_live) = (&rows[..n], &mut u[..n]);
+        match (ty, a) {
+            // SAFETY: the table is of this CPU; the rows exist, `a` has n_embd values, one output per row.
+            (WeightType::Q4_0, Some(a)) => unsafe { (self.table.up_rows)(&format.up(), up, rows, a, u_live) },
+            // SAFETY: as above.
+            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, up, rows, a, u_live) },
+            (_, None) => {
+                for (&row, u) in rows.iter().zip(u_live) {
+                    let row = &up[row as usize * row_bytes..(row as usize + 1) * row_bytes];
+                    // SAFETY: the table is of this CPU; one row of n_embd values.
+                    unsafe { (self.table.dots)(ty, row, x, std::slice::from_mut(u)) };
+                }
+            }
+        }
+        for (&row, &u) in rows.iter().zip(&u) {
+            let i = row as usize - first;
+            out.h[i] = g[i] * u;
+        }
+        if ty.is_quantized() {
+            let (d, bias) = (std::slice::from_mut(&mut out.d), std::slice::from_mut(&mut out.bias));
+            // SAFETY: the table is of this CPU; one block.
+            unsafe { (self.table.quantize_q8)(&out.h, &mut out.q, d, bias) };
+            for (i, &q) in out.q.iter().enumerate() {
+                out.live |= u32::from(q != 0) << i;
+            }
+        } else {
+            out.live = active;
+        }
+        n
+    }
+
+    /// Outputs `outputs` of one expert from its hidden values (all groups); dead neurons are not read. `out` has one float per output.
+    ///
+    /// # Panics
+    /// If a size is wrong, or `outputs` does not start at a multiple of [`OUTPUT_CHUNK`] and end at one or at `n_embd`.
+    pub fn expert_down(
+        self,
+        format: &ExpertFormat,
+        down: &[u8],
+        hidden: &[HiddenGroup],
+        outputs: Range<usize>,
+        out: &mut [f32],
+    ) {
+        format.check_region(Matrix::Down, down.len());
+        let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
+        assert_eq!(hidden.len(), HiddenGroup::groups(n_ff), "expert_down: hidden groups");
+        assert_eq!(out.len(), outputs.len(), "expert_down: output length");
+        assert!(outputs.end <= n_embd, "expert_down: output {} of {n_embd}", outputs.end);
+        assert!(
+            outputs.start.is_multiple_of(OUTPUT_CHUNK)
+                && (outputs.end == n_embd || outputs.end.is_multiple_of(OUTPUT_CHUNK)),
+            "expert_down: outputs {outputs:?} are not whole chunks"
+        );
+        let ty = format.ty();
+        match ty {
+            WeightType::Q4_0 => {
+                let layout = format.down();
+                let whole = outputs.len() / OUTPUT_CHUNK;
+                let chunk = outputs.start / OUTPUT_CHUNK;
+                let (head, tail) = out.split_at_mut(whole * OUTPUT_CHUNK);
+                // SAFETY: the table is of this CPU; the region has the size of the format, which has these chunks (its
+                // outputs are padded to whole ones), hidden has fb groups and the output 128 floats per chunk.
+                unsafe { (self.table.down)(&layout, down, hidden, chunk..chunk + whole, head) };
+                if !tail.is_empty() {
+                    let mut last = [0f32; OUTPUT_CHUNK];
+                    // SAFETY: as above.
+                    unsafe { (self.table.down)(&layout, down, hidden, chunk + whole..chunk + whole + 1, &mut last) };
+                    tail.copy_from_slice(&last[..tail.len()]);
+                }
+            }
+            WeightType::Q8_0 => {
+                let fb = n_ff / BLOCK_LEN;
+                let kbp = padded_blocks(n_ff);
+                let mut rows = [0u32; OUTPUT_CHUNK];
+                with_floats(kbp, |d| {
+                    with_bytes(kbp * BLOCK_LEN, |q| {
+                        let mut bias = vec![0i32; kbp];
+                        d.fill(0.0);
+                        q.fill(0);
+                        for (b, hidden) in hidden.iter().enumerate() {
+                            d[b] = hidden.d;
+                            bias[b] = hidden.bias;
+                            for (q, &h) in q[b * BLOCK_LEN..].iter_mut().zip(&hidden.q) {
+                                *q = h as u8;
+                            }
+                        }
+                        // SAFETY: bytes seen as signed bytes.
+                        let q = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<i8>(), q.len()) };
+                        let a = ActRow { q, d, bias: &bias };
+                        for (i, out) in out.chunks_mut(OUTPUT_CHUNK).enumerate() {
+                            for (j, row) in rows.iter_mut().enumerate() {
+                                *row = (outputs.start + i * OUTPUT_CHUNK + j) as u32;
+                            }
+                            // SAFETY: the table is of this CPU; the rows exist since outputs.end <= n_embd.
+                            unsafe { (self.table.q8_rows)(fb, down, &rows[..out.len()], a, out) };
+                        }
+                    });
+                });
+            }
+            _ => with_floats(hidden.len() * BLOCK_LEN, |h| {
+                for (dst, src) in h.chunks_exact_mut(BLOCK_LEN).zip(hidden) {
+                    dst.copy_from_slice(&src.h);
+                }
+                let row_bytes = n_ff * ty.block_bytes();
+                let rows = &down[outputs.start * row_bytes..outputs.end * row_bytes];
+                // SAFETY: the table is of this CPU; one row of n_ff values per output.
+                unsafe { (self.table.dots)(ty, rows, &h[..n_ff], out) };
+            }),
+        }
+    }
+
+    /// Hidden values `relu(gate·x) ⊙ (up·x)` of all rows of the input for the neurons that are the columns of `hidden`
+    /// (`rows × n_ff` floats in all).
+    ///
+    /// # Panics
+    /// If a size is wrong or the columns do not start at a multiple of 16.
+    pub fn expert_gate_up_batch(
+        self,
+        format: &ExpertFormat,
+        gate: &[u8],
+        up: &[u8],
+        input: ExpertInput<'_>,
+        hidden: &mut ColumnsMut<'_>,
+    ) {
+        format.check_region(Matrix::Gate, gate.len());
+        format.check_region(Matrix::Up, up.len());
+        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (neurons, tokens) = (hidden.columns(), hidden.rows());
+        assert!(neurons.end <= n_ff && neurons.start.is_multiple_of(R16_ROWS), "expert_gate_up_batch: {neurons:?}");
+        let mut ups = [0f32; R16_ROWS];
+        if !ty.is_quantized() {
+            // Products first, then gates into the same place, 16 neurons at a time.
+            let row_bytes = n_embd * ty.block_bytes();
+            assert_eq!(input.floats.len(), tokens * n_embd, "expert_gate_up_batch: input length");
+            for start in neurons.clone().step_by(R16_ROWS) {
+                let end = neurons.end.min(start + R16_ROWS);
+                let rows = start * row_bytes..end * row_bytes;
+                for (t, x) in input.floats.chunks_exact(n_embd).enumerate() {
+                    let h = &mut hidden.row_mut(t)[start - neurons.start..end - neurons.start];
+                    let ups = &mut ups[..end - start];
+                    // SAFETY: the table is of this CPU; one row of n_embd values per output, twice.
+                    unsafe {
+                        (self.table.dots)(ty, &gate[rows.clone()], x, h);
+                        (self.table.dots)(ty, &up[rows.clone()], x, ups);
+                    }
+                    relu_times(h, ups);
+                }
+            }
+            return;
+        }
+        assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
+        assert!(tokens <= input.acts.rows(), "expert_gate_up_batch: {tokens} tokens of {}", input.acts.rows());
+        let kb = n_embd / BLOCK_LEN;
+        if tokens == 1 {
+            let mut groups = HiddenGroup::ZERO;
+            for start in neurons.clone().step_by(R16_ROWS) {
+                // Half a group at a time would compute the other half in vain; whole groups are the usual case.
+                if start % BLOCK_LEN == 0 || start == neurons.start {
+                    self.hidden_group(format, gate, up, input, 0, start / BLOCK_LEN, &mut groups);
+                }
+                let end = neurons.end.min(start + R16_ROWS);
+                hidden.row_mut(0)[start - neurons.start..end - neurons.start]
+                    .copy_from_slice(&groups.h[start % BLOCK_LEN..][..end - start]);
+            }
+            return;
+        }
+        let units = units_of(input.acts, 0, tokens);
+        let panel_bytes = kb * PANEL_BLOCK;
+        with_bytes(2 * panel_bytes, |panels| {
+            let (gate_panel, up_panel) = panels.split_at_mut(panel_bytes);
+            for start in neurons.clone().step_by(R16_ROWS) {
+                self.row_panel(format, gate, true, start, gate_panel);
+                self.row_panel(format, up, false, start, up_panel);
+                self.gate_up_panels(ty, kb, gate_panel, up_panel, units, start, hidden);
+            }
+        });
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn gate_up_panels(
+        self,
+        ty: WeightType,
+        kb: usize,
+        gate: &[u8],
+        up: &[u8],
+        units: &[u8],
+        column: usize,
+        hidden: &mut ColumnsMut<'_>,
+    ) {
+        use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
+        use crate::dispatch::GEMM_UNITS;
+        let mut g = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
+        let mut u = g;
+        let columns = hidden.columns();
+        let n = R16_ROWS.min(columns.end - column);
+        let at = column - columns.start;
+        for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
+            // SAFETY: the table is of this CPU; panels of kb blocks and 1 to GEMM_UNITS whole units.
+            unsafe {
+                (self.table.gemm)(ty, kb, gate, units, &mut g);
+                (self.table.gemm)(ty, kb, up, units, &mut u);
+            }
+            let first = i * GEMM_UNITS * UNIT_ROWS;
+            relu_times(&mut g, &u);
+            for (t, h) in g.chunks_exact(R16_ROWS).enumerate().take(hidden.rows() - first) {
+                hidden.row_mut(first + t)[at..at + n].copy_from_slice(&h[..n]);
+            }
+        }
+    }
+
+    /// 16 rows of gate or up as a weight panel.
+    fn row_panel(self, format: &ExpertFormat, region: &[u8], is_gate: bool, first: usize, panel: &mut [u8]) {
+        let kb = format.n_embd() / BLOCK_LEN;
+        match format.ty() {
+            WeightType::Q4_0 if is_gate => {
+                let bytes = kb * tile_bytes(WeightType::Q4_0);
+                let group = first / R16_ROWS;
+                // SAFETY: the table is of this CPU; kb tiles and kb panel blocks.
+                unsafe {
+                    (self.table.panel_r16)(WeightType::Q4_0, kb, &region[group * bytes..(group + 1) * bytes], panel);
+                }
+            }
+            // SAFETY: the table is of this CPU; 16 rows exist since n_ff is a multiple of 32, and kb panel blocks.
+            WeightType::Q4_0 => unsafe { (self.table.panel_up)(&format.up(), region, first, panel) },
+            ty => self.canonical_panel(ty, format.n_embd(), region, first, panel),
+        }
+    }
+
+    /// 16 canonical rows of a quantized type as a weight panel.
+    fn canonical_panel(self, ty: WeightType, k: usize, region: &[u8], first: usize, panel: &mut [u8]) {
+        let kb = k / BLOCK_LEN;
+        let row_bytes = kb * ty.block_bytes();
+        let mut tiles = vec![0; R16_ROWS * row_bytes];
+        let rows = &region[first * row_bytes..region.len().min((first + R16_ROWS) * row_bytes)];
+        r16::pack(ty, rows.len() / row_bytes, k, rows, &mut tiles);
+        // SAFETY: the table is of this CPU; kb tiles and kb panel blocks.
+        unsafe { (self.table.panel_r16)(ty, kb, &tiles, panel) };
+    }
+
+    /// Outputs of one expert for many tokens: the columns of `out` (`rows × n_embd` in all) from hidden values as floats
+    /// (`rows × n_ff`, read if the type is a float) or quantized.
+    ///
+    /// # Panics
+    /// If a size is wrong or the columns do not start at a multiple of [`OUTPUT_CHUNK`].
+    pub fn expert_down_batch(
+        self,
+        format: &ExpertFormat,
+        down: &[u8],
+        hidden: ExpertInput<'_>,
+        out: &mut ColumnsMut<'_>,
+    ) {
+        format.check_region(Matrix::Down, down.len());
+        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (outputs, tokens) = (out.columns(), out.rows());
+        assert!(outputs.end <= n_embd && outputs.start.is_multiple_of(OUTPUT_CHUNK), "expert_down_batch: {outputs:?}");
+        if !ty.is_quantized() {
+            return self.linear_float(ty, n_ff, down, hidden.floats, out);
+        }
+        assert_eq!(hidden.acts.k(), n_ff, "expert_down_batch: k of the hidden values");
+        assert!(tokens <= hidden.acts.rows(), "expert_down_batch: {tokens} tokens of {}", hidden.acts.rows());
+        let fb = n_ff / BLOCK_LEN;
+        if tokens == 1 {
+            let groups = hidden_groups(hidden.acts.row(0), fb);
+            return self.expert_down(format, down, &groups, outputs, out.row_mut(0));
+        }
+        let units = units_of(hidden.acts, 0, tokens);
+        let panel_bytes = fb * PANEL_BLOCK;
+        let layout = format.down();
+        with_bytes(8 * panel_bytes, |panels| {
+            for start in outputs.clone().step_by(OUTPUT_CHUNK) {
+                if ty == WeightType::Q4_0 {
+                    // SAFETY: the table is of this CPU; the chunk exists since n_embd is padded to whole ones, and there
+                    // are 8 panels of fb blocks.
+                    unsafe { (self.table.panel_down)(&layout, down, start / OUTPUT_CHUNK, panels) };
+                }
+                let columns = (start..outputs.end.min(start + OUTPUT_CHUNK)).step_by(R16_ROWS);
+                for (column, panel) in columns.zip(panels.chunks_exact_mut(panel_bytes)) {
+                    if ty != WeightType::Q4_0 {
+                        self.canonical_panel(ty, n_ff, down, column, panel);
+                    }
+                    self.gemm_panel(ty, fb, panel, units, column, out);
+                }
+            }
+        });
+    }
+}
+
+/// `h = relu(h) * u`, without letting a dead neuron's `u` through.
+fn relu_times(h: &mut [f32], u: &[f32]) {
+    for (h, &u) in h.iter_mut().zip(u) {
+        *h = if *h > 0.0 { *h * u } else { 0.0 };
+    }
+}
+
+fn hidden_groups(a: ActRow<'_>, fb: usize) -> Vec<HiddenGroup> {
+    let group = |b: usize| {
+        let mut group = HiddenGroup { d: a.d[b], bias: a.bias[b], ..HiddenGroup::ZERO };
+        group.q.copy_from_slice(&a.q[b * BLOCK_LEN..(b + 1) * BLOCK_LEN]);
+        for (i, &q) in group.q.iter().enumerate() {
+            group.live |= u32::from(q != 0) << i;
+        }
+        group
+    };
+    (0..fb).map(group).collect()
+}

@@ -1,0 +1,298 @@
+//! Matrix products with whole matrices, activation quantization, norms and the small vector operations between them.
+
+use crate::WeightType;
+use crate::activations::{Q8Acts, UNIT_ROWS};
+use crate::block::BLOCK_LEN;
+use crate::dispatch::{GEMM_UNITS, Kernels, PANEL_BLOCK};
+use crate::expert_format::{ExpertFormat, Matrix};
+use crate::out::ColumnsMut;
+use crate::pool::Pool;
+use crate::r16::{R16, R16_ROWS, packed_bytes};
+use crate::scratch::with_bytes;
+
+/// Weight rows per task when a pool shares a matrix product: enough bytes to stream, little enough to balance.
+const ROWS_PER_TASK: usize = 64;
+
+impl Kernels {
+    /// Quantizes rows of floats (`x` is `rows × acts.k()`) into `acts`, replacing what it held.
+    ///
+    /// # Panics
+    /// If `x` is not whole rows.
+    pub fn quantize_acts(self, x: &[f32], acts: &mut Q8Acts) {
+        let k = acts.k();
+        assert!(x.len().is_multiple_of(k), "quantize_acts: {} floats are not rows of {k}", x.len());
+        acts.begin(x.len() / k).fill(|row, q, d, bias| {
+            // SAFETY: the table is of this CPU; x has k floats for the row, q k values, d and bias k / 32 each.
+            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
+        });
+    }
+
+    /// [`Self::quantize_acts`] shared among the threads of a pool.
+    ///
+    /// # Panics
+    /// As [`Self::quantize_acts`].
+    pub fn quantize_acts_pool(self, pool: &Pool, x: &[f32], acts: &mut Q8Acts) {
+        let k = acts.k();
+        assert!(x.len().is_multiple_of(k), "quantize_acts: {} floats are not rows of {k}", x.len());
+        let rows = x.len() / k;
+        let per_task = rows.div_ceil(pool.n_threads()).next_multiple_of(UNIT_ROWS);
+        if pool.n_threads() == 1 || rows < 2 * UNIT_ROWS {
+            return self.quantize_acts(x, acts);
+        }
+        let mut rest = Some(acts.begin(rows));
+        let mut tasks: Vec<_> = std::iter::from_fn(|| {
+            let r = rest.take()?;
+            let n = r.rows();
+            if n <= per_task {
+                return Some(Some(r));
+            }
+            let (first, others) = r.split(per_task);
+            rest = Some(others);
+            Some(Some(first))
+        })
+        .collect();
+        pool.run_chunks(&mut tasks, 1, &|i, task| {
+            let Some(part) = task[0].take() else { return };
+            part.fill(|row, q, d, bias| {
+                let row = i * per_task + row;
+                // SAFETY: as in `quantize_acts`.
+                unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
+            });
+        });
+    }
+
+    /// Copies some rows of a batch, in the order of `rows`: the tokens that go to one expert.
+    ///
+    /// # Panics
+    /// If the two differ in `k` or a row does not exist.
+    pub fn gather_acts(self, src: &Q8Acts, rows: &[u32], dst: &mut Q8Acts) {
+        assert_eq!(src.k(), dst.k(), "gather_acts: k");
+        let kb = src.blocks();
+        dst.begin(rows.len()).fill(|i, q, d, bias| {
+            let from = src.row(rows[i] as usize);
+            q.copy_from_slice(&from.q[..kb * BLOCK_LEN]);
+            d.copy_from_slice(&from.d[..kb]);
+            bias.copy_from_slice(&from.bias[..kb]);
+        });
+    }
+
+    /// `out[t][r] = Σ_k w[r][k] * acts[first + t][k]` for the columns `r` of `out`, one row of `out` per token.
+    ///
+    /// With one token this streams the weights; with more it unpacks each 16 rows once and multiplies a block of tokens.
+    /// Same bits either way.
+    ///
+    /// # Panics
+    /// If `acts.k()` is not `w.k()`, rows or columns are missing, the first column is not a multiple of 16, or more than one
+    /// token starts elsewhere than at a multiple of 4.
+    pub fn linear_r16(self, w: R16<'_>, acts: &Q8Acts, first: usize, out: &mut ColumnsMut<'_>) {
+        let (columns, tokens) = (out.columns(), out.rows());
+        assert_eq!(acts.k(), w.k(), "linear_r16: k of activations and weights");
+        assert!(columns.end <= w.rows(), "linear_r16: output {} of {}", columns.end, w.rows());
+        assert!(columns.start.is_multiple_of(R16_ROWS), "linear_r16: columns start at {}", columns.start);
+        assert!(tokens <= acts.rows() && first <= acts.rows() - tokens, "linear_r16: token {first}+{tokens}");
+        let kb = acts.blocks();
+        let groups = columns.start / R16_ROWS..columns.end.div_ceil(R16_ROWS);
+        if tokens == 1 {
+            let a = acts.row(first);
+            let tiles = &w.tiles()[groups.start * kb * w.tile()..];
+            let row = out.row_mut(0);
+            let whole = row.len() / R16_ROWS * R16_ROWS;
+            let (head, tail) = row.split_at_mut(whole);
+            let split = whole / R16_ROWS * kb * w.tile();
+            // SAFETY: the table is of this CPU; the tiles are those of `head.len() / 16` row groups and `a` is a row of kb blocks.
+            unsafe { (self.table.gemv_r16)(w.ty(), kb, &tiles[..split], a, head) };
+            if !tail.is_empty() {
+                let mut last = [0f32; R16_ROWS];
+                // SAFETY: as above, for the last row group.
+                unsafe { (self.table.gemv_r16)(w.ty(), kb, &tiles[split..split + kb * w.tile()], a, &mut last) };
+                tail.copy_from_slice(&last[..tail.len()]);
+            }
+            return;
+        }
+        let units = units_of(acts, first, tokens);
+        with_bytes(kb * PANEL_BLOCK, |panel| {
+            for group in groups {
+                // SAFETY: the table is of this CPU; a group has kb tiles and the panel kb blocks.
+                unsafe { (self.table.panel_r16)(w.ty(), kb, w.group(group), panel) };
+                self.gemm_panel(w.ty(), kb, panel, units, group * R16_ROWS, out);
+            }
+        });
+    }
+
+    /// Multiplies one weight panel with all tokens of `out`, columns `column..column + 16` (cut to those that `out` has).
+    pub(crate) fn gemm_panel(
+        self,
+        ty: WeightType,
+        kb: usize,
+        panel: &[u8],
+        units: &[u8],
+        column: usize,
+        out: &mut ColumnsMut<'_>,
+    ) {
+        let mut block = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
+        let columns = out.columns();
+        let at = column - columns.start;
+        let n = R16_ROWS.min(columns.end - column);
+        for (i, units) in units.chunks(GEMM_UNITS * kb * crate::activations::UNIT_BLOCK).enumerate() {
+            // SAFETY: the table is of this CPU; the panel has kb blocks, and there are 1 to GEMM_UNITS whole units.
+            unsafe { (self.table.gemm)(ty, kb, panel, units, &mut block) };
+            let first = i * GEMM_UNITS * UNIT_ROWS;
+            for (t, values) in block.chunks_exact(R16_ROWS).enumerate().take(out.rows() - first) {
+                out.row_mut(first + t)[at..at + n].copy_from_slice(&values[..n]);
+            }
+        }
+    }
+
+    /// [`Self::linear_r16`] for all rows of `acts` and all of `w`, shared among the threads of a pool. `out` is
+    /// `acts.rows() × w.rows()`.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32]) {
+        assert_eq!(out.len(), acts.rows() * w.rows(), "linear_r16_pool: output length");
+        pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
+    }
+
+    /// `out[t][r] = Σ_k w[r][k] * x[t][k]` for the columns `r` of `out`; `w` holds row-major rows of `k` values of a float type.
+    ///
+    /// # Panics
+    /// If `ty` is quantized, `w` is not whole rows, columns are missing or `x` is not `out.rows() × k`.
+    pub fn linear_float(self, ty: WeightType, k: usize, w: &[u8], x: &[f32], out: &mut ColumnsMut<'_>) {
+        assert!(!ty.is_quantized(), "linear_float: {ty}");
+        let row_bytes = k * ty.block_bytes();
+        let columns = out.columns();
+        assert!(k > 0 && w.len().is_multiple_of(row_bytes), "linear_float: {} bytes are not rows", w.len());
+        assert!(columns.end <= w.len() / row_bytes, "linear_float: output {} is missing", columns.end);
+        assert_eq!(x.len(), out.rows() * k, "linear_float: input length");
+        // A few rows at a time stay in cache for all tokens.
+        for start in columns.clone().step_by(R16_ROWS) {
+            let end = columns.end.min(start + R16_ROWS);
+            let rows = &w[start * row_bytes..end * row_bytes];
+            for (t, x) in x.chunks_exact(k).enumerate() {
+                let out = &mut out.row_mut(t)[start - columns.start..end - columns.start];
+                // SAFETY: the table is of this CPU; there is one row of k values for each output.
+                unsafe { (self.table.dots)(ty, rows, x, out) };
+            }
+        }
+    }
+
+    /// `Σ a[i] * b[i]`, in 16 lanes.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn dot_f32(self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "dot_f32: lengths");
+        if a.is_empty() {
+            return 0.0;
+        }
+        // SAFETY: any f32 is four bytes without padding.
+        let bytes = unsafe { std::slice::from_raw_parts(a.as_ptr().cast::<u8>(), size_of_val(a)) };
+        let mut out = [0.0];
+        // SAFETY: the table is of this CPU; one row as long as b.
+        unsafe { (self.table.dots)(WeightType::F32, bytes, b, &mut out) };
+        out[0]
+    }
+
+    /// `out[i] = x[i] / sqrt(mean(x²) + eps) * weight[i]`.
+    ///
+    /// # Panics
+    /// If the lengths differ or are 0.
+    pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(!x.is_empty() && x.len() == weight.len() && x.len() == out.len(), "rms_norm: lengths");
+        // SAFETY: the table is of this CPU; the lengths are equal.
+        unsafe { (self.table.rms_norm)(x, weight, eps, out) };
+    }
+
+    /// Rotates each head of `x` (`n × head_dim`) in place: halves `(a, b)` become `(a cos - b sin, b cos + a sin)`, with
+    /// `head_dim / 2` cosines and sines of the position.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn rope(self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let half = cos.len();
+        assert!(half > 0 && sin.len() == half && x.len().is_multiple_of(2 * half), "rope: lengths");
+        for head in x.chunks_exact_mut(2 * half) {
+            let (a, b) = head.split_at_mut(half);
+            for (((a, b), &c), &s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            }
+        }
+    }
+
+    /// `out[i] += weight * x[i]`, product and sum rounded apart.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn add_scaled(self, out: &mut [f32], weight: f32, x: &[f32]) {
+        assert_eq!(out.len(), x.len(), "add_scaled: lengths");
+        for (o, &v) in out.iter_mut().zip(x) {
+            *o += weight * v;
+        }
+    }
+
+    /// [`crate::quantize_row_q4_0`], faster: the same bytes.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn quantize_row_q4_0(self, x: &[f32], out: &mut [u8]) {
+        assert_eq!(WeightType::Q4_0.row_bytes(x.len()), Some(out.len()), "quantize_row_q4_0: lengths");
+        // SAFETY: the table is of this CPU; `out` has 18 bytes for each 32 floats.
+        unsafe { (self.table.quantize_q4_0)(x, out) };
+    }
+
+    /// [`crate::r16::pack`], faster: the same bytes.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn pack_r16(self, ty: WeightType, rows: usize, k: usize, canonical: &[u8], tiles: &mut [u8]) {
+        assert_eq!(
+            ty.row_bytes(k).and_then(|b| b.checked_mul(rows)),
+            Some(canonical.len()),
+            "pack_r16: canonical bytes"
+        );
+        assert_eq!(packed_bytes(ty, rows, k), Some(tiles.len()), "pack_r16: packed bytes");
+        if canonical.is_empty() {
+            return;
+        }
+        let row_bytes = canonical.len() / rows;
+        let at = rows / R16_ROWS * R16_ROWS * row_bytes;
+        let (whole, last) = tiles.split_at_mut(at);
+        // SAFETY: the table is of this CPU; a multiple of 16 rows and as many bytes of tiles.
+        unsafe { (self.table.pack_r16)(ty, k / BLOCK_LEN, &canonical[..at], whole) };
+        if !rows.is_multiple_of(R16_ROWS) {
+            crate::r16::pack(ty, rows % R16_ROWS, k, &canonical[at..], last);
+        }
+    }
+
+    /// [`ExpertFormat::pack`], faster: the same bytes. This is what filling a cache slot from a canonical file costs.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn pack_expert(self, format: &ExpertFormat, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
+        format.check(matrix, canonical.len(), region.len());
+        if format.ty() != WeightType::Q4_0 {
+            return format.pack(matrix, canonical, region);
+        }
+        match matrix {
+            Matrix::Gate => self.pack_r16(format.ty(), format.n_ff(), format.n_embd(), canonical, region),
+            Matrix::Up => format.pack(matrix, canonical, region),
+            Matrix::Down => {
+                let down = format.down();
+                for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
+                    // SAFETY: the table is of this CPU; the group and the canonical matrix have the sizes of the format.
+                    unsafe { (self.table.pack_down_group)(&down, format.n_embd(), canonical, b, group) };
+                }
+            }
+        }
+    }
+}
+
+/// The units of tokens `first..first + tokens`.
+///
+/// # Panics
+/// If `first` is not a multiple of 4.
+pub(crate) fn units_of(acts: &Q8Acts, first: usize, tokens: usize) -> &[u8] {
+    assert!(first.is_multiple_of(UNIT_ROWS), "tokens start at {first}, not at a multiple of 4");
+    let bytes = acts.unit_bytes();
+    &acts.units()[first / UNIT_ROWS * bytes..(first + tokens).div_ceil(UNIT_ROWS) * bytes]
+}

@@ -1,0 +1,65 @@
+//! Scalar arithmetic whose exact order of operations every instruction set follows.
+
+/// Lanes of the virtual vector in which sums of floats are kept, on any instruction set.
+pub(crate) const LANES: usize = 16;
+
+/// Sum of 16 lanes: halves added to halves, 8, 4, 2, 1.
+#[inline]
+pub(crate) fn reduce_add(v: &[f32; LANES]) -> f32 {
+    let mut v = *v;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            v[i] += v[i + half];
+        }
+    }
+    v[0]
+}
+
+/// Below this, [`exp`] is 0.
+pub(crate) const EXP_MIN: f32 = -87.0;
+pub(crate) const LOG2E: f32 = std::f32::consts::LOG2_E;
+pub(crate) const LN2_HI: f32 = 0.693_359_4;
+pub(crate) const LN2_LO: f32 = -2.121_944_4e-4;
+/// Polynomial of e^r on |r| <= ln2/2, highest power first; the last two coefficients are 1.
+pub(crate) const EXP_POLY: [f32; 7] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0];
+
+/// e^x for x <= 0, with a relative error below 2e-7; 0 below [`EXP_MIN`].
+#[inline]
+pub(crate) fn exp(x: f32) -> f32 {
+    if x < EXP_MIN || x.is_nan() {
+        return 0.0;
+    }
+    let n = (x * LOG2E).round_ties_even();
+    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
+    let mut p = EXP_POLY[0];
+    for c in &EXP_POLY[1..] {
+        p = p.mul_add(r, *c);
+    }
+    p = p.mul_add(r, 1.0);
+    f32::from_bits((p.to_bits() as i32 + ((n as i32) << 23)) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_its_bound() {
+        let mut worst = 0f64;
+        for i in 0..200_000 {
+            let x = -87.0 * i as f32 / 200_000.0;
+            let want = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - want).abs() / want);
+        }
+        assert!(worst < 2e-7, "relative error {worst}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-87.1), 0.0);
+    }
+
+    #[test]
+    fn reduction_adds_every_lane() {
+        assert_eq!(reduce_add(&std::array::from_fn(|i| i as f32)), 120.0);
+    }
+}

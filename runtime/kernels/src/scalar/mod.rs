@@ -1,0 +1,28 @@
+//! Portable versions of every kernel: plain loops that say what the SIMD versions must compute, bit for bit.
+
+mod float;
+mod quantized;
+
+use crate::dispatch::{Isa, Table};
+
+pub(crate) static TABLE: Table = Table {
+    isa: Isa::Scalar,
+    quantize_q8: quantized::quantize_q8,
+    quantize_q4_0: quantized::quantize_q4_0,
+    pack_r16: quantized::pack_r16,
+    pack_down_group: crate::expert_format::pack_down_group,
+    gemv_r16: quantized::gemv_r16,
+    up_rows: quantized::up_rows,
+    q8_rows: quantized::q8_rows,
+    down: quantized::down,
+    panel_r16: quantized::panel_r16,
+    panel_up: quantized::panel_up,
+    panel_down: quantized::panel_down,
+    gemm: quantized::gemm,
+    dots: float::dots,
+    rms_norm: float::rms_norm,
+    scores: float::scores,
+    softmax: float::softmax,
+    values: float::values,
+    merge: float::merge,
+};

@@ -1,0 +1,168 @@
+//! Integer kernels. For every output `acc = fma(f32(Σ a·w), d_w * d_a, acc)` over the blocks of 32 in order, from 0.
+//!
+//! The weight panels of this module hold signed values.
+
+use std::ops::Range;
+
+use half::f16;
+
+use crate::WeightType;
+use crate::activations::{ActRow, UNIT_BLOCK, UNIT_ROWS};
+use crate::block::{BLOCK_LEN, BlockQ4_0, BlockQ8_0, level};
+use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
+use crate::experts::HiddenGroup;
+use crate::r16::{self, R16_ROWS, tile_bytes, tile_scale, tile_value};
+
+pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]) {
+    let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
+    for ((x, q), (d, bias)) in blocks.zip(d.iter_mut().zip(bias)) {
+        let block = BlockQ8_0::quantize(x.try_into().expect("32 floats"));
+        q.copy_from_slice(&block.qs);
+        *d = f16::from_bits(block.d).to_f32();
+        *bias = -8 * q.iter().map(|&v| i32::from(v)).sum::<i32>();
+    }
+}
+
+pub(crate) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
+    crate::block::quantize_row_q4_0(x, out);
+}
+
+pub(crate) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+    let rows = canonical.len() / (kb * ty.block_bytes());
+    r16::pack(ty, rows, kb * BLOCK_LEN, canonical, tiles);
+}
+
+/// One step of the accumulation.
+#[inline]
+fn add_block(acc: f32, isum: i32, d_w: f32, d_a: f32) -> f32 {
+    (isum as f32).mul_add(d_w * d_a, acc)
+}
+
+pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
+    let groups = tiles.chunks_exact(kb * tile_bytes(ty)).zip(out.chunks_exact_mut(R16_ROWS));
+    for (group, out) in groups {
+        out.fill(0.0);
+        for (b, tile) in group.chunks_exact(tile_bytes(ty)).enumerate() {
+            let q = &a.q[b * BLOCK_LEN..][..BLOCK_LEN];
+            for (r, acc) in out.iter_mut().enumerate() {
+                let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * tile_value(ty, tile, r, c)).sum();
+                *acc = add_block(*acc, isum, tile_scale(tile, r), a.d[b]);
+            }
+        }
+    }
+}
+
+/// Block `b` of row `row` of an up region.
+fn up_block(up: &UpLayout, region: &[u8], row: usize, b: usize) -> BlockQ4_0 {
+    let scale = &region[(row * up.kb + b) * 2..][..2];
+    let qs = &region[up.scales_bytes + row * up.row_bytes + b * 16..][..16];
+    BlockQ4_0 { d: u16::from_le_bytes([scale[0], scale[1]]), qs: qs.try_into().expect("16 bytes") }
+}
+
+pub(crate) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    for (&row, out) in rows.iter().zip(out) {
+        *out = 0.0;
+        for (b, q) in a.q.chunks_exact(BLOCK_LEN).enumerate().take(up.kb) {
+            let block = up_block(up, region, row as usize, b);
+            let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * level(&block.qs, c)).sum();
+            *out = add_block(*out, isum, f16::from_bits(block.d).to_f32(), a.d[b]);
+        }
+    }
+}
+
+pub(crate) fn q8_rows(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    for (&row, out) in rows.iter().zip(out) {
+        *out = 0.0;
+        let blocks = region[row as usize * kb * 34..].chunks_exact(34).zip(a.q.chunks_exact(BLOCK_LEN));
+        for (b, (block, q)) in blocks.enumerate().take(kb) {
+            let isum = block[2..].iter().zip(q).map(|(&w, &v)| i32::from(w as i8) * i32::from(v)).sum();
+            *out = add_block(*out, isum, f16::from_le_bytes([block[0], block[1]]).to_f32(), a.d[b]);
+        }
+    }
+}
+
+pub(crate) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
+    out.fill(0.0);
+    for (group, hidden) in region.chunks_exact(down.group_bytes).zip(hidden) {
+        if hidden.live == 0 {
+            continue;
+        }
+        let (scales, rows) = group.split_at(down.padded * 2);
+        let first = chunks.start * OUTPUT_CHUNK;
+        for (i, acc) in out.iter_mut().enumerate() {
+            let o = first + i;
+            let mut isum = 0;
+            for (n, &h) in hidden.q.iter().enumerate() {
+                if h != 0 {
+                    isum += i32::from(h) * (i32::from(down_nibble(&rows[n * down.row_bytes..], o)) - 8);
+                }
+            }
+            let d_w = f16::from_le_bytes([scales[o * 2], scales[o * 2 + 1]]).to_f32();
+            *acc = add_block(*acc, isum, d_w, hidden.d);
+        }
+    }
+}
+
+/// Writes value (row r, column c) and the scales of one block of a panel.
+fn fill_panel_block(block: &mut [u8], value: impl Fn(usize, usize) -> i32, scale: impl Fn(usize) -> f32) {
+    for r in 0..R16_ROWS {
+        for c in 0..BLOCK_LEN {
+            block[(c / 4 * R16_ROWS + r) * 4 + c % 4] = value(r, c) as i8 as u8;
+        }
+        block[512 + r * 4..][..4].copy_from_slice(&scale(r).to_ne_bytes());
+    }
+}
+
+pub(crate) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
+        fill_panel_block(block, |r, c| tile_value(ty, tile, r, c), |r| tile_scale(tile, r));
+    }
+}
+
+pub(crate) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    for (b, out) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
+        let blocks: [BlockQ4_0; R16_ROWS] = std::array::from_fn(|r| up_block(up, region, first + r, b));
+        fill_panel_block(out, |r, c| level(&blocks[r].qs, c), |r| f16::from_bits(blocks[r].d).to_f32());
+    }
+}
+
+pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    for (v, panel) in panels.chunks_exact_mut(down.fb * PANEL_BLOCK).enumerate() {
+        let first = chunk * OUTPUT_CHUNK + v * R16_ROWS;
+        for (group, out) in region.chunks_exact(down.group_bytes).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
+            let (scales, rows) = group.split_at(down.padded * 2);
+            fill_panel_block(
+                out,
+                |r, n| i32::from(down_nibble(&rows[n * down.row_bytes..], first + r)) - 8,
+                |r| f16::from_le_bytes([scales[(first + r) * 2], scales[(first + r) * 2 + 1]]).to_f32(),
+            );
+        }
+    }
+}
+
+pub(crate) fn gemm(
+    _ty: WeightType,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
+) {
+    out.fill(0.0);
+    let float = |b: &[u8], i: usize| f32::from_ne_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
+    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
+        for (w, a) in panel.chunks_exact(PANEL_BLOCK).zip(unit.chunks_exact(UNIT_BLOCK)) {
+            for (t, out) in out.chunks_exact_mut(R16_ROWS).enumerate() {
+                let d_a = float(&a[128..], t);
+                for (r, acc) in out.iter_mut().enumerate() {
+                    let mut isum = 0;
+                    for c in 0..BLOCK_LEN {
+                        let w = w[(c / 4 * R16_ROWS + r) * 4 + c % 4] as i8;
+                        isum += i32::from(w) * i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8);
+                    }
+                    *acc = add_block(*acc, isum, float(&w[512..], r), d_a);
+                }
+            }
+        }
+    }
+}

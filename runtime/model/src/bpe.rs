@@ -95,6 +95,11 @@ impl ByteBpe {
         Some(&self.bytes[start..end])
     }
 
+    /// Text and id of the tokens that are matched whole, none of them empty.
+    pub(crate) fn added(&self) -> &[(String, u32)] {
+        &self.added
+    }
+
     /// Merges one word, calling `emit` with each resulting id in order.
     fn merge_word(&self, word: &[u8], mut emit: impl FnMut(u32)) {
         /// One symbol of the word, linked to its neighbours; `NONE` ends the list.

@@ -2,6 +2,7 @@
 
 mod bpe;
 pub mod chat;
+mod cut;
 mod python;
 pub mod sampler;
 pub mod text;

@@ -4,6 +4,7 @@
 //! byte-level BPE. Refuses any tokenizer it does not implement exactly (another model, another `pre`), because nearly
 //! right token ids give fluent nonsense. Chat templates are `chat.rs`'s, streaming is `text.rs`'s.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use st_gguf::{GgufError, Metadata};
@@ -13,6 +14,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, TokenizerImpl};
 
 use crate::bpe::{ByteBpe, SharedBpe};
+use crate::cut;
 
 const KEY_MODEL: &str = "tokenizer.ggml.model";
 const KEY_PRE: &str = "tokenizer.ggml.pre";
@@ -26,6 +28,12 @@ const KEYS_END: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 /// Every end token of a model that has several, as an array.
 const KEY_END_ALL: &str = "tokenizer.ggml.eos_token_ids";
+
+/// Control tokens that end an answer in files that do not list every end token.
+const END_TEXTS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
+
+/// Bytes of text that go through the pipeline at once.
+const PIECE: usize = 8 << 10;
 
 /// How Qwen2 cuts text into the words that merges may not cross.
 const QWEN2_SPLIT: &str =
@@ -206,9 +214,17 @@ impl Tokenizer {
         let mut without_special = with_special.clone();
         without_special.set_encode_special_tokens(true);
 
+        let mut end_ids = named_end_ids(metadata, tokens.len())?;
+        if metadata.get(KEY_END_ALL).is_none() {
+            let known = bpe.added().iter().filter(|(text, id)| {
+                END_TEXTS.contains(&text.as_str()) && kinds.get(*id as usize) == Some(&TokenKind::Control)
+            });
+            end_ids.extend(known.map(|(_, id)| id));
+        }
+        keep_first(&mut end_ids);
         let bos_id = read_id(metadata, KEY_BOS, tokens.len())?;
         Ok(Some(Self {
-            end_ids: read_end_ids(metadata, tokens.len())?,
+            end_ids,
             bos_id,
             add_bos: bos_id.is_some() && metadata.bool(KEY_ADD_BOS)?.unwrap_or(false),
             bpe,
@@ -233,8 +249,16 @@ impl Tokenizer {
             true => &self.with_special,
             false => &self.without_special,
         };
-        let encoding = pipeline.encode_fast(text, false).map_err(pipeline_error)?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_in_pieces(pipeline, text, PIECE)
+    }
+
+    fn encode_in_pieces(&self, pipeline: &Pipeline, text: &str, target: usize) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        for piece in cut::pieces(text, target, self.bpe.added()) {
+            let encoding = pipeline.encode_fast(piece, false).map_err(pipeline_error)?;
+            ids.extend_from_slice(encoding.get_ids());
+        }
+        Ok(ids)
     }
 
     /// [`Tokenizer::encode`], led by the beginning-of-text token where the file asks for one.
@@ -346,7 +370,14 @@ fn in_vocabulary(key: &'static str, id: u32, vocab: usize) -> Result<u32, Tokeni
     }
 }
 
-fn read_end_ids(metadata: &Metadata, vocab: usize) -> Result<Vec<u32>, TokenizerError> {
+/// The end tokens that a file names, for files whose tokens have no texts. Nothing says here how many tokens there are.
+pub(crate) fn end_ids(metadata: &Metadata) -> Result<Vec<u32>, TokenizerError> {
+    let mut ids = named_end_ids(metadata, usize::MAX)?;
+    keep_first(&mut ids);
+    Ok(ids)
+}
+
+fn named_end_ids(metadata: &Metadata, vocab: usize) -> Result<Vec<u32>, TokenizerError> {
     let mut ids = Vec::new();
     for key in KEYS_END {
         ids.extend(read_id(metadata, key, vocab)?);
@@ -354,9 +385,13 @@ fn read_end_ids(metadata: &Metadata, vocab: usize) -> Result<Vec<u32>, Tokenizer
     for id in metadata.u32s(KEY_END_ALL)?.unwrap_or_default() {
         ids.push(in_vocabulary(KEY_END_ALL, id, vocab)?);
     }
-    let mut seen = std::collections::HashSet::new();
-    ids.retain(|id| seen.insert(*id));
     Ok(ids)
+}
+
+/// Drops repetitions.
+fn keep_first(ids: &mut Vec<u32>) {
+    let mut seen = HashSet::new();
+    ids.retain(|id| seen.insert(*id));
 }
 
 #[cfg(test)]

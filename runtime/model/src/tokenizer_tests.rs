@@ -124,11 +124,36 @@ fn user_defined_tokens_are_matched_always_and_shown() {
 #[test]
 fn every_end_token_counts_once() {
     let mut metadata = metadata();
-    assert_eq!(tokenizer().end_ids(), [2047]);
-    metadata.insert(KEYS_END[1], 2046u32);
-    metadata.insert(KEY_END_ALL, vec![2045u32, 2047]);
+    metadata.insert(KEY_END_ALL, vec![2047u32, 2045, 2047]);
     let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
-    assert_eq!(tokenizer.end_ids(), [2047, 2046, 2045]);
+    assert_eq!(tokenizer.end_ids(), [2047, 2045]);
+    metadata.insert(KEYS_END[1], 2046u32);
+    assert_eq!(end_ids(&metadata).expect("sound"), [2047, 2046, 2045]);
+}
+
+#[test]
+fn chat_ends_are_known_by_their_text_where_the_file_does_not_list_them() {
+    let mut metadata = metadata();
+    metadata.insert(KEYS_END[0], 2045u32);
+    let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
+    assert_eq!(tokenizer.end_ids(), [2045, 2047]);
+}
+
+#[test]
+fn pieces_give_the_ids_of_the_whole() {
+    let tokenizer = tokenizer();
+    let golden = golden();
+    let texts = golden["vectors"].as_array().expect("a list").iter().map(|v| v["text"].as_str().expect("text"));
+    let joined: String = texts.clone().collect();
+    for text in texts.chain([joined.as_str()]) {
+        for pipeline in [&tokenizer.with_special, &tokenizer.without_special] {
+            let whole = tokenizer.encode_in_pieces(pipeline, text, usize::MAX).expect("it encodes");
+            for target in [1, 2, 3, 7, 64] {
+                let ids = tokenizer.encode_in_pieces(pipeline, text, target).expect("it encodes");
+                assert_eq!(ids, whole, "{text:?} in pieces of {target}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -215,6 +240,17 @@ proptest! {
                 let expected: Vec<u32> = expected.iter().map(|token| token.id).collect();
                 prop_assert_eq!(got, expected, "{:?}", word);
             }
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn random_pieces_give_the_ids_of_the_whole(text in "([a-c's1-2 \n.!]|[é你。가、\u{301}\u{3099}か]|<\\|im_end\\|>|\\r\n){0,40}", target in 1usize..16) {
+        thread_local! { static OURS: Tokenizer = tokenizer(); }
+        OURS.with(|ours| -> Result<(), TestCaseError> {
+            let whole = ours.encode_in_pieces(&ours.with_special, &text, usize::MAX).expect("it encodes");
+            let pieces = ours.encode_in_pieces(&ours.with_special, &text, target).expect("it encodes");
+            prop_assert_eq!(pieces, whole);
             Ok(())
         })?;
     }

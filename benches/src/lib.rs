@@ -1,1 +1,5 @@
-//! To be written.
+//! What the benchmarks share: the synthetic checkpoint generator.
+//!
+//! Nothing here is part of `st-tool`; nothing of `st-tool` imports it.
+
+pub mod synth;

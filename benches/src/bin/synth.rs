@@ -1,0 +1,203 @@
+//! `synth`: makes synthetic SmallThinker checkpoints for benchmarks.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use st_bench::synth::checkpoint::write_checkpoint;
+use st_bench::synth::gguf::write_gguf;
+use st_bench::synth::recipe::{Recipe, Statistics};
+use st_bench::synth::shape::Shape;
+
+/// Synthetic SmallThinker checkpoints: random weights with the routing and sparsity of a trained model.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Writes a checkpoint folder (BF16 safetensors) or a Q4_0 GGUF file.
+    Make(Make),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Preset {
+    /// SmallThinker-4BA0.6B.
+    #[value(name = "4b")]
+    Small,
+    /// SmallThinker-21BA3B.
+    #[value(name = "21b")]
+    Large,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    /// A Hugging Face folder: BF16 safetensors shards, config, tokenizer.
+    Checkpoint,
+    /// A standard Q4_0 GGUF file.
+    Gguf,
+}
+
+#[derive(Args)]
+struct Make {
+    /// The folder or file to write.
+    output: PathBuf,
+    #[arg(long, value_enum, default_value = "checkpoint")]
+    format: Format,
+    /// The published shape to start from.
+    #[arg(long, value_enum, default_value = "4b")]
+    preset: Preset,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Share of neurons inside chosen experts that are zero.
+    #[arg(long, default_value_t = 0.65)]
+    sparsity: f64,
+    /// The same for the first eighth of the layers (default: 0.92, or SPARSITY where that is more; 0 where SPARSITY is).
+    #[arg(long)]
+    early_sparsity: Option<f64>,
+    /// Share of choices that the popular quarter of a layer's experts takes.
+    #[arg(long, default_value_t = 0.6)]
+    popular_share: f64,
+    /// Share of its predecessor's experts that a token repeats.
+    #[arg(long, default_value_t = 0.5)]
+    repeat_share: f64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Tensor bytes per safetensors shard, in MiB.
+    #[arg(long, default_value_t = 4096)]
+    shard_mib: u64,
+    /// Threads (default: all).
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Replace an existing GGUF file.
+    #[arg(long)]
+    force: bool,
+}
+
+/// Overrides of the preset, one number each.
+#[derive(Args)]
+#[command(next_help_heading = "Shape")]
+struct ShapeArgs {
+    #[arg(long)]
+    name: Option<String>,
+    #[arg(long)]
+    layers: Option<usize>,
+    #[arg(long)]
+    hidden: Option<usize>,
+    #[arg(long)]
+    heads: Option<usize>,
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    #[arg(long)]
+    head_dim: Option<usize>,
+    #[arg(long)]
+    experts: Option<usize>,
+    #[arg(long)]
+    active: Option<usize>,
+    #[arg(long)]
+    ffn: Option<usize>,
+    #[arg(long)]
+    vocab: Option<usize>,
+    #[arg(long)]
+    context: Option<usize>,
+    #[arg(long)]
+    window: Option<usize>,
+    /// One global NoPE layer, then PERIOD-1 rotary window layers; 0: all rotary and global.
+    #[arg(long)]
+    period: Option<usize>,
+    /// Router weights by softmax (else normalised sigmoid).
+    #[arg(long)]
+    softmax: Option<bool>,
+    /// The LM head is the embedding.
+    #[arg(long)]
+    tied: Option<bool>,
+}
+
+impl ShapeArgs {
+    fn apply(self, preset: Preset) -> Shape {
+        let (mut shape, published_period) = match preset {
+            Preset::Small => (Shape::preset_4b(), 0),
+            Preset::Large => (Shape::preset_21b(), 4),
+        };
+        let set = |field: &mut usize, value: Option<usize>| *field = value.unwrap_or(*field);
+        set(&mut shape.n_layers, self.layers);
+        set(&mut shape.n_embd, self.hidden);
+        set(&mut shape.n_heads, self.heads);
+        set(&mut shape.n_kv_heads, self.kv_heads);
+        set(&mut shape.head_dim, self.head_dim);
+        set(&mut shape.n_experts, self.experts);
+        set(&mut shape.n_experts_used, self.active);
+        set(&mut shape.n_ff, self.ffn);
+        set(&mut shape.vocab, self.vocab);
+        set(&mut shape.context, self.context);
+        set(&mut shape.window, self.window);
+        shape.set_period(self.period.unwrap_or(published_period));
+        shape.softmax = self.softmax.unwrap_or(shape.softmax);
+        shape.tied = self.tied.unwrap_or(shape.tied);
+        shape.name = self.name.unwrap_or(shape.name);
+        shape
+    }
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Make(args) => make(args),
+    }
+}
+
+fn make(args: Make) -> Result<()> {
+    if args.threads > 0 {
+        rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot start the threads")?;
+    }
+    let statistics = Statistics {
+        sparsity: args.sparsity,
+        early_sparsity: args.early_sparsity.unwrap_or(if args.sparsity > 0.0 {
+            0.92_f64.max(args.sparsity)
+        } else {
+            0.0
+        }),
+        popular_share: args.popular_share,
+        repeat_share: args.repeat_share,
+        seed: args.seed,
+    };
+    let recipe = Recipe::new(args.shape.apply(args.preset), &statistics)?;
+    let plan = recipe.calibration();
+    println!(
+        "planned: {:.1} % of choices to popular experts, {:.1} % of experts repeated, {:.1} % of neurons zero ({:.1} % in \
+         the first eighth of the layers)",
+        100.0 * plan.popular_share,
+        100.0 * plan.repeat_share,
+        100.0 * statistics.sparsity,
+        100.0 * statistics.early_sparsity,
+    );
+    if !recipe.has_successors() {
+        println!("note: the shape has no room for token codes; greedy text will repeat one token");
+    }
+    let start = Instant::now();
+    let written = AtomicU64::new(0);
+    let progress = |bytes: u64| {
+        let gib = 1_u64 << 30;
+        let before = written.fetch_add(bytes, Ordering::Relaxed);
+        if before / gib != (before + bytes) / gib {
+            eprintln!("{} GiB after {:.0} s", (before + bytes) / gib, start.elapsed().as_secs_f64());
+        }
+    };
+    match args.format {
+        Format::Checkpoint => write_checkpoint(&recipe, &args.output, args.shard_mib << 20, &progress)?,
+        Format::Gguf => {
+            if args.output.is_dir() {
+                bail!("{} is a folder", args.output.display());
+            }
+            write_gguf(&recipe, &args.output, args.force, &progress)?;
+        }
+    }
+    let (bytes, seconds) = (written.into_inner() as f64, start.elapsed().as_secs_f64());
+    println!("wrote {:.2} GB in {seconds:.1} s ({:.0} MB/s)", bytes / 1e9, bytes / 1e6 / seconds);
+    Ok(())
+}

@@ -32,6 +32,24 @@ pub trait Eviction: Send + std::fmt::Debug {
     }
 }
 
+impl Eviction for Box<dyn Eviction> {
+    fn release(&mut self, slot: u32, key: u32, warmth: Warmth) {
+        (**self).release(slot, key, warmth);
+    }
+
+    fn hold(&mut self, slot: u32, key: u32) {
+        (**self).hold(slot, key);
+    }
+
+    fn evict(&mut self) -> Option<u32> {
+        (**self).evict()
+    }
+
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+}
+
 /// The policies to choose from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Policy {
@@ -68,9 +86,9 @@ impl Policy {
 }
 
 /// Least recently used.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Lru {
-    order: SlotList,
+    pub(crate) order: SlotList,
 }
 
 impl Lru {
@@ -106,7 +124,7 @@ const MAX_COUNT: usize = 63;
 
 /// Least frequently used with aging. Counts belong to experts and outlive their stay in a slot; all of them are halved
 /// after as many uses as eight sweeps over the slots make, so that a change of subject is noticed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LfuAging {
     /// Per expert: how often it was used, aged, at most [`MAX_COUNT`].
     counts: Vec<u8>,
@@ -195,7 +213,7 @@ impl Eviction for LfuAging {
 
 /// Least frequent recently used: an expert seen again moves to a privileged part (three quarters of the slots) that is
 /// ordered by recency; what falls out of it, and what was seen once, is ordered by frequency and goes first.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Lfru {
     privileged: SlotList,
     rest: LfuAging,

@@ -167,6 +167,7 @@ impl Load {
 
 /// Pieces waiting for a thread: what a router has chosen first, guesses after.
 #[derive(Debug, Default)]
+#[cfg_attr(test, derive(Clone))]
 pub(crate) struct Queue {
     certain: VecDeque<Job>,
     guesses: VecDeque<Job>,
@@ -196,6 +197,21 @@ impl Queue {
                 return Some(job);
             }
         }
+    }
+}
+
+#[cfg(test)]
+impl Load {
+    pub(crate) fn second_attempt(&self) -> bool {
+        self.second_attempt
+    }
+}
+
+#[cfg(test)]
+impl Queue {
+    /// The queued jobs in the order in which they would be popped, void ones included, each with its lane.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (bool, &Job)> {
+        self.certain.iter().map(|job| (true, job)).chain(self.guesses.iter().map(|job| (false, job)))
     }
 }
 

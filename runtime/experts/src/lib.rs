@@ -14,6 +14,7 @@
 //! which rule of the state machine makes it sound.
 
 mod buffer;
+pub mod cache_sim;
 mod error;
 mod eviction;
 #[cfg(test)]
@@ -27,6 +28,7 @@ mod slots;
 mod stats;
 mod store;
 mod table;
+mod trace;
 mod waves;
 
 pub use buffer::{AlignedBuf, PAGE};
@@ -38,6 +40,7 @@ pub use st_gguf::Matrix;
 pub use stats::StoreStats;
 pub use store::{ALL_EXPERTS, ExpertStore, MAX_LEASE, StoreOptions};
 pub use table::Use;
+pub use trace::{RoutingTrace, TraceError, TraceHeader, TraceRow, TraceWriter};
 pub use waves::Waves;
 
 use std::ops::Range;

@@ -6,7 +6,7 @@
 pub(crate) const NONE: u32 = u32::MAX;
 
 /// A list of slot numbers below a fixed bound, from the front (next to leave) to the back (last to leave).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct SlotList {
     /// Per slot: (previous, next); a slot that is not in the list points at itself.
     links: Vec<(u32, u32)>,

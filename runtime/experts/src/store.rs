@@ -163,7 +163,14 @@ impl ExpertStore {
         };
         let reader = Reader::new(io, index, format, options.whole_records, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
-        let table = Table::new(n_slots, n_keys, options.policy, guess_slots, reader.pieces.clone(), checksums);
+        let table = Table::new(
+            n_slots,
+            n_keys,
+            options.policy.build(n_slots, n_keys),
+            guess_slots,
+            reader.pieces.clone(),
+            checksums,
+        );
         let state = State {
             table,
             closing: false,

@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{ALIGNED, Fixture, ODD};
-use crate::io::{BufferedIo, Fault, FaultyIo};
+use crate::io::{BufferedIo, DirectIo, Fault, FaultyIo};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const LAYOUTS: [Layout; 2] = [Layout::Gguf, Layout::Offload];
@@ -156,4 +157,226 @@ fn landing_gives_each_rank_once_and_ready_ones_first() {
     }
     order.sort_unstable();
     assert_eq!(order, [0, 1, 2, 3, 4]);
+}
+
+/// Deterministic numbers for fault plans.
+fn hash(seed: u64, x: u64) -> u64 {
+    let mixed = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ x).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    (mixed ^ mixed >> 29).wrapping_mul(0x94d0_49bb_1331_11eb) >> 17
+}
+
+fn faulty(
+    fixture: &Fixture,
+    options: &StoreOptions,
+    plan: impl Fn(u64) -> Vec<Fault> + Send + Sync + 'static,
+) -> ExpertStore {
+    // Direct reads where this file system has them, so that alignment is tested too.
+    let made = match DirectIo::open(&fixture.path) {
+        Ok(io) => ExpertStore::with_io(
+            Box::new(FaultyIo::new(io, plan)),
+            fixture.index.clone(),
+            fixture.format(),
+            options.clone(),
+        ),
+        Err(_) => {
+            let io = FaultyIo::new(BufferedIo::open(&fixture.path, true).unwrap(), plan);
+            ExpertStore::with_io(Box::new(io), fixture.index.clone(), fixture.format(), options.clone())
+        }
+    };
+    made.unwrap()
+}
+
+/// What is delayed, shortened, or wrong only once never shows.
+#[test]
+fn passing_faults_never_show() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 3, 6, ODD);
+        for seed in 0..30 {
+            let options = StoreOptions {
+                n_slots: 4 + (seed as usize * 5) % 15,
+                top_k: 2,
+                io_threads: 1 + seed as usize % 4,
+                prefetch: seed % 3 != 0,
+                guess_slots: seed as usize % 3,
+                ..Default::default()
+            };
+            let store = faulty(&fixture, &options, move |offset| {
+                let dice = hash(seed, offset);
+                let mut faults = vec![];
+                if dice.is_multiple_of(3) {
+                    faults.push(Fault::Delay(Duration::from_micros(dice % 300)));
+                }
+                if seed % 2 == 0 && (dice / 3).is_multiple_of(2) {
+                    faults.push(Fault::Short((dice % 6000) as usize));
+                }
+                match dice / 6 % 5 {
+                    // A read in several parts could fail once in each, which is more than one retry makes good.
+                    0 if seed % 2 == 1 => faults.push(Fault::FailOnce),
+                    // Only records have checksums.
+                    1 if layout == Layout::Offload => faults.push(Fault::CorruptOnce),
+                    _ => {}
+                }
+                faults
+            });
+            for token in 0..6 {
+                for layer in 0..3 {
+                    let ids = route(&fixture, token + seed as usize, layer, 2);
+                    store.prefetch(layer, &ids);
+                    store.prefetch_guess((layer + 1) % 3, &route(&fixture, token, layer + 1, 2));
+                    check(&fixture, layer, &store.acquire(layer, &ids).unwrap());
+                }
+            }
+            assert_eq!(store.stats().failures, 0);
+        }
+    }
+}
+
+/// What fails for good is an error that names the expert; the others are right, and the store goes on.
+#[test]
+fn lasting_faults_are_errors_and_the_store_goes_on() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 2, 6, ODD);
+        for seed in 0..30u64 {
+            let fault = match (seed % 3, layout) {
+                (0, _) => Fault::Panic,
+                (1, Layout::Offload) => Fault::Corrupt,
+                _ => Fault::Fail,
+            };
+            let broken = Arc::new(AtomicBool::new(true));
+            let is_broken = Arc::clone(&broken);
+            let options = StoreOptions {
+                n_slots: 4 + seed as usize % 9,
+                top_k: 2,
+                io_threads: 1 + seed as usize % 3,
+                ..Default::default()
+            };
+            let store = faulty(&fixture, &options, move |offset| {
+                let bad = is_broken.load(Ordering::SeqCst) && hash(seed, offset).is_multiple_of(7);
+                if bad { vec![fault] } else { vec![] }
+            });
+            let (mut right, mut wrong) = (0, 0);
+            for token in 0..8 {
+                for layer in 0..2 {
+                    let ids = route(&fixture, token, layer, 2);
+                    store.prefetch(layer, &ids);
+                    let lease = store.acquire(layer, &ids).unwrap();
+                    for (rank, &id) in ids.iter().enumerate() {
+                        for matrix in Matrix::ALL {
+                            match lease.wait(rank, matrix) {
+                                Ok(got) => {
+                                    assert!(got == fixture.expected(layer, id as usize, matrix));
+                                    right += 1;
+                                }
+                                Err(error) => {
+                                    let (StoreError::Read { ref path, layer: l, expert, offset, .. }
+                                    | StoreError::Corrupt { ref path, layer: l, expert, offset, .. }) = error
+                                    else {
+                                        panic!("{error}")
+                                    };
+                                    assert_eq!((path, l as usize, expert), (&fixture.path, layer, id));
+                                    assert!(offset > 0);
+                                    assert!(
+                                        !lease.is_ready(rank, Matrix::Gate)
+                                            || layout == Layout::Gguf
+                                            || fault != Fault::Corrupt
+                                    );
+                                    wrong += 1;
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            assert!(right > 0);
+            assert_eq!(wrong > 0, store.stats().failures > 0);
+            // The drive recovers, and so does everything else.
+            broken.store(false, Ordering::SeqCst);
+            for layer in 0..2 {
+                let mut waves = store.waves(layer, &[0, 1, 2, 3, 4, 5]);
+                while let Some(lease) = waves.next_wave().unwrap() {
+                    check(&fixture, layer, &lease);
+                }
+            }
+        }
+    }
+}
+
+/// A record that was damaged after the file was made is named, and the rest of the file works.
+#[test]
+fn a_flipped_bit_in_a_record_is_found() {
+    let fixture = Fixture::new(Layout::Offload, 1, 4, ALIGNED);
+    let record = fixture.index.record(0, 2).unwrap();
+    let mut bytes = std::fs::read(&fixture.path).unwrap();
+    bytes[record.offset as usize + 9000] ^= 1;
+    std::fs::write(&fixture.path, bytes).unwrap();
+    for io in [IoMode::Auto, IoMode::Buffered] {
+        let store = store(&fixture, StoreOptions { n_slots: 4, io, ..Default::default() }).unwrap();
+        let lease = store.acquire(0, &[1, 2]).unwrap();
+        assert!(lease.wait(0, Matrix::Down).is_ok());
+        let error = lease.wait(1, Matrix::Gate).unwrap_err();
+        assert!(matches!(error, StoreError::Corrupt { expert: 2, offset, .. } if offset == record.offset), "{error}");
+        assert_eq!(store.stats().retries, 1);
+        let mut ranks = Vec::new();
+        let mut landing = lease.as_they_land(Matrix::Gate);
+        let outcomes = [landing.next_batch(&mut ranks), landing.next_batch(&mut ranks), landing.next_batch(&mut ranks)];
+        assert_eq!((outcomes.iter().filter(|o| o.is_err()).count(), &ranks[..]), (1, &[0][..]));
+    }
+}
+
+/// The file shrinks while it is in use.
+#[test]
+fn a_truncated_file_is_an_error_with_the_reason() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 1, 8, ODD);
+        let store = store(&fixture, StoreOptions { n_slots: 4, top_k: 2, ..Default::default() }).unwrap();
+        std::fs::OpenOptions::new().write(true).open(&fixture.path).unwrap().set_len(5000).unwrap();
+        let error = store.acquire(0, &[7]).unwrap().wait(0, Matrix::Down).unwrap_err();
+        let StoreError::Read { cause, .. } = error else { panic!("{error}") };
+        assert_eq!(cause.kind(), std::io::ErrorKind::UnexpectedEof);
+    }
+}
+
+/// Several sessions at once, each with its own leases, and threads of one session waiting for the same expert.
+#[test]
+fn threads_share_one_read_and_see_the_same_bytes() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 2, 8, ODD);
+        let options = StoreOptions { n_slots: 12, top_k: 2, io_threads: 3, ..Default::default() };
+        let store =
+            faulty(&fixture, &options, |offset| vec![Fault::Delay(Duration::from_micros(hash(1, offset) % 200))]);
+        std::thread::scope(|scope| {
+            for session in 0..3 {
+                let (store, fixture) = (&store, &fixture);
+                scope.spawn(move || {
+                    for token in 0..40 {
+                        let layer = token % 2;
+                        let ids = route(fixture, token / 3 + session, layer, 2);
+                        store.prefetch(layer, &ids);
+                        let lease = store.acquire(layer, &ids).unwrap();
+                        std::thread::scope(|workers| {
+                            workers.spawn(|| check(fixture, layer, &lease));
+                            check(fixture, layer, &lease);
+                        });
+                    }
+                });
+            }
+        });
+        let stats = store.stats();
+        assert_eq!((stats.lookups, stats.failures), (240, 0));
+        assert!(stats.loads <= stats.misses() + stats.prefetch_issued);
+    }
+}
+
+/// A lease that is given back while its experts load, and a store that is closed while reads are queued.
+#[test]
+fn leaving_early_is_harmless() {
+    let fixture = Fixture::new(Layout::Gguf, 1, 16, ODD);
+    let options = StoreOptions { n_slots: 8, top_k: 2, io_threads: 2, ..Default::default() };
+    let store = faulty(&fixture, &options, |_| vec![Fault::Delay(Duration::from_micros(500))]);
+    for start in 0..12u32 {
+        drop(store.acquire(0, &[start, start + 1, start + 2, start + 3]).unwrap());
+    }
+    check(&fixture, 0, &store.acquire(0, &[0, 15]).unwrap());
+    store.prefetch(0, &[3, 4, 5]);
+    drop(store);
 }

@@ -15,7 +15,7 @@
 //! when every piece it needs is in and no piece of the slot that overlaps it can be written again before the slot is freed.
 
 use crate::error::StoreError;
-use crate::eviction::{Eviction, Policy, Warmth};
+use crate::eviction::{Eviction, Warmth};
 use crate::inflight::{ALL_MATRICES, Arrival, Job, Load, Pieces, Queue};
 use crate::list::{NONE, SlotList};
 use crate::stats::StoreStats;
@@ -51,6 +51,7 @@ enum Intent {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Slot {
     /// The expert in it; meaningless where free.
     key: u32,
@@ -121,15 +122,16 @@ pub(crate) enum Finish {
     Corrupt(u32),
 }
 
-/// The state machine.
+/// The state machine, with `E` to order the victims.
 #[derive(Debug)]
-pub(crate) struct Table {
+#[cfg_attr(test, derive(Clone))]
+pub(crate) struct Table<E = Box<dyn Eviction>> {
     /// Per expert: its live slot, or NONE.
     slot_of: Vec<u32>,
     slots: Vec<Slot>,
     /// Free slots; the last is taken first.
     free: Vec<u32>,
-    policy: Box<dyn Eviction>,
+    policy: E,
     promised: SlotList,
     guessed: SlotList,
     /// Slots with intent Guess, loading ones included, and how many there may be.
@@ -149,12 +151,12 @@ pub(crate) struct Table {
     pub(crate) stats: StoreStats,
 }
 
-impl Table {
+impl<E: Eviction> Table<E> {
     /// A table without a single expert loaded. `checksums` is empty or has one entry per expert.
     pub(crate) fn new(
         n_slots: usize,
         n_keys: usize,
-        policy: Policy,
+        policy: E,
         max_guesses: usize,
         pieces: Pieces,
         checksums: Vec<u32>,
@@ -176,7 +178,7 @@ impl Table {
             slot_of: vec![NONE; n_keys],
             slots: (0..n_slots).map(|_| slot()).collect(),
             free: (0..n_slots as u32).rev().collect(),
-            policy: policy.build(n_slots, n_keys),
+            policy,
             promised: SlotList::new(n_slots),
             guessed: SlotList::new(n_slots),
             n_guesses: 0,
@@ -544,3 +546,7 @@ impl Table {
         at
     }
 }
+
+#[cfg(test)]
+#[path = "table_tests.rs"]
+mod tests;

@@ -1,0 +1,253 @@
+//! Routing traces: which experts the routers chose, as text, one line per token and layer.
+//!
+//! ```text
+//! # routing n_layers=32 n_experts=32 expert_bytes=1990656
+//! 0 0 3,17,8,30
+//! 0 1 5,2,9,11
+//! ```
+//! that is token, layer, and the chosen experts in the router's order. Lines that begin with `#` are comments; the first one
+//! as above lets a reader turn slots into bytes. The reader takes any file and refuses what is not a trace, naming the line;
+//! what it holds in memory is proportional to what it has read.
+
+use std::io::{self, BufRead, Read, Write};
+use thiserror::Error;
+
+/// Longest line that is read, in bytes; a line of 512 experts has a tenth of it.
+const MAX_LINE: u64 = 1 << 15;
+
+/// Layers and experts are numbered below this.
+const MAX_ID: u32 = 1 << 16;
+
+/// Why a file is not a routing trace.
+#[derive(Debug, Error)]
+pub enum TraceError {
+    /// The file could not be read.
+    #[error("cannot read the routing trace")]
+    Io(#[from] io::Error),
+    /// A line is not `TOKEN LAYER EXPERT,EXPERT,…`.
+    #[error("line {line} of the routing trace {problem}")]
+    Malformed {
+        /// Counted from 1.
+        line: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// There is no line with a choice of experts.
+    #[error("the routing trace is empty")]
+    Empty,
+}
+
+/// What a trace's first line says about the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceHeader {
+    /// Layers with experts.
+    pub n_layers: u32,
+    /// Experts per layer.
+    pub n_experts: u32,
+    /// Bytes that one expert takes in the cache.
+    pub expert_bytes: u64,
+}
+
+/// Writes a trace as a model runs.
+#[derive(Debug)]
+pub struct TraceWriter<W: Write> {
+    out: W,
+}
+
+impl<W: Write> TraceWriter<W> {
+    /// Begins a trace. `out` should be buffered.
+    ///
+    /// # Errors
+    /// What `out` reports.
+    pub fn new(mut out: W, header: &TraceHeader) -> io::Result<Self> {
+        let TraceHeader { n_layers, n_experts, expert_bytes } = header;
+        writeln!(out, "# routing n_layers={n_layers} n_experts={n_experts} expert_bytes={expert_bytes}")?;
+        Ok(Self { out })
+    }
+
+    /// Adds the experts `ids` that the router of `layer` chose for the token at position `token` of the run.
+    ///
+    /// # Errors
+    /// What the output reports.
+    pub fn record(&mut self, token: u64, layer: usize, ids: &[u32]) -> io::Result<()> {
+        write!(self.out, "{token} {layer} ")?;
+        for (i, id) in ids.iter().enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            write!(self.out, "{comma}{id}")?;
+        }
+        writeln!(self.out)
+    }
+
+    /// Ends the trace and gives the output back, flushed.
+    ///
+    /// # Errors
+    /// What the output reports.
+    pub fn finish(mut self) -> io::Result<W> {
+        self.out.flush()?;
+        Ok(self.out)
+    }
+}
+
+/// One line of a trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceRow<'a> {
+    /// The token's position in the run.
+    pub token: u64,
+    /// The layer.
+    pub layer: u32,
+    /// The experts chosen, distinct, in the router's order.
+    pub ids: &'a [u32],
+}
+
+/// A trace in memory.
+#[derive(Debug, Clone, Default)]
+pub struct RoutingTrace {
+    header: Option<TraceHeader>,
+    /// Per row: token, layer and where its experts end in `ids`.
+    rows: Vec<(u64, u32, usize)>,
+    ids: Vec<u32>,
+}
+
+impl RoutingTrace {
+    /// Reads a trace to its end.
+    ///
+    /// # Errors
+    /// [`TraceError`]; nothing in a file makes it panic.
+    pub fn read(mut input: impl BufRead) -> Result<Self, TraceError> {
+        let mut trace = Self::default();
+        let mut line = Vec::new();
+        for number in 1.. {
+            line.clear();
+            let n = (&mut input).take(MAX_LINE).read_until(b'\n', &mut line)? as u64;
+            if n == 0 {
+                break;
+            }
+            let malformed = |problem| TraceError::Malformed { line: number, problem };
+            if n == MAX_LINE && !line.ends_with(b"\n") {
+                return Err(malformed("is too long"));
+            }
+            let text = std::str::from_utf8(&line).map_err(|_| malformed("is not text"))?.trim();
+            match text.strip_prefix('#') {
+                Some(comment) if trace.header.is_none() => trace.header = parse_header(comment),
+                Some(_) => {}
+                None if text.is_empty() => {}
+                None => trace.push_line(text).map_err(malformed)?,
+            }
+        }
+        if trace.rows.is_empty() { Err(TraceError::Empty) } else { Ok(trace) }
+    }
+
+    fn push_line(&mut self, text: &str) -> Result<(), &'static str> {
+        let mut fields = text.split_ascii_whitespace();
+        let (Some(token), Some(layer), Some(ids), None) = (fields.next(), fields.next(), fields.next(), fields.next())
+        else {
+            return Err("is not TOKEN LAYER EXPERT,EXPERT,…");
+        };
+        let token = token.parse().map_err(|_| "has no number for its token")?;
+        let below_max = |text: &str| text.parse().ok().filter(|&id: &u32| id < MAX_ID);
+        let layer = below_max(layer).ok_or("has no valid layer")?;
+        let start = self.ids.len();
+        for id in ids.split(',') {
+            let id = below_max(id).ok_or("has no valid list of experts")?;
+            if self.ids[start..].contains(&id) {
+                return Err("names an expert twice");
+            }
+            self.ids.push(id);
+        }
+        self.rows.push((token, layer, self.ids.len()));
+        Ok(())
+    }
+
+    /// What the first line says, where there was one that does.
+    pub fn header(&self) -> Option<TraceHeader> {
+        self.header
+    }
+
+    /// The lines in order.
+    pub fn rows(&self) -> impl Iterator<Item = TraceRow<'_>> {
+        self.rows.iter().scan(0, |start, &(token, layer, end)| {
+            let ids = &self.ids[*start..end];
+            *start = end;
+            Some(TraceRow { token, layer, ids })
+        })
+    }
+
+    /// How many tokens it covers: the runs of lines with the same token.
+    pub fn n_tokens(&self) -> u64 {
+        self.rows.chunk_by(|a, b| a.0 == b.0).count() as u64
+    }
+}
+
+/// The values of `# routing n_layers=… n_experts=… expert_bytes=…`, or nothing where it is another comment.
+fn parse_header(comment: &str) -> Option<TraceHeader> {
+    let mut fields = comment.split_ascii_whitespace();
+    let mut value = |name: &str| fields.next()?.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok();
+    let _ = comment.trim_start().strip_prefix("routing ")?;
+    // The first field is the word itself, which is no `name=value`.
+    value("routing");
+    Some(TraceHeader {
+        n_layers: value("n_layers")?.try_into().ok()?,
+        n_experts: value("n_experts")?.try_into().ok()?,
+        expert_bytes: value("expert_bytes")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &[u8]) -> Result<RoutingTrace, TraceError> {
+        RoutingTrace::read(text)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let header = TraceHeader { n_layers: 2, n_experts: 9, expert_bytes: 4096 };
+        let mut writer = TraceWriter::new(Vec::new(), &header).unwrap();
+        let rows = [(0, 0, vec![8, 1]), (0, 1, vec![3, 2]), (1, 0, vec![0])];
+        for (token, layer, ids) in &rows {
+            writer.record(*token, *layer, ids).unwrap();
+        }
+        let text = writer.finish().unwrap();
+        assert!(text.ends_with(b"0 0 8,1\n0 1 3,2\n1 0 0\n"));
+        let trace = read(&text).unwrap();
+        assert_eq!((trace.header(), trace.n_tokens()), (Some(header), 2));
+        let got: Vec<_> = trace.rows().map(|row| (row.token, row.layer as usize, row.ids.to_vec())).collect();
+        assert_eq!(got, rows);
+    }
+
+    #[test]
+    fn what_is_no_trace_is_refused_by_line() {
+        let long = [b"0 0 ".as_slice(), b"1,".repeat(20_000).as_slice()].concat();
+        for (text, line) in [
+            (b"0 0 1\nx".as_slice(), 2),
+            (b"0 0 1 2", 1),
+            (b"0 0", 1),
+            (b"-1 0 1", 1),
+            (b"0 65536 1", 1),
+            (b"0 0 1,,2", 1),
+            (b"0 0 1,2,", 1),
+            (b"0 0 70000", 1),
+            (b"0 0 1,2,1", 1),
+            (b"\n\xff\xfe", 2),
+            (&long, 1),
+        ] {
+            match read(text) {
+                Err(TraceError::Malformed { line: at, .. }) => assert_eq!(at, line),
+                other => panic!("{other:?} for {:?}", String::from_utf8_lossy(text)),
+            }
+        }
+        assert!(matches!(read(b""), Err(TraceError::Empty)));
+        assert!(matches!(read(b"# only a comment\n"), Err(TraceError::Empty)));
+        assert_eq!(read(b"# routing n_layers=x\n0 0 1\n").unwrap().header(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), lines in "([0-9,# a-z=]{0,12}\n){0,8}") {
+            let _ = read(&bytes);
+            let _ = read(lines.as_bytes());
+        }
+    }
+}

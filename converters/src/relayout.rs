@@ -1,0 +1,321 @@
+//! Moves the experts of a GGUF file from one layout to the other, bit for bit.
+//!
+//! Owns position only: no weight is decoded, nothing is quantized again, and what is not an expert is copied as it
+//! is. Memory is bounded by a few experts. Records of the offload layout are checked against their checksums as they
+//! are read, so damage found here ends the work instead of travelling on.
+
+use std::path::Path;
+
+use st_gguf::{
+    ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix as FileMatrix, Metadata,
+    TensorSpec, WriteOptions, layout_keys, tensor_names,
+};
+use st_kernels::{ExpertFormat, Matrix, WeightType};
+
+use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor, describe_packing};
+use crate::error::ConvertError;
+use crate::layout::ALIGNMENT;
+use crate::pipeline::run_ordered;
+use crate::progress::{Cancel, Progress};
+
+/// Most bytes that one unit copies of a tensor that holds no experts.
+const COPY_BYTES: u64 = 4 << 20;
+/// Most bytes of output that wait to be written.
+const IN_FLIGHT_BYTES: usize = 64 << 20;
+
+/// How to rearrange a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayoutOptions {
+    /// The layout to bring the file to.
+    pub to: Layout,
+    /// Threads that read and rearrange; one more writes. The bytes do not depend on it.
+    pub threads: usize,
+    /// Whether an existing output is replaced.
+    pub overwrite: bool,
+}
+
+/// What one unit of work produces: the next bytes of the output.
+#[derive(Clone, Copy, Debug)]
+enum Unit {
+    /// Bytes of the input as they are.
+    Copy(ByteRange),
+    /// The record of an expert, out of its three matrices.
+    Pack { layer: usize, expert: usize },
+    /// A matrix of an expert, out of its record.
+    Unpack { layer: usize, expert: usize, matrix: FileMatrix },
+}
+
+/// The input, and everything that follows from it before a weight is read.
+struct Job<'a> {
+    path: &'a Path,
+    file: GgufFile,
+    index: ExpertIndex,
+    format: ExpertFormat,
+    metadata: Metadata,
+    tensors: Vec<TensorSpec>,
+    units: Vec<Unit>,
+}
+
+/// Writes the experts of the GGUF file `input` to `out` in the layout `options.to`; returns what was written. The
+/// output starts with the tensors that are no experts, in the input's order, and has the experts layer by layer.
+/// There and back again gives the first file's bytes, where this tool wrote it.
+///
+/// # Errors
+/// An input that is no SmallThinker file, is in that layout already, lacks a tensor or has one of another shape; a
+/// record that does not match its checksum; whatever reading and writing may meet. `out` then stays as it was.
+pub fn relayout(
+    input: &Path,
+    options: &RelayoutOptions,
+    out: &Path,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<ConvertPlan, ConvertError> {
+    let job = Job::new(input, options.to)?;
+    let plan = job.plan(options.to)?;
+    cancel.check()?;
+    let write_options = WriteOptions { alignment: ALIGNMENT, overwrite: options.overwrite };
+    let mut writer = GgufWriter::create(out, &job.metadata, &job.tensors, write_options)?;
+    progress.start(plan.input_bytes);
+    let mut checksums = Vec::new();
+    let threads = options.threads.max(1);
+    let largest = job.units.iter().map(|unit| job.unit_bytes(unit)).max().unwrap_or(1);
+    let window = (IN_FLIGHT_BYTES / largest.max(1)).clamp(1, 4 * threads);
+    run_ordered(
+        job.units.len(),
+        threads,
+        window,
+        Vec::new,
+        |scratch, unit, bytes| {
+            cancel.check()?;
+            job.produce(&job.units[unit], scratch, bytes)
+        },
+        |unit, bytes, checksum| {
+            writer.write(bytes)?;
+            checksums.extend(checksum);
+            progress.advance(job.input_bytes(&job.units[unit]));
+            Ok(())
+        },
+    )?;
+    if options.to == Layout::Offload {
+        let mut metadata = job.metadata;
+        metadata.insert(layout_keys::CRC32C, checksums);
+        writer.replace_metadata(&metadata)?;
+    }
+    writer.finish()?;
+    progress.finish();
+    Ok(plan)
+}
+
+impl<'a> Job<'a> {
+    fn new(path: &'a Path, to: Layout) -> Result<Self, ConvertError> {
+        let file = GgufFile::open(path)?;
+        let header = &file.header;
+        match header.metadata.str("general.architecture")? {
+            Some("smallthinker") => {}
+            other => {
+                let got = other.map_or_else(|| "a file that states none".into(), |name| format!("\"{name}\""));
+                return Err(ConvertError::Architecture { path: path.into(), got });
+            }
+        }
+        let index = ExpertIndex::from_header(header)?;
+        if index.layout() == to {
+            return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
+        }
+        let (format, ty) = expert_format(path, &index)?;
+
+        let mut metadata = header.metadata.clone();
+        for key in layout_keys::ALL {
+            metadata.remove(key);
+        }
+        if to == Layout::Offload {
+            describe_packing(&format, index.n_layers() * index.n_experts(), ty, &mut metadata);
+        }
+        let mut job = Self { path, file, index, format, metadata, tensors: Vec::new(), units: Vec::new() };
+        job.push_resident();
+        for layer in 0..job.index.n_layers() {
+            match to {
+                Layout::Offload => job.push_packed(layer),
+                Layout::Gguf => job.push_stacked(layer),
+            }
+        }
+        Ok(job)
+    }
+
+    /// Adds the tensors that hold no experts.
+    fn push_resident(&mut self) {
+        let layers = 0..self.index.n_layers();
+        let experts: std::collections::HashSet<String> = match self.index.layout() {
+            Layout::Offload => layers.map(tensor_names::packed).collect(),
+            Layout::Gguf => {
+                layers.flat_map(|layer| FileMatrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
+            }
+        };
+        for tensor in self.file.header.tensors.iter().filter(|tensor| !experts.contains(&tensor.name)) {
+            let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+            self.tensors.push(TensorSpec { name, shape, ty: tensor.ty });
+            for start in (0..tensor.n_bytes).step_by(COPY_BYTES as usize) {
+                let len = COPY_BYTES.min(tensor.n_bytes - start);
+                self.units.push(Unit::Copy(ByteRange { offset: tensor.offset + start, len }));
+            }
+        }
+    }
+
+    fn push_packed(&mut self, layer: usize) {
+        let shape = vec![self.format.record_bytes() as u64, self.index.n_experts() as u64];
+        self.tensors.push(TensorSpec { name: tensor_names::packed(layer), shape, ty: GgmlType::I8 });
+        self.units.extend((0..self.index.n_experts()).map(|expert| Unit::Pack { layer, expert }));
+    }
+
+    fn push_stacked(&mut self, layer: usize) {
+        let index = &self.index;
+        for matrix in FileMatrix::ALL {
+            let [columns, rows] = match matrix {
+                FileMatrix::Gate | FileMatrix::Up => [index.n_embd(), index.n_ff()],
+                FileMatrix::Down => [index.n_ff(), index.n_embd()],
+            };
+            self.tensors.push(TensorSpec {
+                name: tensor_names::stacked(layer, matrix),
+                shape: vec![columns, rows, index.n_experts() as u64],
+                ty: index.expert_type(),
+            });
+            self.units.extend((0..index.n_experts()).map(|expert| Unit::Unpack { layer, expert, matrix }));
+        }
+    }
+
+    fn plan(&self, to: Layout) -> Result<ConvertPlan, ConvertError> {
+        let plan = st_gguf::plan(&self.metadata, &self.tensors, ALIGNMENT)?;
+        let places = plan.offsets.iter().zip(&plan.sizes);
+        let tensors = self.tensors.iter().zip(places);
+        Ok(ConvertPlan {
+            tensors: tensors
+                .map(|(spec, (&offset, &bytes))| PlannedTensor { spec: spec.clone(), offset, bytes })
+                .collect(),
+            input_bytes: self.units.iter().map(|unit| self.input_bytes(unit)).sum(),
+            output_bytes: plan.total,
+            warnings: (to == Layout::Offload).then(|| OFFLOAD_NOTE.to_owned()).into_iter().collect(),
+        })
+    }
+
+    /// Bytes that a unit adds to the output.
+    fn unit_bytes(&self, unit: &Unit) -> usize {
+        match unit {
+            Unit::Copy(range) => range.len as usize,
+            Unit::Pack { .. } => self.format.record_bytes(),
+            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(kernel_matrix(*matrix)),
+        }
+    }
+
+    /// Bytes of input that a unit stands for.
+    fn input_bytes(&self, unit: &Unit) -> u64 {
+        match *unit {
+            Unit::Copy(range) => range.len,
+            Unit::Pack { layer, expert } => {
+                FileMatrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
+            }
+            Unit::Unpack { layer, expert, matrix } => self.index.matrix(layer, expert, matrix).len,
+        }
+    }
+
+    /// Fills `out` with the bytes of one unit; gives the checksum of a record that it made.
+    fn produce(&self, unit: &Unit, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<Option<u32>, ConvertError> {
+        out.resize(self.unit_bytes(unit), 0);
+        match *unit {
+            Unit::Copy(range) => {
+                self.read(range, out)?;
+                Ok(None)
+            }
+            Unit::Pack { layer, expert } => {
+                // What no region covers must not depend on what the buffer held before.
+                out.fill(0);
+                for matrix in FileMatrix::ALL {
+                    let range = self.index.matrix(layer, expert, matrix);
+                    scratch.resize(range.len as usize, 0);
+                    self.read(range, scratch)?;
+                    let matrix = kernel_matrix(matrix);
+                    self.format.pack(matrix, scratch, &mut out[self.format.region(matrix)]);
+                }
+                Ok(Some(crc32c::crc32c(out)))
+            }
+            Unit::Unpack { layer, expert, matrix } => {
+                // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
+                // records need be read and checked only then.
+                let region = if matrix == FileMatrix::Gate {
+                    self.read_record(layer, expert, scratch)?;
+                    self.format.region(Matrix::Gate)
+                } else {
+                    let range = self.index.matrix(layer, expert, matrix);
+                    scratch.resize(range.len as usize, 0);
+                    self.read(range, scratch)?;
+                    0..self.format.region(kernel_matrix(matrix)).len()
+                };
+                self.format.unpack(kernel_matrix(matrix), &scratch[region], out);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Reads a record and compares it with its checksum.
+    fn read_record(&self, layer: usize, expert: usize, record: &mut Vec<u8>) -> Result<(), ConvertError> {
+        let (Some(range), Some(expected)) = (self.index.record(layer, expert), self.index.checksum(layer, expert))
+        else {
+            return Err(ConvertError::Options("only files in the offload layout have records".into()));
+        };
+        record.resize(range.len as usize, 0);
+        self.read(range, record)?;
+        let got = crc32c::crc32c(record);
+        if got == expected {
+            return Ok(());
+        }
+        let tensor = tensor_names::packed(layer);
+        Err(ConvertError::Checksum { path: self.path.into(), tensor, expert, offset: range.offset, got, expected })
+    }
+
+    fn read(&self, range: ByteRange, buf: &mut [u8]) -> Result<(), ConvertError> {
+        self.file.source.read_exact_at(buf, range.offset).map_err(|source| {
+            let action = format!("read {} bytes at offset {}", range.len, range.offset);
+            ConvertError::Gguf(GgufError::Io { file: self.path.display().to_string(), action, source })
+        })
+    }
+}
+
+fn kernel_matrix(matrix: FileMatrix) -> Matrix {
+    match matrix {
+        FileMatrix::Gate => Matrix::Gate,
+        FileMatrix::Up => Matrix::Up,
+        FileMatrix::Down => Matrix::Down,
+    }
+}
+
+/// The record format of the file's experts; for a file in the offload layout, proved to be the one it has.
+fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, WeightType), ConvertError> {
+    let cannot = |why: String| {
+        ConvertError::Options(format!(
+            "the experts of {}, of type {}, cannot be packed: {why}",
+            path.display(),
+            index.expert_type()
+        ))
+    };
+    let ty = WeightType::from_ggml_id(index.expert_type().id())
+        .ok_or_else(|| cannot("only F32, F16, BF16, Q8_0 and Q4_0 can".into()))?;
+    let format = ExpertFormat::new(ty, index.n_embd() as usize, index.n_ff() as usize)
+        .map_err(|error| cannot(error.to_string()))?;
+    if let (Layout::Offload, Some(record)) = (index.layout(), index.record(0, 0)) {
+        let check = |key: &str, got: u64, expected: usize| {
+            if got == expected as u64 {
+                return Ok(());
+            }
+            let (got, expected) = (got.to_string(), expected.to_string());
+            Err(ConvertError::Config { path: path.into(), key: key.into(), got, expected })
+        };
+        check(layout_keys::RECORD_BYTES, record.len, format.record_bytes())?;
+        let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
+        for (key, matrix) in keys.into_iter().zip(FileMatrix::ALL) {
+            let start = index.matrix(0, 0, matrix).offset - record.offset;
+            check(key, start, format.region(kernel_matrix(matrix)).start)?;
+        }
+    }
+    Ok((format, ty))
+}
+
+#[cfg(test)]
+mod tests;

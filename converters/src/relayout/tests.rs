@@ -1,0 +1,275 @@
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::progress::NoProgress;
+
+const N_LAYERS: usize = 2;
+const N_EXPERTS: usize = 3;
+
+/// A file in the `gguf` layout with arbitrary weights, as this tool orders it.
+struct Sample {
+    dir: TempDir,
+    metadata: Metadata,
+    tensors: Vec<TensorSpec>,
+    alignment: u64,
+}
+
+impl Sample {
+    fn new(ty: GgmlType, n_embd: u64, n_ff: u64) -> Self {
+        let mut metadata = Metadata::new();
+        metadata.insert("general.architecture", "smallthinker");
+        metadata.insert("general.alignment", ALIGNMENT as u32);
+        metadata.insert("smallthinker.block_count", N_LAYERS as u32);
+        metadata.insert("smallthinker.expert_count", N_EXPERTS as u32);
+        metadata.insert("smallthinker.embedding_length", n_embd as u32);
+        metadata.insert("smallthinker.expert_feed_forward_length", n_ff as u32);
+        let spec = |name: String, shape: &[u64], ty| TensorSpec { name, shape: shape.to_vec(), ty };
+        let mut tensors = vec![spec("token_embd.weight".into(), &[n_embd, 7], ty)];
+        for layer in 0..N_LAYERS {
+            tensors.push(spec(format!("blk.{layer}.attn_norm.weight"), &[n_embd], GgmlType::F32));
+        }
+        for layer in 0..N_LAYERS {
+            for matrix in FileMatrix::ALL {
+                let [cols, rows] = if matrix == FileMatrix::Down { [n_ff, n_embd] } else { [n_embd, n_ff] };
+                tensors.push(spec(tensor_names::stacked(layer, matrix), &[cols, rows, N_EXPERTS as u64], ty));
+            }
+        }
+        Self { dir: tempfile::tempdir().unwrap(), metadata, tensors, alignment: ALIGNMENT }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes it with bytes that follow from `seed`.
+    fn write(&self, seed: u64) -> PathBuf {
+        let path = self.path("in.gguf");
+        let options = WriteOptions { alignment: self.alignment, overwrite: true };
+        let mut writer = GgufWriter::create(&path, &self.metadata, &self.tensors, options).unwrap();
+        let mut state = seed | 1;
+        for size in writer.plan().sizes.clone() {
+            let bytes: Vec<u8> = (0..size)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (state >> 56) as u8
+                })
+                .collect();
+            writer.write(&bytes).unwrap();
+        }
+        writer.finish().unwrap();
+        path
+    }
+}
+
+fn options(to: Layout, threads: usize) -> RelayoutOptions {
+    RelayoutOptions { to, threads, overwrite: false }
+}
+
+fn run(input: &Path, to: Layout, threads: usize, out: &Path) -> Result<ConvertPlan, ConvertError> {
+    relayout(input, &options(to, threads), out, &NoProgress, &Cancel::new())
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn there_and_back_gives_the_same_bytes(
+        seed: u64,
+        // Shapes with and without padding in each region.
+        shape in prop::sample::select(vec![(64u64, 32u64), (96, 160), (128, 64), (160, 96)]),
+        ty in prop::sample::select(vec![GgmlType::Q4_0, GgmlType::Q8_0, GgmlType::F16, GgmlType::BF16, GgmlType::F32]),
+    ) {
+        let sample = Sample::new(ty, shape.0, shape.1);
+        let input = sample.write(seed);
+        let (packed, packed3) = (sample.path("offload.gguf"), sample.path("offload3.gguf"));
+        let (back, back3) = (sample.path("back.gguf"), sample.path("back3.gguf"));
+        let plan = run(&input, Layout::Offload, 1, &packed).unwrap();
+        run(&input, Layout::Offload, 3, &packed3).unwrap();
+        let bytes = fs::read(&packed).unwrap();
+        prop_assert_eq!(bytes.len() as u64, plan.output_bytes);
+        prop_assert!(bytes == fs::read(&packed3).unwrap(), "threads change the bytes");
+
+        run(&packed, Layout::Gguf, 1, &back).unwrap();
+        run(&packed, Layout::Gguf, 3, &back3).unwrap();
+        let first = fs::read(&input).unwrap();
+        prop_assert!(fs::read(&back).unwrap() == first, "not the first file's bytes");
+        prop_assert!(fs::read(&back3).unwrap() == first, "threads change the bytes");
+    }
+}
+
+/// Converting to a layout, and converting to the other and rearranging, are the same.
+#[test]
+fn it_agrees_with_the_converter() {
+    let dir = tempfile::tempdir().unwrap();
+    for ty in [WeightType::Q4_0, WeightType::Q8_0, WeightType::BF16] {
+        let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/mini-21b");
+        let input = crate::Input::open(&checkpoint).unwrap();
+        let [direct, moved] = [Layout::Gguf, Layout::Offload].map(|layout| {
+            let out = dir.path().join(format!("{ty}-{}.gguf", layout.name()));
+            let options = crate::ConvertOptions { ty, output_type: None, layout, threads: 2, search: false };
+            crate::convert(&input, &options, &out, false, &NoProgress, &Cancel::new()).unwrap();
+            out
+        });
+        for (from, to, same) in [(&direct, Layout::Offload, &moved), (&moved, Layout::Gguf, &direct)] {
+            let out = dir.path().join(format!("{ty}-again-{}.gguf", to.name()));
+            run(from, to, 2, &out).unwrap();
+            assert!(fs::read(&out).unwrap() == fs::read(same).unwrap(), "{ty} to {}", to.name());
+        }
+    }
+}
+
+#[test]
+fn records_are_page_aligned_and_carry_their_checksums() {
+    let sample = Sample::new(GgmlType::Q4_0, 96, 160);
+    let packed = sample.path("offload.gguf");
+    let plan = run(&sample.write(1), Layout::Offload, 2, &packed).unwrap();
+    assert!(plan.warnings.iter().any(|warning| warning.contains("llama.cpp")));
+    let file = GgufFile::open(&packed).unwrap();
+    let index = ExpertIndex::from_header(&file.header).unwrap();
+    assert_eq!(index.layout(), Layout::Offload);
+    for layer in 0..N_LAYERS {
+        for expert in 0..N_EXPERTS {
+            let range = index.record(layer, expert).unwrap();
+            assert_eq!((range.offset % 4096, range.len % 4096), (0, 0));
+            let mut record = vec![0; range.len as usize];
+            file.source.read_exact_at(&mut record, range.offset).unwrap();
+            assert_eq!(index.checksum(layer, expert), Some(crc32c::crc32c(&record)));
+        }
+    }
+}
+
+#[test]
+fn a_file_in_another_order_and_alignment_keeps_its_tensors() {
+    let mut sample = Sample::new(GgmlType::Q4_0, 64, 32);
+    sample.alignment = 32;
+    sample.tensors.reverse();
+    let input = sample.write(5);
+    let (packed, back) = (sample.path("offload.gguf"), sample.path("back.gguf"));
+    run(&input, Layout::Offload, 2, &packed).unwrap();
+    run(&packed, Layout::Gguf, 2, &back).unwrap();
+    let (first, last) = (GgufFile::open(&input).unwrap(), GgufFile::open(&back).unwrap());
+    assert_eq!(last.header.alignment, ALIGNMENT);
+    assert_eq!(first.header.tensors.len(), last.header.tensors.len());
+    for tensor in &first.header.tensors {
+        let other = last.header.require_tensor(&tensor.name).unwrap();
+        assert_eq!((&tensor.shape, tensor.ty), (&other.shape, other.ty));
+        assert_eq!(first.read_tensor(tensor).unwrap(), last.read_tensor(other).unwrap(), "{}", tensor.name);
+    }
+}
+
+#[test]
+fn a_damaged_record_ends_the_work_and_names_the_expert() {
+    let sample = Sample::new(GgmlType::Q4_0, 64, 32);
+    let packed = sample.path("offload.gguf");
+    run(&sample.write(2), Layout::Offload, 2, &packed).unwrap();
+    let range = {
+        let file = GgufFile::open(&packed).unwrap();
+        ExpertIndex::from_header(&file.header).unwrap().record(1, 2).unwrap()
+    };
+    let mut bytes = fs::read(&packed).unwrap();
+    bytes[range.end() as usize - 1] ^= 1;
+    fs::write(&packed, bytes).unwrap();
+    for threads in [1, 3] {
+        let error = run(&packed, Layout::Gguf, threads, &sample.path("back.gguf")).unwrap_err();
+        assert!(matches!(error, ConvertError::Checksum { expert: 2, .. }), "{error}");
+        assert!(error.to_string().contains("blk.1.ffn_exps.packed: the record of expert 2"), "{error}");
+    }
+    assert_eq!(names_in(sample.dir.path()), ["in.gguf", "offload.gguf"]);
+}
+
+#[test]
+fn what_is_refused_before_anything_is_written() {
+    let mut sample = Sample::new(GgmlType::Q4_0, 64, 32);
+    let input = sample.write(3);
+    let out = sample.path("out.gguf");
+    let error = run(&input, Layout::Gguf, 1, &out).unwrap_err();
+    assert!(error.to_string().ends_with("is in the gguf layout already"), "{error}");
+
+    sample.metadata.insert("general.architecture", "llama");
+    let error = run(&sample.write(3), Layout::Offload, 1, &out).unwrap_err();
+    assert!(error.to_string().contains("expected a SmallThinker model, got \"llama\""), "{error}");
+
+    let q5 = Sample::new(GgmlType::Q5_0, 64, 32);
+    let error = run(&q5.write(3), Layout::Offload, 1, &out).unwrap_err();
+    assert!(error.to_string().contains("of type Q5_0, cannot be packed"), "{error}");
+
+    let mut missing = Sample::new(GgmlType::Q4_0, 64, 32);
+    missing.tensors.pop();
+    let error = run(&missing.write(3), Layout::Offload, 1, &out).unwrap_err();
+    assert!(error.to_string().contains("`blk.1.ffn_down_exps.weight` is missing"), "{error}");
+
+    fs::write(&out, "precious").unwrap();
+    let good = Sample::new(GgmlType::Q4_0, 64, 32);
+    assert!(run(&good.write(3), Layout::Offload, 1, &out).is_err());
+    assert_eq!(fs::read(&out).unwrap(), b"precious");
+}
+
+#[test]
+fn other_offsets_than_the_format_has_are_refused() {
+    let sample = Sample::new(GgmlType::Q4_0, 64, 32);
+    let packed = sample.path("offload.gguf");
+    run(&sample.write(4), Layout::Offload, 1, &packed).unwrap();
+    let file = GgufFile::open(&packed).unwrap();
+    let mut metadata = file.header.metadata.clone();
+    let up = metadata.u64(layout_keys::NEURON_OFFSET).unwrap().unwrap();
+    metadata.insert(layout_keys::NEURON_OFFSET, up + 64);
+    let tensors: Vec<TensorSpec> = file
+        .header
+        .tensors
+        .iter()
+        .map(|tensor| TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone(), ty: tensor.ty })
+        .collect();
+    let write_options = WriteOptions { alignment: ALIGNMENT, overwrite: true };
+    let mut writer = GgufWriter::create(&packed, &metadata, &tensors, write_options).unwrap();
+    for tensor in &file.header.tensors {
+        writer.write(&file.read_tensor(tensor).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+    let error = run(&packed, Layout::Gguf, 1, &sample.path("back.gguf")).unwrap_err();
+    assert!(error.to_string().contains(layout_keys::NEURON_OFFSET), "{error}");
+}
+
+#[test]
+fn progress_adds_up_and_cancelling_leaves_nothing() {
+    #[derive(Default)]
+    struct Count(Mutex<(u64, u64, bool)>, Option<Cancel>);
+    impl Progress for Count {
+        fn start(&self, total_bytes: u64) {
+            self.0.lock().unwrap().0 = total_bytes;
+        }
+        fn advance(&self, bytes: u64) {
+            self.0.lock().unwrap().1 += bytes;
+            if let Some(cancel) = &self.1 {
+                cancel.cancel();
+            }
+        }
+        fn finish(&self) {
+            self.0.lock().unwrap().2 = true;
+        }
+    }
+    let sample = Sample::new(GgmlType::Q8_0, 64, 32);
+    let (input, packed, back) = (sample.write(6), sample.path("offload.gguf"), sample.path("back.gguf"));
+    for (from, to, out) in [(&input, Layout::Offload, &packed), (&packed, Layout::Gguf, &back)] {
+        let count = Count::default();
+        relayout(from, &options(to, 2), out, &count, &Cancel::new()).unwrap();
+        let (total, done, finished) = *count.0.lock().unwrap();
+        assert!(total > 0 && total == done && finished, "{done} of {total}");
+    }
+    let cancel = Cancel::new();
+    let count = Count(Mutex::default(), Some(cancel.clone()));
+    let error = relayout(&input, &options(Layout::Offload, 1), &sample.path("x.gguf"), &count, &cancel).unwrap_err();
+    assert!(matches!(error, ConvertError::Cancelled), "{error}");
+    assert_eq!(names_in(sample.dir.path()), ["back.gguf", "in.gguf", "offload.gguf"]);
+}

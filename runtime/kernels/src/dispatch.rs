@@ -9,6 +9,8 @@ use crate::expert_format::{DownLayout, UpLayout};
 use crate::experts::HiddenGroup;
 use crate::kv::KvType;
 use crate::scalar;
+#[cfg(target_arch = "x86_64")]
+use crate::x86_64;
 
 /// An instruction set that the kernels are written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -120,6 +122,8 @@ impl Kernels {
     pub fn for_isa(isa: Isa) -> Option<Self> {
         let table = match isa {
             Isa::Scalar => Some(&scalar::TABLE),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => x86_64::has_avx512().then_some(&x86_64::avx512::TABLE),
             _ => None,
         };
         table.map(|table| Self { table })

@@ -24,6 +24,8 @@ pub mod r16;
 mod scalar;
 mod scratch;
 mod weight_type;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use activations::Q8Acts;
 pub use aligned::AlignedBuf;

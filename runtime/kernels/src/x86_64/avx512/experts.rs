@@ -1,0 +1,204 @@
+//! One token through one expert: the rows of up that live, and down by its live neurons.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use crate::activations::ActRow;
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::experts::HiddenGroup;
+
+/// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    let low = _mm512_set1_epi8(15);
+    let by_block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let (scales, nibbles) = region.split_at(up.scales_bytes);
+    let chunks = up.kb.div_ceil(4);
+    let mut ahead = rows.chunks(4);
+    ahead.next();
+    for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
+        let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
+        let row = quad(rows);
+        let next = ahead.next().map_or(row, quad);
+        // Bounds of every row, checked once; the unchecked reads below stay inside them.
+        let w = row.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr());
+        let s = row.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr());
+        let next_w = next.map(|r| nibbles.as_ptr().wrapping_add(r * up.row_bytes));
+        for r in next {
+            for line in 0..up.kb.div_ceil(32) + 1 {
+                _mm_prefetch::<_MM_HINT_T0>(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64).cast());
+            }
+        }
+        let mut acc = _mm_setzero_ps();
+        for c in 0..chunks {
+            // SAFETY: rows have chunks * 64 bytes of nibbles and kb scales; the activations are padded to chunks * 4
+            // blocks; prefetches may point anywhere.
+            unsafe {
+                let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
+                let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
+                let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
+                let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
+                let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
+                let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
+                let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
+                // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
+                let quarter_sums = |i: usize| {
+                    _mm_prefetch::<_MM_HINT_T0>(next_w[i].wrapping_add(c * 64).cast());
+                    let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
+                    let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
+                    _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
+                };
+                let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
+                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
+                let left = up.kb - c * 4;
+                let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[i].add(c * 8), left));
+                let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
+                let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
+                acc = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc);
+                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), acc);
+                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), acc);
+                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), acc);
+            }
+        }
+        let mut sums = [0f32; 4];
+        // SAFETY: sums has 4 floats.
+        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
+        out.copy_from_slice(&sums[..out.len()]);
+    }
+}
+
+/// Up to four f16 scales, zero where there are no more (`left` counts them).
+///
+/// # Safety
+/// `p` must be readable for `2 * min(left, 4)` bytes.
+#[inline]
+unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
+    if left >= 4 {
+        // SAFETY: the caller's promise.
+        return unsafe { p.cast::<i64>().read_unaligned() };
+    }
+    let mut bytes = [0; 8];
+    // SAFETY: the caller's promise; at most 6 bytes.
+    unsafe { std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), 2 * left) };
+    i64::from_le_bytes(bytes)
+}
+
+/// Adds the four 32-bit parts of each 128-bit lane of four vectors: lane `b` of the result holds `[v0, v1, v2, v3]`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_quarters(v: [__m512i; 4]) -> __m512i {
+    let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
+    _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
+}
+
+/// The live neurons of a group in fours: where their rows start and their activations.
+struct Live {
+    rows: [usize; 32],
+    quads: [i32; 8],
+    n: usize,
+    d: f32,
+    bias: i32,
+    base: *const u8,
+}
+
+impl Live {
+    fn new(down: &DownLayout, group: &[u8], hidden: &HiddenGroup) -> Self {
+        let base = group[down.padded * 2..].as_ptr();
+        let mut live = Self { rows: [0; 32], quads: [0; 8], n: 0, d: hidden.d, bias: hidden.bias, base };
+        let mut acts = [0i8; 32];
+        let mut mask = hidden.live;
+        while mask != 0 {
+            let n = mask.trailing_zeros() as usize;
+            mask &= mask - 1;
+            live.rows[live.n] = n * down.row_bytes;
+            acts[live.n] = hidden.q[n];
+            live.n += 1;
+        }
+        // What fills the last four has activation 0 and a row that is read anyway.
+        let last = live.rows[live.n.saturating_sub(1)];
+        live.rows[live.n..live.n.next_multiple_of(4)].fill(last);
+        for (quad, acts) in live.quads.iter_mut().zip(acts.chunks_exact(4)) {
+            *quad = i32::from_le_bytes([acts[0] as u8, acts[1] as u8, acts[2] as u8, acts[3] as u8]);
+        }
+        live
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
+    assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
+    out.fill(0.0);
+    let low = _mm512_set1_epi8(15);
+    let mut groups = region
+        .chunks_exact(down.group_bytes)
+        .zip(hidden)
+        .filter(|(_, h)| h.live != 0)
+        .map(|(group, h)| (group, Live::new(down, group, h)));
+    let Some(mut current) = groups.next() else { return };
+    loop {
+        let next = groups.next();
+        let (group, live) = &current;
+        let d_a = _mm512_set1_ps(live.d);
+        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
+            if let Some((group, live)) = &next {
+                for &row in &live.rows[..live.n] {
+                    _mm_prefetch::<_MM_HINT_T0>(live.base.wrapping_add(row + chunk * 64).cast());
+                }
+                for line in 0..4 {
+                    _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(chunk * 256 + line * 64).cast());
+                }
+            }
+            // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
+            let mut sums = [_mm512_set1_epi32(live.bias); 8];
+            for (rows, &quad) in live.rows[..live.n.next_multiple_of(4)].chunks_exact(4).zip(&live.quads) {
+                let q = _mm512_set1_epi32(quad);
+                // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
+                let w = unsafe { load_rows(live.base, rows, chunk) };
+                for (v, w) in interleave(w).into_iter().enumerate() {
+                    sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                    sums[v + 4] = _mm512_dpbusd_epi32(sums[v + 4], high, q);
+                }
+            }
+            for (v, sum) in sums.into_iter().enumerate() {
+                // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
+                unsafe {
+                    let d_w = _mm256_loadu_si256(group.as_ptr().add(chunk * 256 + v * 32).cast());
+                    let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
+                    let p = out.as_mut_ptr().add(v * 16);
+                    _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
+                }
+            }
+        }
+        match next {
+            Some(next) => current = next,
+            None => return,
+        }
+    }
+}
+
+/// # Safety
+/// 64 bytes must be readable at `base + rows[i] + chunk * 64` for four rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn load_rows(base: *const u8, rows: &[usize], chunk: usize) -> [__m512i; 4] {
+    // SAFETY: the caller's promise.
+    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] + chunk * 64).cast()) })
+}
+
+/// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs `16v + i` and
+/// `64 + 16v + i` (see `expert_format`).
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn interleave(w: [__m512i; 4]) -> [__m512i; 4] {
+    let (ab_lo, ab_hi) = (_mm512_unpacklo_epi8(w[0], w[1]), _mm512_unpackhi_epi8(w[0], w[1]));
+    let (cd_lo, cd_hi) = (_mm512_unpacklo_epi8(w[2], w[3]), _mm512_unpackhi_epi8(w[2], w[3]));
+    [
+        _mm512_unpacklo_epi16(ab_lo, cd_lo),
+        _mm512_unpackhi_epi16(ab_lo, cd_lo),
+        _mm512_unpacklo_epi16(ab_hi, cd_hi),
+        _mm512_unpackhi_epi16(ab_hi, cd_hi),
+    ]
+}

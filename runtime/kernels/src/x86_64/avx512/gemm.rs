@@ -1,0 +1,195 @@
+//! Many tokens: weights are unpacked once into a panel (16 rows, unsigned bytes and f32 scales), which then meets up to 12 tokens
+//! at a time with all sums in registers.
+
+use std::arch::x86_64::*;
+
+use super::experts::{interleave, load_rows};
+use super::gemv::broadcast_quad;
+use crate::WeightType;
+use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
+use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
+use crate::expert_format::{DownLayout, UpLayout};
+use crate::r16::{R16_ROWS, tile_bytes};
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    let low = _mm512_set1_epi8(15);
+    let offset = _mm512_set1_epi8(-128);
+    for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
+        let (tile, out) = (tile.as_ptr(), block.as_mut_ptr());
+        // SAFETY: a tile is 32 bytes of scales and 4 (Q4_0) or 8 (Q8_0) groups of 64; a panel block has 8 groups of 64 and 64
+        // bytes of scales.
+        unsafe {
+            if ty == WeightType::Q4_0 {
+                for g in 0..4 {
+                    let w = _mm512_loadu_si512(tile.add(32 + g * 64).cast());
+                    _mm512_storeu_si512(out.add(g * 64).cast(), _mm512_and_si512(w, low));
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                    _mm512_storeu_si512(out.add(256 + g * 64).cast(), high);
+                }
+            } else {
+                for g in 0..8 {
+                    let w = _mm512_loadu_si512(tile.add(32 + g * 64).cast());
+                    _mm512_storeu_si512(out.add(g * 64).cast(), _mm512_xor_si512(w, offset));
+                }
+            }
+            let d = _mm512_cvtph_ps(_mm256_loadu_si256(tile.cast()));
+            _mm512_storeu_ps(out.add(512).cast(), d);
+        }
+    }
+}
+
+/// Four blocks of 16 rows at a time: their 16 × 16 quads of bytes are transposed.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    let low = _mm512_set1_epi8(15);
+    let (scales, nibbles) = region.split_at(up.scales_bytes);
+    let scales = &scales[first * up.kb * 2..(first + R16_ROWS) * up.kb * 2];
+    let nibbles = &nibbles[first * up.row_bytes..(first + R16_ROWS) * up.row_bytes];
+    for (c, blocks) in panel.chunks_mut(4 * PANEL_BLOCK).enumerate() {
+        // SAFETY: rows have up.row_bytes bytes, which are whole chunks of 64.
+        let rows = std::array::from_fn(|r| unsafe {
+            _mm512_loadu_si512(nibbles.as_ptr().add(r * up.row_bytes + c * 64).cast())
+        });
+        let quads = transpose(rows);
+        for (b, out) in blocks.chunks_exact_mut(PANEL_BLOCK).enumerate() {
+            let at = c * 4 + b;
+            let d: [u16; R16_ROWS] = std::array::from_fn(|r| {
+                let i = (r * up.kb + at) * 2;
+                u16::from_le_bytes([scales[i], scales[i + 1]])
+            });
+            let out = out.as_mut_ptr();
+            // SAFETY: a panel block has 8 groups of 64 bytes and 64 bytes of scales; d has 32 bytes.
+            unsafe {
+                for g in 0..4 {
+                    let w = quads[b * 4 + g];
+                    _mm512_storeu_si512(out.add(g * 64).cast(), _mm512_and_si512(w, low));
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                    _mm512_storeu_si512(out.add(256 + g * 64).cast(), high);
+                }
+                let d = _mm512_cvtph_ps(_mm256_loadu_si256(d.as_ptr().cast()));
+                _mm512_storeu_ps(out.add(512).cast(), d);
+            }
+        }
+    }
+}
+
+/// Transposes 16 vectors of 16 32-bit values.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
+    let mut t = r;
+    for i in (0..16).step_by(2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    let mut u = t;
+    for i in (0..16).step_by(4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // u[4a + j], lane L: column 4L + j of rows 4a..4a+4. What is left is a transposition of 4 × 4 lanes for each j.
+    let mut out = u;
+    for j in 0..4 {
+        let (a, b, c, d) = (u[j], u[4 + j], u[8 + j], u[12 + j]);
+        let (ab0, ab1) = (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b));
+        let (cd0, cd1) = (_mm512_shuffle_i32x4::<0x44>(c, d), _mm512_shuffle_i32x4::<0xee>(c, d));
+        out[j] = _mm512_shuffle_i32x4::<0x88>(ab0, cd0);
+        out[4 + j] = _mm512_shuffle_i32x4::<0xdd>(ab0, cd0);
+        out[8 + j] = _mm512_shuffle_i32x4::<0x88>(ab1, cd1);
+        out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(ab1, cd1);
+    }
+    out
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    let low = _mm512_set1_epi8(15);
+    assert!(panels.len() == 8 * down.fb * PANEL_BLOCK && chunk * 64 < down.row_bytes);
+    for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
+        let (scales, rows) = group.split_at(down.padded * 2);
+        // SAFETY: each of the 8 panels has a block `b` of 8 groups and scales; the chunk is 64 bytes of each of the 32 rows
+        // and 256 bytes of scales.
+        unsafe {
+            let block = |v: usize| panels.as_ptr().cast_mut().add((v * down.fb + b) * PANEL_BLOCK);
+            for quad in 0..8 {
+                let at: [usize; 4] = std::array::from_fn(|i| (quad * 4 + i) * down.row_bytes);
+                for (v, w) in interleave(load_rows(rows.as_ptr(), &at, chunk)).into_iter().enumerate() {
+                    _mm512_storeu_si512(block(v).add(quad * 64).cast(), _mm512_and_si512(w, low));
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                    _mm512_storeu_si512(block(v + 4).add(quad * 64).cast(), high);
+                }
+            }
+            for v in 0..8 {
+                let d = _mm256_loadu_si256(scales.as_ptr().add(chunk * 256 + v * 32).cast());
+                _mm512_storeu_ps(block(v).add(512).cast(), _mm512_cvtph_ps(d));
+            }
+        }
+    }
+}
+
+pub(super) fn gemm(
+    ty: WeightType,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
+) {
+    assert!(panel.len() >= kb * PANEL_BLOCK && units.len().is_multiple_of(kb * UNIT_BLOCK));
+    // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
+    unsafe {
+        match (ty, units.len() / (kb * UNIT_BLOCK)) {
+            (WeightType::Q4_0, 1) => tokens::<1, 1>(kb, panel, units, out),
+            (WeightType::Q4_0, 2) => tokens::<2, 1>(kb, panel, units, out),
+            (WeightType::Q4_0, 3) => tokens::<3, 1>(kb, panel, units, out),
+            (_, 1) => tokens::<1, 16>(kb, panel, units, out),
+            (_, 2) => tokens::<2, 16>(kb, panel, units, out),
+            (_, 3) => tokens::<3, 16>(kb, panel, units, out),
+            (_, n) => unreachable!("{n} units"),
+        }
+    }
+}
+
+/// `U` units of 4 tokens; the panel's values have an offset of `8 * BIAS`.
+///
+/// # Safety
+/// `panel` has kb blocks, `units` has U units of kb blocks.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn tokens<const U: usize, const BIAS: i32>(kb: usize, panel: &[u8], units: &[u8], out: &mut [f32]) {
+    let mut acc = [[_mm512_setzero_ps(); UNIT_ROWS]; U];
+    let unit_bytes = kb * UNIT_BLOCK;
+    for b in 0..kb {
+        // SAFETY: block `b` of the panel and of each unit.
+        unsafe {
+            let w = panel.as_ptr().add(b * PANEL_BLOCK);
+            let a: [*const i8; U] = std::array::from_fn(|u| units.as_ptr().add(u * unit_bytes + b * UNIT_BLOCK).cast());
+            let mut sums = [[_mm512_setzero_si512(); UNIT_ROWS]; U];
+            for (a, sums) in a.iter().zip(&mut sums) {
+                for (t, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_set1_epi32(a.add(144 + t * 4).cast::<i32>().read_unaligned() * BIAS);
+                }
+            }
+            for g in 0..8 {
+                let w = _mm512_loadu_si512(w.add(g * 64).cast());
+                for (a, sums) in a.iter().zip(&mut sums) {
+                    for (t, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_dpbusd_epi32(*sum, w, broadcast_quad(a.add((g * UNIT_ROWS + t) * 4)));
+                    }
+                }
+            }
+            let d_w = _mm512_loadu_ps(w.add(512).cast());
+            for ((a, sums), acc) in a.iter().zip(&sums).zip(&mut acc) {
+                for ((t, sum), acc) in sums.iter().enumerate().zip(acc) {
+                    let d_a = _mm512_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
+                    *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), _mm512_mul_ps(d_w, d_a), *acc);
+                }
+            }
+        }
+    }
+    for (acc, out) in acc.as_flattened().iter().zip(out.chunks_exact_mut(R16_ROWS)) {
+        // SAFETY: out has 16 floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *acc) };
+    }
+}

@@ -1,1 +1,31 @@
-//! To be written.
+//! From a checkpoint to a GGUF file: reading, validating, converting and writing SmallThinker models.
+//!
+//! The crate moves weights and checks them; it never runs a model. Its only contract with the runtime is the file.
+//! It reads no environment, prints nothing and never exits: configuration comes in as arguments, progress goes out
+//! through [`Progress`], warnings come back with the result.
+
+mod checkpoint;
+mod compare;
+mod config;
+mod convert;
+mod error;
+mod gguf_input;
+mod input;
+mod layout;
+mod mapped;
+mod metadata;
+mod pipeline;
+mod progress;
+mod quantize;
+pub mod relayout;
+pub mod tensor_map;
+mod tokenizer;
+
+pub use compare::{Difference, DifferenceKind};
+pub use config::ModelConfig;
+pub use convert::{ConvertOptions, ConvertPlan, PlannedTensor, compare, convert, plan};
+pub use error::ConvertError;
+pub use input::{Input, SourceType};
+pub use progress::{Cancel, NoProgress, Progress};
+pub use st_gguf::Layout;
+pub use st_kernels::WeightType;

@@ -1,0 +1,324 @@
+//! The model's shape, as `config.json` or a GGUF header states it, checked against itself.
+//!
+//! Owns which values are required, which have a default, and which are refused because running them as SmallThinker
+//! would silently give wrong numbers. Whether the tensors agree is the business of the input that holds them.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::ConvertError;
+
+/// Shape and constants of one SmallThinker model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Name for `general.name`, where the configuration gives one.
+    pub name: Option<String>,
+    /// Decoder layers.
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Experts of a layer.
+    pub n_experts: usize,
+    /// Experts chosen per token.
+    pub n_experts_used: usize,
+    /// Neurons of one expert.
+    pub n_ff: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Positions that the model was trained on.
+    pub context_length: usize,
+    /// Epsilon of the norms.
+    pub rms_eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
+    /// Per layer: rotary positions or none.
+    pub rope_layers: Vec<bool>,
+    /// Per layer: whether attention is limited to the window.
+    pub window_layers: Vec<bool>,
+    /// Positions that a window layer sees, itself included; present where any layer slides.
+    pub window: Option<usize>,
+    /// Expert weights: softmax of the chosen logits, else normalised sigmoids.
+    pub softmax_router: bool,
+    /// Whether the LM head is the embedding; `None` where the configuration is silent and the tensors decide.
+    pub tied: Option<bool>,
+}
+
+/// The window that llama.cpp always uses for this architecture.
+const LLAMA_CPP_WINDOW: usize = 4096;
+/// With a window present, llama.cpp leaves rotary positions and the window out of every fourth layer, from the first.
+pub(crate) const LLAMA_CPP_PERIOD: usize = 4;
+
+impl ModelConfig {
+    /// Reads a parsed `config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ConvertError::Architecture`] for another model; [`ConvertError::Config`] for a missing, mistyped or
+    /// impossible value.
+    pub fn from_json(json: &Value, path: &Path) -> Result<Self, ConvertError> {
+        let keys = Keys { json, path };
+        keys.check_architecture()?;
+        keys.refuse_unknown_variants()?;
+
+        let n_layers = keys.size("num_hidden_layers", 1 << 12)?;
+        let n_embd = keys.size("hidden_size", 1 << 20)?;
+        let n_heads = keys.size("num_attention_heads", 1 << 12)?;
+        let n_kv_heads = keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(n_heads);
+        let head_dim = match keys.optional_size("head_dim", 1 << 12)? {
+            Some(dim) => dim,
+            None if n_embd % n_heads == 0 => n_embd / n_heads,
+            None => {
+                return Err(keys.bad("head_dim", "nothing", "a number, as hidden_size is no multiple of the heads"));
+            }
+        };
+        let window_layers = keys.layout("sliding_window_layout", n_layers)?.unwrap_or_else(|| vec![false; n_layers]);
+        let window =
+            if window_layers.contains(&true) { Some(keys.size("sliding_window_size", 1 << 30)?) } else { None };
+        let config = Self {
+            name: keys.get("model_name").and_then(Value::as_str).map(str::to_owned),
+            n_layers,
+            n_embd,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            n_experts: keys.size("moe_num_primary_experts", 1 << 16)?,
+            n_experts_used: keys.size("moe_num_active_primary_experts", 1 << 16)?,
+            n_ff: keys.size("moe_ffn_hidden_size", 1 << 20)?,
+            vocab_size: keys.size("vocab_size", 1 << 26)?,
+            context_length: keys.size("max_position_embeddings", 1 << 30)?,
+            rms_eps: keys.positive("rms_norm_eps")?,
+            rope_theta: keys.positive("rope_theta")?,
+            rope_layers: keys
+                .layout("rope_layout", n_layers)?
+                .ok_or_else(|| keys.bad("rope_layout", "nothing", "a list of one 0 or 1 per layer"))?,
+            window_layers,
+            window,
+            softmax_router: keys.flag("moe_primary_router_apply_softmax")?.unwrap_or(false),
+            tied: keys.flag("tie_word_embeddings")?,
+        };
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// Relations between values that hold for every input form.
+    pub(crate) fn check(&self, path: &Path) -> Result<(), ConvertError> {
+        let bad = |key: &str, got: usize, expected: String| {
+            Err(ConvertError::Config { path: path.into(), key: key.into(), got: got.to_string(), expected })
+        };
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            return bad(
+                "number of key/value heads",
+                self.n_kv_heads,
+                format!("a divisor of {} query heads", self.n_heads),
+            );
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return bad("head_dim", self.head_dim, "an even number".into());
+        }
+        if self.n_experts_used > self.n_experts {
+            return bad("active experts", self.n_experts_used, format!("at most {} experts", self.n_experts));
+        }
+        Ok(())
+    }
+
+    /// What llama.cpp would read otherwise than this configuration says, one sentence each.
+    pub fn llama_cpp_differences(&self) -> Vec<String> {
+        let mut differences = Vec::new();
+        let standard: Vec<bool> =
+            (0..self.n_layers).map(|layer| self.window.is_none() || layer % LLAMA_CPP_PERIOD != 0).collect();
+        if let Some(window) = self.window {
+            if window != LLAMA_CPP_WINDOW {
+                differences.push(format!(
+                    "llama.cpp fixes the sliding window at {LLAMA_CPP_WINDOW} positions and would ignore this model's {window}"
+                ));
+            }
+            if self.window_layers != standard {
+                differences.push(
+                    "llama.cpp would put the sliding window on every layer but each fourth, unlike this model's layout"
+                        .into(),
+                );
+            }
+        }
+        if self.rope_layers != standard {
+            let rule = if self.window.is_some() { "on every layer but each fourth" } else { "on every layer" };
+            differences.push(format!("llama.cpp would use rotary positions {rule}, unlike this model's layout"));
+        }
+        differences
+    }
+}
+
+/// Typed access to `config.json`, with errors that name file, key, got and expected.
+struct Keys<'a> {
+    json: &'a Value,
+    path: &'a Path,
+}
+
+impl<'a> Keys<'a> {
+    /// The value of a key; JSON null counts as absent.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.json.get(key).filter(|value| !value.is_null())
+    }
+
+    fn bad(&self, key: &str, got: impl ToString, expected: impl Into<String>) -> ConvertError {
+        let mut got = got.to_string();
+        if got.len() > 80 {
+            got = got.chars().take(80).chain("…".chars()).collect();
+        }
+        ConvertError::Config { path: self.path.into(), key: key.into(), got, expected: expected.into() }
+    }
+
+    fn check_architecture(&self) -> Result<(), ConvertError> {
+        let architectures = self.get("architectures").and_then(Value::as_array);
+        let named = architectures.is_some_and(|list| list.iter().any(|name| name == "SmallThinkerForCausalLM"));
+        let typed = architectures.is_none() && self.get("model_type").is_some_and(|name| name == "smallthinker");
+        if named || typed {
+            return Ok(());
+        }
+        let got = self.get("architectures").or_else(|| self.get("model_type"));
+        Err(ConvertError::Architecture {
+            path: self.path.into(),
+            got: got.map_or_else(|| "a config.json without architectures".into(), Value::to_string),
+        })
+    }
+
+    /// Members of the family that this project does not implement must not be converted as if they were ordinary.
+    fn refuse_unknown_variants(&self) -> Result<(), ConvertError> {
+        if let Some(scaling) = self.get("rope_scaling") {
+            return Err(self.bad("rope_scaling", scaling, "null (no scaling is supported)"));
+        }
+        if self.flag("moe_enable_secondary_experts")? == Some(true) {
+            return Err(self.bad("moe_enable_secondary_experts", true, "false (only primary experts are supported)"));
+        }
+        if self.flag("moe_enable_early_router")? == Some(false) {
+            return Err(self.bad("moe_enable_early_router", false, "true (the router reads the layer's input)"));
+        }
+        if let Some(Value::Array(layout)) = self.get("moe_layer_layout")
+            && layout.iter().any(|layer| layer != 1)
+        {
+            return Err(self.bad("moe_layer_layout", "a layer without experts", "1 for every layer"));
+        }
+        Ok(())
+    }
+
+    fn optional_size(&self, key: &str, max: u64) -> Result<Option<usize>, ConvertError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match value.as_u64() {
+            Some(n) if n >= 1 && n <= max => Ok(Some(n as usize)),
+            _ => Err(self.bad(key, value, format!("a whole number from 1 to {max}"))),
+        }
+    }
+
+    fn size(&self, key: &str, max: u64) -> Result<usize, ConvertError> {
+        self.optional_size(key, max)?.ok_or_else(|| self.bad(key, "nothing", "a whole number"))
+    }
+
+    fn positive(&self, key: &str) -> Result<f32, ConvertError> {
+        let value = self.get(key).ok_or_else(|| self.bad(key, "nothing", "a positive number"))?;
+        match value.as_f64().map(|x| x as f32) {
+            Some(x) if x > 0.0 && x.is_finite() => Ok(x),
+            _ => Err(self.bad(key, value, "a positive number")),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>, ConvertError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(self.bad(key, other, "true or false")),
+        }
+    }
+
+    fn layout(&self, key: &str, n_layers: usize) -> Result<Option<Vec<bool>>, ConvertError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| self.bad(key, value, "a list of one 0 or 1 per layer"))?;
+        if list.len() != n_layers {
+            return Err(self.bad(key, format!("{} entries", list.len()), format!("one for each of {n_layers} layers")));
+        }
+        let flags = list.iter().map(|entry| match entry.as_u64() {
+            Some(0) => Ok(false),
+            Some(1) => Ok(true),
+            _ => Err(self.bad(key, entry, "only 0 and 1")),
+        });
+        flags.collect::<Result<_, _>>().map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn minimal() -> Value {
+        json!({
+            "architectures": ["SmallThinkerForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "moe_num_primary_experts": 8,
+            "moe_num_active_primary_experts": 2, "moe_ffn_hidden_size": 32, "vocab_size": 100,
+            "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1.5e6, "rope_layout": [0, 1, 1, 1],
+            "sliding_window_layout": [0, 1, 1, 1], "sliding_window_size": 4096, "tie_word_embeddings": true,
+        })
+    }
+
+    fn parse(json: &Value) -> Result<ModelConfig, ConvertError> {
+        ModelConfig::from_json(json, Path::new("config.json"))
+    }
+
+    #[test]
+    fn reads_the_published_form() {
+        let config = parse(&minimal()).unwrap();
+        assert_eq!(config.window, Some(4096));
+        assert_eq!(config.rope_layers, [false, true, true, true]);
+        assert!(!config.softmax_router);
+        assert_eq!(config.tied, Some(true));
+        assert!(config.llama_cpp_differences().is_empty());
+    }
+
+    #[test]
+    fn refuses_values_that_make_no_model() {
+        let cases = [
+            ("num_hidden_layers", json!(5), "one for each of 5 layers"),
+            ("num_hidden_layers", json!(1e12), "num_hidden_layers"),
+            ("hidden_size", json!(-1), "hidden_size"),
+            ("hidden_size", json!("64"), "hidden_size"),
+            ("num_key_value_heads", json!(3), "divisor"),
+            ("head_dim", json!(15), "even"),
+            ("moe_num_active_primary_experts", json!(9), "at most 8"),
+            ("rope_layout", json!([0, 1, 2, 1]), "only 0 and 1"),
+            ("rope_layout", json!(null), "rope_layout"),
+            ("sliding_window_size", json!(0), "sliding_window_size"),
+            ("rms_norm_eps", json!(0), "positive"),
+            ("rope_scaling", json!({"type": "yarn"}), "rope_scaling"),
+            ("moe_layer_layout", json!([1, 1, 0, 1]), "moe_layer_layout"),
+            ("moe_enable_secondary_experts", json!(true), "primary"),
+            ("architectures", json!(["LlamaForCausalLM"]), "LlamaForCausalLM"),
+        ];
+        for (key, value, expected) in cases {
+            let mut json = minimal();
+            json[key] = value;
+            let message = parse(&json).unwrap_err().to_string();
+            assert!(message.contains(expected), "{key}: {message}");
+        }
+    }
+
+    #[test]
+    fn warns_of_layouts_that_llama_cpp_reads_otherwise() {
+        let with = |edits: &[(&str, Value)]| {
+            let mut json = minimal();
+            for (key, value) in edits {
+                json[*key] = value.clone();
+            }
+            parse(&json).unwrap().llama_cpp_differences()
+        };
+        assert!(with(&[("sliding_window_size", json!(64))])[0].contains("64"));
+        assert_eq!(with(&[("rope_layout", json!([1, 1, 1, 1]))]).len(), 1);
+        assert_eq!(with(&[("sliding_window_layout", json!([1, 1, 1, 1]))]).len(), 1);
+        assert_eq!(with(&[("sliding_window_layout", json!([0, 0, 0, 0]))]).len(), 1);
+        let everywhere = [("sliding_window_layout", json!([0, 0, 0, 0])), ("rope_layout", json!([1, 1, 1, 1]))];
+        assert!(with(&everywhere).is_empty());
+    }
+}

@@ -1,0 +1,318 @@
+//! Streams an input's tensors into a GGUF file: read, checked, converted and packed in parallel, written in order.
+//!
+//! Owns memory and speed: input pages are asked for ahead of their use and let go after it, results in flight are
+//! bounded by bytes, and the bytes written are a function of input and options alone.
+
+use std::ops::Range;
+use std::path::Path;
+
+use st_gguf::{GgufFile, GgufWriter, Layout, Metadata, TensorSpec, WriteOptions, layout_keys};
+use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
+
+use crate::compare::{Comparison, Difference};
+use crate::error::ConvertError;
+use crate::input::Input;
+use crate::layout::{ALIGNMENT, EXPERT_TENSORS, OutputLayout, Unit};
+use crate::metadata;
+use crate::pipeline::run_ordered;
+use crate::progress::{Cancel, Progress};
+use crate::quantize::{Scratch, convert_weights};
+
+/// Most bytes of finished output that wait to be written.
+const IN_FLIGHT_BYTES: usize = 64 << 20;
+/// How many bytes of input the kernel is asked for before they are used: enough for it to keep a disk busy.
+const READ_AHEAD_BYTES: usize = 64 << 20;
+
+/// Said of every file in the offload layout.
+pub(crate) const OFFLOAD_NOTE: &str = "the offload layout is for this tool; llama.cpp does not read it";
+
+/// What to make of an input.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// Type of the weight matrices. Norms and routers stay F32.
+    pub ty: WeightType,
+    /// Type of the embedding and of the LM head, where it is another.
+    pub output_type: Option<WeightType>,
+    /// Arrangement of the experts.
+    pub layout: Layout,
+    /// Threads that convert; one more writes. The bytes do not depend on it.
+    pub threads: usize,
+    /// For Q4_0: choose each block's scale for the least squared error instead of the reference's.
+    pub search: bool,
+}
+
+/// One tensor of an output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedTensor {
+    /// Name, shape (fastest dimension first) and type.
+    pub spec: TensorSpec,
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// Its bytes, without padding.
+    pub bytes: u64,
+}
+
+/// What a conversion will write.
+#[derive(Clone, Debug)]
+pub struct ConvertPlan {
+    /// The tensors in the order of the file.
+    pub tensors: Vec<PlannedTensor>,
+    /// Bytes of weights that will be read.
+    pub input_bytes: u64,
+    /// Bytes of the whole file.
+    pub output_bytes: u64,
+    /// What the person should know, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Everything that a conversion derives from input and options before it reads a weight.
+struct Job<'a> {
+    input: &'a Input,
+    layout: OutputLayout,
+    metadata: Metadata,
+    /// Largest output of a unit.
+    unit_bytes: usize,
+    /// Bytes of input, and of the largest unit's input.
+    input_bytes: u64,
+    unit_input_bytes: usize,
+}
+
+/// What one unit leaves behind besides its bytes.
+struct Done {
+    input_bytes: u64,
+    /// Checksum of a packed record.
+    crc32c: Option<u32>,
+}
+
+/// Lays out the output without reading a weight or touching the disk.
+///
+/// # Errors
+/// As [`convert`], short of what concerns weights and writing.
+pub fn plan(input: &Input, options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
+    Job::new(input, options)?.plan()
+}
+
+/// Converts `input` and writes it to `out`; returns what was written. `out` appears when it is complete and synced, and
+/// until then, as after any failure, whatever was there stays as it was.
+///
+/// # Errors
+/// Anything in [`ConvertError`]; an existing `out` is refused unless `overwrite` is set.
+pub fn convert(
+    input: &Input,
+    options: &ConvertOptions,
+    out: &Path,
+    overwrite: bool,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<ConvertPlan, ConvertError> {
+    let job = Job::new(input, options)?;
+    let plan = job.plan()?;
+    cancel.check()?;
+    let write_options = WriteOptions { alignment: ALIGNMENT, overwrite };
+    let mut writer = GgufWriter::create(out, &job.metadata, &job.layout.tensors, write_options)?;
+    progress.start(job.input_bytes);
+    let mut checksums = Vec::new();
+    job.run(options.threads, cancel, |_, bytes, done| {
+        writer.write(bytes)?;
+        checksums.extend(done.crc32c);
+        progress.advance(done.input_bytes);
+        Ok(())
+    })?;
+    if job.layout.packing.is_some() {
+        let mut metadata = job.metadata;
+        metadata.insert(layout_keys::CRC32C, checksums);
+        writer.replace_metadata(&metadata)?;
+    }
+    writer.finish()?;
+    progress.finish();
+    Ok(plan)
+}
+
+/// Converts `input` in memory and compares the result with the GGUF file `with`, tensor by tensor: names, shapes, types
+/// and bytes. Order, alignment and metadata may differ.
+///
+/// # Errors
+/// As [`convert`]; [`ConvertError::Gguf`] where `with` cannot be read.
+pub fn compare(
+    input: &Input,
+    options: &ConvertOptions,
+    with: &Path,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Vec<Difference>, ConvertError> {
+    let job = Job::new(input, options)?;
+    let mut comparison = Comparison::new(GgufFile::open(with)?, &job.layout.tensors);
+    progress.start(job.input_bytes);
+    job.run(options.threads, cancel, |unit, bytes, done| {
+        comparison.add(job.layout.unit_tensor[unit], bytes)?;
+        progress.advance(done.input_bytes);
+        Ok(())
+    })?;
+    progress.finish();
+    Ok(comparison.finish())
+}
+
+impl<'a> Job<'a> {
+    fn new(input: &'a Input, options: &ConvertOptions) -> Result<Self, ConvertError> {
+        let types = [Some(options.ty), options.output_type];
+        if options.search && !types.contains(&Some(WeightType::Q4_0)) {
+            return Err(ConvertError::Options("a search for scales needs a Q4_0 output".into()));
+        }
+        let config = input.config();
+        let layout = OutputLayout::new(config, input.has_output(), options)?;
+        let mut metadata = metadata::describe(config, &input.carried, options.ty);
+        if let Some(format) = &layout.packing {
+            describe_packing(format, config.n_layers * config.n_experts, options.ty, &mut metadata);
+        }
+        let mut job = Self { input, layout, metadata, unit_bytes: 0, input_bytes: 0, unit_input_bytes: 1 };
+        for unit in &job.layout.units {
+            let bytes: usize = job.sources(unit)?.iter().map(|(_, range)| range.len()).sum();
+            job.input_bytes += bytes as u64;
+            job.unit_input_bytes = job.unit_input_bytes.max(bytes);
+            job.unit_bytes = job.unit_bytes.max(job.layout.unit_bytes(unit));
+        }
+        Ok(job)
+    }
+
+    fn plan(&self) -> Result<ConvertPlan, ConvertError> {
+        let plan = st_gguf::plan(&self.metadata, &self.layout.tensors, ALIGNMENT)?;
+        let places = plan.offsets.iter().zip(&plan.sizes);
+        let tensors = self.layout.tensors.iter().zip(places);
+        let mut warnings = self.input.warnings.clone();
+        warnings.extend(self.input.config().llama_cpp_differences());
+        if self.layout.packing.is_some() {
+            warnings.push(OFFLOAD_NOTE.into());
+        }
+        Ok(ConvertPlan {
+            tensors: tensors
+                .map(|(spec, (&offset, &bytes))| PlannedTensor { spec: spec.clone(), offset, bytes })
+                .collect(),
+            input_bytes: self.input_bytes,
+            output_bytes: plan.total,
+            warnings,
+        })
+    }
+
+    /// The bytes of input that a unit reads: file and range, in order.
+    fn sources(&self, unit: &Unit) -> Result<Vec<(usize, Range<usize>)>, ConvertError> {
+        match unit {
+            Unit::Weights { slot, first, count, .. } => {
+                let source = self.input.tensor(*slot)?;
+                let start = source.range.start + source.ty.bytes(*first);
+                Ok(vec![(source.file, start..start + source.ty.bytes(*count))])
+            }
+            Unit::Record { layer, expert } => {
+                let matrix = |tensor| self.input.tensor((tensor, *layer, *expert));
+                EXPERT_TENSORS.iter().map(|&tensor| matrix(tensor).map(|m| (m.file, m.range.clone()))).collect()
+            }
+        }
+    }
+
+    /// Does all units on `threads` threads and hands their bytes to `sink` in order.
+    fn run(
+        &self,
+        threads: usize,
+        cancel: &Cancel,
+        sink: impl FnMut(usize, &[u8], Done) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let threads = threads.max(1);
+        let window = (IN_FLIGHT_BYTES / self.unit_bytes.max(1)).clamp(1, 4 * threads);
+        let ahead = (READ_AHEAD_BYTES / self.unit_input_bytes).max(window);
+        run_ordered(
+            self.layout.units.len(),
+            threads,
+            window,
+            Worker::new,
+            |worker, unit, out| {
+                cancel.check()?;
+                let first_ahead = if unit == 0 { 1 } else { unit + ahead };
+                for later in self.layout.units.iter().take(unit + ahead + 1).skip(first_ahead) {
+                    for (file, range) in self.sources(later)? {
+                        self.input.files[file].will_need(range);
+                    }
+                }
+                self.produce(worker, &self.layout.units[unit], out)
+            },
+            sink,
+        )
+    }
+
+    /// Fills `out` with the bytes of one unit.
+    fn produce(&self, worker: &mut Worker, unit: &Unit, out: &mut Vec<u8>) -> Result<Done, ConvertError> {
+        let sources = self.sources(unit)?;
+        out.resize(self.layout.unit_bytes(unit), 0);
+        let mut crc32c = None;
+        match unit {
+            Unit::Weights { slot, first, target, .. } => {
+                let (file, range) = &sources[0];
+                let bytes = &self.input.files[*file].bytes()[range.clone()];
+                convert_weights(self.input.tensor(*slot)?, *first, bytes, *target, &mut worker.scratch, out)?;
+            }
+            Unit::Record { layer, expert } => {
+                if let Some(format) = &self.layout.packing {
+                    self.pack(worker, format, (*layer, *expert), &sources, out)?;
+                    crc32c = Some(crc32c::crc32c(out));
+                }
+            }
+        }
+        let mut input_bytes = 0;
+        for (file, range) in sources {
+            input_bytes += range.len() as u64;
+            self.input.files[file].release(range);
+        }
+        Ok(Done { input_bytes, crc32c })
+    }
+
+    /// Converts the three matrices of an expert and packs them into one record.
+    fn pack(
+        &self,
+        worker: &mut Worker,
+        format: &ExpertFormat,
+        (layer, expert): (usize, usize),
+        sources: &[(usize, Range<usize>)],
+        record: &mut [u8],
+    ) -> Result<(), ConvertError> {
+        // Buffers come back from other units: what no region covers must not depend on them.
+        record.fill(0);
+        let matrices = EXPERT_TENSORS.into_iter().zip([Matrix::Gate, Matrix::Up, Matrix::Down]);
+        for ((tensor, matrix), (file, range)) in matrices.zip(sources) {
+            let source = self.input.tensor((tensor, layer, expert))?;
+            let bytes = &self.input.files[*file].bytes()[range.clone()];
+            worker.canonical.resize(format.canonical_bytes(matrix), 0);
+            let target = self.layout.expert_target;
+            convert_weights(source, 0, bytes, target, &mut worker.scratch, &mut worker.canonical)?;
+            worker.kernels.pack_expert(format, matrix, &worker.canonical, &mut record[format.region(matrix)]);
+        }
+        Ok(())
+    }
+}
+
+/// Buffers of one thread.
+struct Worker {
+    kernels: Kernels,
+    scratch: Scratch,
+    /// One matrix of an expert as GGUF stores it, on its way into a record.
+    canonical: Vec<u8>,
+}
+
+impl Worker {
+    fn new() -> Self {
+        Self { kernels: Kernels::detect(), scratch: Scratch::new(), canonical: Vec::new() }
+    }
+}
+
+/// The keys of the offload layout, with room for the checksums that only writing brings.
+pub(crate) fn describe_packing(format: &ExpertFormat, experts: usize, ty: WeightType, metadata: &mut Metadata) {
+    metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
+    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
+    metadata.insert(layout_keys::EXPERT_TYPE, ty.ggml_id());
+    metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
+    for (key, matrix) in [
+        (layout_keys::GATE_OFFSET, Matrix::Gate),
+        (layout_keys::NEURON_OFFSET, Matrix::Up),
+        (layout_keys::DOWN_OFFSET, Matrix::Down),
+    ] {
+        metadata.insert(key, format.region(matrix).start as u64);
+    }
+    metadata.insert(layout_keys::CRC32C, vec![0u32; experts]);
+}

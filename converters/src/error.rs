@@ -1,0 +1,185 @@
+//! Everything that can go wrong between a checkpoint and a GGUF file, typed.
+//!
+//! Messages name the file and the tensor, and where two things disagree, what was found and what was expected.
+
+use std::path::PathBuf;
+
+use st_gguf::GgufError;
+
+/// Why a conversion was refused or gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// The operating system refused to read or map a file.
+    #[error("cannot read {}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A JSON file is not what its name promises.
+    #[error("{}: {message}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The model is of another architecture.
+    #[error("{}: expected a SmallThinker model, got {got}", path.display())]
+    Architecture {
+        /// `config.json` or the GGUF file.
+        path: PathBuf,
+        /// What the file calls its architecture.
+        got: String,
+    },
+    /// A value of the configuration makes no model.
+    #[error("{}: {key}: got {got}, expected {expected}", path.display())]
+    Config {
+        /// `config.json` or the GGUF file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value.
+        got: String,
+        /// What it has to be.
+        expected: String,
+    },
+    /// Neither `model.safetensors` nor an index is in the folder.
+    #[error("{} holds neither model.safetensors nor model.safetensors.index.json", path.display())]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The index names a shard that is not there.
+    #[error("missing shard {}, which {} lists", path.display(), index.display())]
+    MissingShard {
+        /// Where the shard should be.
+        path: PathBuf,
+        /// The index that names it.
+        index: PathBuf,
+    },
+    /// A shard is no valid safetensors file (truncated, or its header lies).
+    #[error("{} is not a complete safetensors file: {message}", path.display())]
+    BadShard {
+        /// The shard.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A tensor that the configuration calls for is not there.
+    #[error("{}: tensor {tensor} is missing", path.display())]
+    MissingTensor {
+        /// The checkpoint folder or the GGUF file.
+        path: PathBuf,
+        /// The tensor's name in that file.
+        tensor: String,
+    },
+    /// A tensor that the configuration leaves no place for.
+    #[error("{}: tensor {tensor} has no place in the model that the configuration describes ({why})", path.display())]
+    UnexpectedTensor {
+        /// The file that holds it.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// What the configuration says.
+        why: String,
+    },
+    /// A tensor's shape contradicts the configuration.
+    #[error("{}: tensor {tensor} has shape {got:?}, expected {expected:?} from the configuration", path.display())]
+    Shape {
+        /// The file that holds it.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Its shape, in the order of its file.
+        got: Vec<u64>,
+        /// The shape that the configuration calls for, in the same order.
+        expected: Vec<u64>,
+    },
+    /// A tensor is stored as a type that is no source for a conversion.
+    #[error("{}: tensor {tensor} has type {got}, expected {expected}", path.display())]
+    SourceType {
+        /// The file that holds it.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The type found.
+        got: String,
+        /// The types that can be converted.
+        expected: &'static str,
+    },
+    /// A weight is NaN or infinite.
+    #[error("tensor {tensor}: weight {index} is {value}, expected finite weights")]
+    NonFinite {
+        /// The tensor's name in its source.
+        tensor: String,
+        /// Position of the weight, counted through the tensor.
+        index: u64,
+        /// `NaN`, `inf` or `-inf`.
+        value: f32,
+    },
+    /// A weight is too large for the chosen type.
+    #[error("tensor {tensor}: weight {index} is {value}, which {ty} cannot hold")]
+    TooLarge {
+        /// The tensor's name in its source.
+        tensor: String,
+        /// Position of the weight, counted through the tensor.
+        index: u64,
+        /// The weight.
+        value: f32,
+        /// The type asked for.
+        ty: &'static str,
+    },
+    /// Rows of a matrix cannot be cut into blocks of the chosen type.
+    #[error("tensor {tensor}: rows of {columns} weights cannot be stored as {ty}, which needs a multiple of {block}")]
+    RowLength {
+        /// The tensor's name in the output.
+        tensor: String,
+        /// Length of a row.
+        columns: usize,
+        /// The type asked for.
+        ty: &'static str,
+        /// Weights per block of that type.
+        block: usize,
+    },
+    /// The tokenizer files cannot be expressed in GGUF.
+    #[error("{}: {message}", path.display())]
+    Tokenizer {
+        /// The tokenizer file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The input's experts are already packed for offloading.
+    #[error("{} is in the offload layout; bring it to the gguf layout first", path.display())]
+    PackedInput {
+        /// The input file.
+        path: PathBuf,
+    },
+    /// A packed expert is not what it was when it was written.
+    #[error("{}: {tensor}: the record of expert {expert} at offset {offset} has checksum {got:08x}, expected {expected:08x}: the file is damaged", path.display())]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that holds the record.
+        tensor: String,
+        /// The expert.
+        expert: usize,
+        /// Where its record starts in the file.
+        offset: u64,
+        /// CRC-32C of the bytes read.
+        got: u32,
+        /// CRC-32C that the file states.
+        expected: u32,
+    },
+    /// The options contradict themselves or the model.
+    #[error("{0}")]
+    Options(String),
+    /// Reading or writing a GGUF file failed.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The caller asked to stop.
+    #[error("interrupted before the output was complete; nothing was left behind")]
+    Cancelled,
+}

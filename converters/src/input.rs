@@ -1,0 +1,110 @@
+//! What a conversion reads: a model's shape, its tokenizer, and where each of its weights lies.
+//!
+//! A checkpoint folder and a GGUF file look the same from here on: every matrix, each expert's by itself, is a run of
+//! bytes of a known type in a mapped file.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use st_gguf::Metadata;
+
+use crate::config::ModelConfig;
+use crate::error::ConvertError;
+use crate::mapped::MappedFile;
+use crate::tensor_map::Tensor;
+use crate::{checkpoint, gguf_input};
+
+/// Types that weights may be stored as in an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit IEEE floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Blocks of 32 bytes with an f16 scale; in GGUF files only.
+    Q8_0,
+}
+
+impl SourceType {
+    /// Bytes of `n` weights; `n` is a multiple of 32 for Q8_0.
+    pub(crate) fn bytes(self, n: usize) -> usize {
+        match self {
+            Self::F32 => n * 4,
+            Self::F16 | Self::Bf16 => n * 2,
+            Self::Q8_0 => n / 32 * 34,
+        }
+    }
+}
+
+/// One matrix or vector of an input.
+#[derive(Clone, Debug)]
+pub(crate) struct SourceTensor {
+    /// Its name in the input, for messages.
+    pub(crate) name: String,
+    /// Position of its first weight in that tensor (an expert inside a stacked tensor starts later).
+    pub(crate) first_weight: u64,
+    /// Index of its file.
+    pub(crate) file: usize,
+    /// Its bytes in the file.
+    pub(crate) range: Range<usize>,
+    /// How they are stored.
+    pub(crate) ty: SourceType,
+}
+
+/// Which matrix: tensor, layer, expert (0 where the scope has none).
+pub(crate) type Slot = (Tensor, usize, usize);
+
+/// A model to convert. Every tensor that its configuration calls for is present, of a known type and the right shape;
+/// whether the weights are finite numbers shows when they are read.
+#[derive(Debug)]
+pub struct Input {
+    pub(crate) path: PathBuf,
+    pub(crate) config: ModelConfig,
+    /// Tokenizer and general keys to carry into the output.
+    pub(crate) carried: Metadata,
+    pub(crate) files: Vec<MappedFile>,
+    pub(crate) tensors: HashMap<Slot, SourceTensor>,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Input {
+    /// Opens a checkpoint folder, or a GGUF file of type F32, F16, BF16 or Q8_0.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the input short of its weights' values; see [`ConvertError`].
+    pub fn open(path: &Path) -> Result<Self, ConvertError> {
+        let metadata = std::fs::metadata(path).map_err(|source| ConvertError::Io { path: path.into(), source })?;
+        if metadata.is_dir() { checkpoint::open(path) } else { gguf_input::open(path) }
+    }
+
+    /// The folder or file that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Whether the LM head has weights of its own.
+    pub fn has_output(&self) -> bool {
+        self.tensors.contains_key(&(Tensor::Output, 0, 0))
+    }
+
+    /// Whether a tokenizer comes with the model.
+    pub fn has_tokenizer(&self) -> bool {
+        self.carried.get("tokenizer.ggml.tokens").is_some()
+    }
+
+    /// The matrix at a slot that the configuration calls for.
+    pub(crate) fn tensor(&self, slot: Slot) -> Result<&SourceTensor, ConvertError> {
+        self.tensors.get(&slot).ok_or_else(|| ConvertError::MissingTensor {
+            path: self.path.clone(),
+            tensor: slot.0.rule().hf_name(slot.1, slot.2),
+        })
+    }
+}

@@ -1,0 +1,66 @@
+//! A weight file mapped into memory, with advice to the kernel about what is needed next and what no longer.
+//!
+//! The only place of this crate that is unsafe. Advice is best effort: where the system has none, nothing is lost
+//! but speed and a small resident set.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::{Mmap, MmapOptions};
+
+use crate::error::ConvertError;
+
+/// A read-only file mapping.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl MappedFile {
+    /// Maps a whole file.
+    pub(crate) fn open(path: &Path) -> Result<Self, ConvertError> {
+        let fail = |source| ConvertError::Io { path: path.into(), source };
+        let file = File::open(path).map_err(fail)?;
+        // SAFETY: the mapping is read-only and its bytes are only ever read as plain integers, so a writer changing the
+        // file meanwhile yields other weights, never an invalid value. A file that another process truncates while it is
+        // being converted raises SIGBUS, as with every mapped file; inputs are not modified while they are converted.
+        let map = unsafe { MmapOptions::new().map(&file) }.map_err(fail)?;
+        Ok(Self { path: path.into(), map })
+    }
+
+    /// Where the file is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Asks the kernel to start reading `range`.
+    #[cfg(unix)]
+    pub(crate) fn will_need(&self, range: Range<usize>) {
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+    }
+
+    /// Takes `range` out of the resident set; reading it again fetches it again.
+    #[cfg(unix)]
+    pub(crate) fn release(&self, range: Range<usize>) {
+        // SAFETY: the mapping is shared and file-backed and nobody writes through it, so dropping its pages loses
+        // nothing: the next access brings the same bytes back from the file.
+        let _ =
+            unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+    }
+
+    /// Without `madvise` there is nothing to ask.
+    #[cfg(not(unix))]
+    pub(crate) fn will_need(&self, _range: Range<usize>) {}
+
+    /// Without `madvise` there is nothing to release.
+    #[cfg(not(unix))]
+    pub(crate) fn release(&self, _range: Range<usize>) {}
+}

@@ -1,0 +1,209 @@
+//! What is written is what was read: every tensor, every type, both layouts, any number of threads.
+
+use crate::common::{Checkpoint, LAYOUTS, TYPES, bytes, mini, options, repository, run, tiny};
+use st_convert::{Cancel, ConvertOptions, DifferenceKind, Input, Layout, NoProgress, WeightType, compare, plan};
+use st_gguf::{GgmlType, GgufFile};
+use st_kernels::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
+
+/// What a matrix of bfloat16 has to become, computed without the converter.
+fn expected(data: &[u8], ty: WeightType) -> Vec<u8> {
+    let mut floats = vec![0.0; data.len() / 2];
+    dequantize_row(WeightType::BF16, data, &mut floats);
+    let mut out = vec![0; ty.row_bytes(floats.len()).unwrap()];
+    match ty {
+        WeightType::Q4_0 => quantize_row_q4_0(&floats, &mut out),
+        WeightType::Q8_0 => quantize_row_q8_0(&floats, &mut out),
+        WeightType::BF16 => out.copy_from_slice(data),
+        WeightType::F16 => out = floats.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+        WeightType::F32 => out = floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
+    out
+}
+
+#[test]
+fn the_bundled_model_is_what_this_converter_makes() {
+    let made = bytes(&tiny(), &options(WeightType::Q4_0, Layout::Gguf));
+    let bundled = std::fs::read(repository("models/tiny/tiny-q4_0.gguf")).unwrap();
+    assert!(made == bundled, "models/tiny/tiny-q4_0.gguf differs from a new conversion of models/tiny/checkpoint");
+}
+
+#[test]
+fn every_tensor_holds_the_weights_of_its_source() {
+    for name in ["mini-4b", "mini-21b"] {
+        let mut source = Checkpoint::load(&mini(name));
+        for ty in TYPES {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("out.gguf");
+            run(&mini(name), &options(ty, Layout::Gguf), &out).unwrap();
+            let file = GgufFile::open(&out).unwrap();
+            for info in &file.header.tensors {
+                assert_eq!(info.offset % 4096, 0, "{}", info.name);
+                let got = file.read_tensor(info).unwrap();
+                let small = info.name.contains("norm") || info.name.contains("ffn_gate_inp");
+                let ty = if small { WeightType::F32 } else { ty };
+                assert_eq!(info.ty, GgmlType::from_id(ty.ggml_id()), "{}", info.name);
+                let wanted: Vec<u8> =
+                    sources(&info.name).iter().flat_map(|name| expected(&source.tensor(name).data, ty)).collect();
+                assert!(got == wanted, "{name}: {} as {ty}", info.name);
+            }
+            let experts = if name == "mini-4b" { 4 * 3 } else { 4 * 3 + 1 };
+            assert_eq!(file.header.tensors.len(), 2 + 4 * 7 + experts);
+        }
+    }
+}
+
+/// The names under which a GGUF tensor's parts lie in a checkpoint, written down a second time.
+fn sources(gguf: &str) -> Vec<String> {
+    let whole = match gguf {
+        "token_embd.weight" => "model.embed_tokens.weight",
+        "output_norm.weight" => "model.norm.weight",
+        "output.weight" => "lm_head.weight",
+        _ => "",
+    };
+    if !whole.is_empty() {
+        return vec![whole.into()];
+    }
+    let mut parts = gguf.split('.').skip(1);
+    let (layer, tensor) = (parts.next().unwrap(), parts.next().unwrap());
+    let one = |name: &str| vec![format!("model.layers.{layer}.{name}.weight")];
+    let experts = |name: &str| {
+        (0..8).map(|e| format!("model.layers.{layer}.block_sparse_moe.experts.{e}.{name}.weight")).collect()
+    };
+    match tensor {
+        "attn_norm" => one("input_layernorm"),
+        "attn_q" => one("self_attn.q_proj"),
+        "attn_k" => one("self_attn.k_proj"),
+        "attn_v" => one("self_attn.v_proj"),
+        "attn_output" => one("self_attn.o_proj"),
+        "ffn_norm" => one("post_attention_layernorm"),
+        "ffn_gate_inp" => one("block_sparse_moe.primary_router"),
+        "ffn_gate_exps" => experts("gate"),
+        "ffn_up_exps" => experts("up"),
+        "ffn_down_exps" => experts("down"),
+        other => panic!("unknown tensor {other}"),
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_byte() {
+    for layout in LAYOUTS {
+        for ty in TYPES {
+            let one = bytes(&mini("mini-21b"), &ConvertOptions { threads: 1, ..options(ty, layout) });
+            for threads in [2, 5] {
+                let many = bytes(&mini("mini-21b"), &ConvertOptions { threads, ..options(ty, layout) });
+                assert!(one == many, "{ty} {layout:?} at {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn metadata_states_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let plan = run(&tiny(), &options(WeightType::Q4_0, Layout::Gguf), &out).unwrap();
+    assert!(plan.warnings.iter().any(|warning| warning.contains("64")), "{:?}", plan.warnings);
+    assert_eq!(plan.output_bytes, std::fs::metadata(&out).unwrap().len());
+    let metadata = GgufFile::open(&out).unwrap().header.metadata;
+    let number = |key: &str| metadata.u32(&format!("smallthinker.{key}")).unwrap();
+    assert_eq!(number("block_count"), Some(8));
+    assert_eq!(number("context_length"), Some(2048));
+    assert_eq!(number("embedding_length"), Some(192));
+    assert_eq!(number("feed_forward_length"), Some(64));
+    assert_eq!(number("expert_feed_forward_length"), Some(64));
+    assert_eq!(number("expert_count"), Some(16));
+    assert_eq!(number("expert_used_count"), Some(4));
+    assert_eq!(number("expert_gating_func"), Some(2));
+    assert_eq!(number("attention.head_count"), Some(4));
+    assert_eq!(number("attention.head_count_kv"), Some(2));
+    assert_eq!(number("attention.key_length"), Some(64));
+    assert_eq!(number("attention.value_length"), Some(64));
+    assert_eq!(number("attention.sliding_window"), Some(64));
+    assert_eq!(number("rope.dimension_count"), Some(64));
+    assert_eq!(metadata.f32("smallthinker.rope.freq_base").unwrap(), Some(1.5e6));
+    assert_eq!(metadata.f32("smallthinker.attention.layer_norm_rms_epsilon").unwrap(), Some(1e-6));
+    let pattern = [false, true, true, true, false, true, true, true];
+    assert_eq!(metadata.bools("smallthinker.attention.sliding_window_pattern").unwrap(), Some(&pattern[..]));
+    assert_eq!(metadata.bools("smallthinker.rope.layer_pattern").unwrap(), Some(&pattern[..]));
+    assert_eq!(metadata.str("general.architecture").unwrap(), Some("smallthinker"));
+    assert_eq!(metadata.u32("general.alignment").unwrap(), Some(4096));
+    assert_eq!(metadata.u32("general.file_type").unwrap(), Some(2));
+    assert_eq!(metadata.strings("tokenizer.ggml.tokens").unwrap().unwrap().len(), 2048);
+    assert_eq!(metadata.strings("tokenizer.ggml.merges").unwrap().unwrap().len(), 1789);
+    assert_eq!(metadata.u32("tokenizer.ggml.eos_token_id").unwrap(), Some(2047));
+    assert_eq!(metadata.u32("tokenizer.ggml.bos_token_id").unwrap(), Some(2045));
+    assert_eq!(metadata.u32s("tokenizer.ggml.eos_token_ids").unwrap(), Some(vec![2047, 2045]));
+    assert!(metadata.str("tokenizer.chat_template").unwrap().unwrap().contains("<|im_start|>"));
+}
+
+#[test]
+fn a_gguf_of_the_source_type_is_as_good_as_the_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    for middle in [WeightType::F32, WeightType::BF16] {
+        let between = dir.path().join(format!("{middle}.gguf"));
+        for model in [tiny(), mini("mini-21b")] {
+            let _ = std::fs::remove_file(&between);
+            run(&model, &options(middle, Layout::Gguf), &between).unwrap();
+            for layout in LAYOUTS {
+                let wanted = options(WeightType::Q4_0, layout);
+                assert!(bytes(&between, &wanted) == bytes(&model, &wanted), "{middle} {layout:?}");
+            }
+            let again = options(middle, Layout::Gguf);
+            assert!(bytes(&between, &again) == std::fs::read(&between).unwrap(), "{middle} to itself");
+        }
+    }
+    let q8_0 = dir.path().join("q8_0.gguf");
+    run(&tiny(), &options(WeightType::Q8_0, Layout::Gguf), &q8_0).unwrap();
+    assert!(bytes(&q8_0, &options(WeightType::Q8_0, Layout::Gguf)) == std::fs::read(&q8_0).unwrap());
+    assert!(!bytes(&q8_0, &options(WeightType::Q4_0, Layout::Gguf)).is_empty());
+}
+
+#[test]
+fn the_embedding_may_have_a_type_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let mixed = ConvertOptions { output_type: Some(WeightType::Q8_0), ..options(WeightType::Q4_0, Layout::Gguf) };
+    run(&mini("mini-21b"), &mixed, &out).unwrap();
+    for info in &GgufFile::open(&out).unwrap().header.tensors {
+        let head = ["token_embd.weight", "output.weight"].contains(&info.name.as_str());
+        assert_eq!(info.ty == GgmlType::Q8_0, head, "{}", info.name);
+    }
+}
+
+#[test]
+fn search_changes_blocks_and_never_the_rest() {
+    let searched = ConvertOptions { search: true, ..options(WeightType::Q4_0, Layout::Gguf) };
+    let (plain, searched) =
+        (bytes(&mini("mini-4b"), &options(WeightType::Q4_0, Layout::Gguf)), bytes(&mini("mini-4b"), &searched));
+    assert_eq!(plain.len(), searched.len());
+    assert!(plain != searched);
+    let wrong = ConvertOptions { search: true, ..options(WeightType::Q8_0, Layout::Gguf) };
+    assert!(plan(&Input::open(&mini("mini-4b")).unwrap(), &wrong).is_err());
+}
+
+#[test]
+fn a_comparison_names_what_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let wanted = options(WeightType::Q4_0, Layout::Gguf);
+    run(&mini("mini-4b"), &wanted, &out).unwrap();
+    let input = Input::open(&mini("mini-4b")).unwrap();
+    let differences = |options: &ConvertOptions| compare(&input, options, &out, &NoProgress, &Cancel::new()).unwrap();
+    assert_eq!(differences(&wanted), []);
+
+    let types = differences(&options(WeightType::Q8_0, Layout::Gguf));
+    assert!(types.iter().all(|difference| matches!(difference.kind, DifferenceKind::Type { .. })), "{types:?}");
+    let packed = differences(&options(WeightType::Q4_0, Layout::Offload));
+    assert_eq!(packed.iter().filter(|difference| difference.kind == DifferenceKind::Missing).count(), 4);
+    assert_eq!(packed.iter().filter(|difference| difference.kind == DifferenceKind::Extra).count(), 12);
+
+    let header = GgufFile::open(&out).unwrap().header;
+    let at = header.tensor("blk.2.ffn_up_exps.weight").unwrap().offset as usize + 100;
+    let mut file = std::fs::read(&out).unwrap();
+    file[at] ^= 1;
+    std::fs::write(&out, file).unwrap();
+    let flipped = differences(&wanted);
+    assert_eq!(flipped.len(), 1);
+    assert_eq!(flipped[0].tensor, "blk.2.ffn_up_exps.weight");
+    assert!(matches!(flipped[0].kind, DifferenceKind::Bytes { count: 1, first: 100, .. }), "{flipped:?}");
+}

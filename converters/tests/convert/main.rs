@@ -1,0 +1,5 @@
+//! Conversion from end to end, on the reference checkpoints.
+
+mod common;
+mod faithful;
+mod reject;

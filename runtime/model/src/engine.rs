@@ -1,0 +1,175 @@
+//! The loaded model, shared by every conversation: plan, load, and hold.
+//!
+//! Owns the order of loading: header and tokenizer, then the memory plan, and only then weights. A budget that does
+//! not suffice is refused before anything large is read.
+
+use std::sync::Arc;
+
+use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
+use st_gguf::GgufFile;
+use st_kernels::{Isa, Kernels, KvType};
+
+use crate::chat::ChatTemplate;
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::model::Model;
+use crate::plan::MemoryPlan;
+use crate::sizes;
+use crate::tokenizer::Tokenizer;
+use crate::weights::TensorSource;
+
+/// How to load and run a model.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Compute threads.
+    pub threads: usize,
+    /// Context length in tokens; `None` takes the model's own, or what the budget allows.
+    pub ctx: Option<usize>,
+    /// How keys and values are kept.
+    pub kv_type: KvType,
+    /// The most memory that the process may use, in bytes.
+    pub memory: Option<u64>,
+    /// How experts are read.
+    pub io: IoMode,
+    /// Whether reads of chosen experts start before attention.
+    pub prefetch: bool,
+    /// Expert reads in flight at once; `None` lets the store choose.
+    pub io_threads: Option<usize>,
+    /// Kernels to use; `None` takes the best that the CPU has.
+    pub isa: Option<Isa>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            ctx: None,
+            kv_type: KvType::F16,
+            memory: None,
+            io: IoMode::Auto,
+            prefetch: true,
+            io_threads: None,
+            isa: None,
+        }
+    }
+}
+
+/// A model ready to run. Immutable but for the expert cache; conversations borrow it.
+pub struct Engine {
+    model: Model,
+    tokenizer: Option<Tokenizer>,
+    chat_template: Option<ChatTemplate>,
+    end_ids: Vec<u32>,
+    plan: MemoryPlan,
+    kv_type: KvType,
+}
+
+impl Engine {
+    /// The plan that [`Engine::load`] would follow, without loading.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn plan_for(file: &GgufFile, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
+        let config = ModelConfig::from_metadata(&file.header.metadata)?;
+        let source = TensorSource::new(file, &config)?;
+        sizes::plan(&source, &config, options)
+    }
+
+    /// Loads the model of `file`: dense weights now, experts when they are first asked for.
+    ///
+    /// # Errors
+    /// Where the file is not a complete SmallThinker model, the context is not possible, or the budget too small.
+    pub fn load(file: GgufFile, options: &LoadOptions) -> Result<Self, ModelError> {
+        Self::load_with(file, options, &mut |_| {})
+    }
+
+    /// [`Engine::load`] that shows the memory plan before the first weight is read.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_with(
+        mut file: GgufFile,
+        options: &LoadOptions,
+        on_plan: &mut dyn FnMut(&MemoryPlan),
+    ) -> Result<Self, ModelError> {
+        let config = ModelConfig::from_metadata(&file.header.metadata)?;
+        let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?;
+        let chat_template = ChatTemplate::from_metadata(&file.header.metadata)?;
+        let end_ids = match &tokenizer {
+            Some(tokenizer) => tokenizer.end_ids().to_vec(),
+            None => crate::tokenizer::end_ids(&file.header.metadata)?,
+        };
+        // The tokenizer has its own copy by now; the header's would only take memory.
+        for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"] {
+            file.header.metadata.remove(key);
+        }
+        let source = TensorSource::new(&file, &config)?;
+        let plan = sizes::plan(&source, &config, options)?;
+        on_plan(&plan);
+        let defaults = StoreOptions::default();
+        let store = ExpertStore::new(
+            Arc::clone(&file.source),
+            source.experts().clone(),
+            sizes::slot_format(&source, Kernels::detect()),
+            StoreOptions {
+                n_slots: plan.n_slots,
+                top_k: config.n_experts_used,
+                io: options.io,
+                io_threads: options.io_threads.unwrap_or(defaults.io_threads),
+                prefetch: options.prefetch,
+                ..defaults
+            },
+        )?;
+        let model = Model::load(&source, config, store, options)?;
+        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type: options.kv_type })
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// Where the memory goes.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// The file's tokenizer, where it has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The file's chat template, where it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// Tokens that end an answer.
+    pub fn end_ids(&self) -> &[u32] {
+        &self.end_ids
+    }
+
+    /// Tokens that a context holds.
+    pub fn ctx(&self) -> usize {
+        self.plan.ctx
+    }
+
+    /// Size of the vocabulary, as the embedding has it.
+    pub fn n_vocab(&self) -> usize {
+        self.model.n_vocab()
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_type(&self) -> KvType {
+        self.kv_type
+    }
+
+    /// What the expert cache did since it was made.
+    pub fn store_stats(&self) -> StoreStats {
+        self.model.store().stats()
+    }
+
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+}

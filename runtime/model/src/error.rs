@@ -1,0 +1,139 @@
+//! What can go wrong between a GGUF file and an answer.
+
+use st_gguf::GgufError;
+
+/// An error of loading or running a model. Every variant names what was met and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The file itself is broken or cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The file is a GGUF of another architecture.
+    #[error("the file holds a `{got}` model, this program runs `smallthinker` only")]
+    Architecture {
+        /// `general.architecture` as found.
+        got: String,
+    },
+    /// A metadata key that the model cannot do without.
+    #[error("metadata key `{key}` is missing")]
+    MissingKey {
+        /// Full key.
+        key: String,
+    },
+    /// A metadata value that makes no model.
+    #[error("metadata key `{key}`: got {got}, expected {expected}")]
+    BadKey {
+        /// Full key.
+        key: String,
+        /// The value found.
+        got: String,
+        /// What would have been right.
+        expected: String,
+    },
+    /// A tensor that the configuration asks for is not in the file.
+    #[error("tensor `{name}` is missing")]
+    MissingTensor {
+        /// GGUF name.
+        name: String,
+    },
+    /// A tensor of another shape than the configuration asks for.
+    #[error("tensor `{name}` has shape {got:?}, expected {expected:?}")]
+    TensorShape {
+        /// GGUF name.
+        name: String,
+        /// Shape in the file, fastest dimension first.
+        got: Vec<u64>,
+        /// Shape by the configuration.
+        expected: Vec<u64>,
+    },
+    /// A tensor in a type that this program has no kernel for.
+    #[error("tensor `{name}` has type {got}, expected one of {expected}")]
+    TensorType {
+        /// GGUF name.
+        name: String,
+        /// Type name in the file.
+        got: String,
+        /// The types that would do.
+        expected: &'static str,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {id} is outside the vocabulary of {n_vocab}")]
+    TokenId {
+        /// The id given.
+        id: u32,
+        /// Size of the vocabulary.
+        n_vocab: usize,
+    },
+    /// No token to start from.
+    #[error("the prompt is empty: there is no token to continue from")]
+    EmptyPrompt,
+    /// More tokens than the context holds.
+    #[error("the prompt needs {needed} tokens, the context holds {ctx}")]
+    ContextFull {
+        /// Tokens that would be in the context.
+        needed: usize,
+        /// Context length in tokens.
+        ctx: usize,
+    },
+    /// A context longer than the model was made for, or of no tokens.
+    #[error("a context of {got} tokens is not possible: the model allows 1 to {max}")]
+    Context {
+        /// The length asked for.
+        got: usize,
+        /// The model's own limit.
+        max: usize,
+    },
+    /// A memory budget below what the model needs at the least.
+    #[error(
+        "{budget} bytes of memory are not enough: this model needs at least {minimum} bytes with a context of {ctx}"
+    )]
+    Budget {
+        /// The budget given, in bytes.
+        budget: u64,
+        /// The smallest budget that works, in bytes.
+        minimum: u64,
+        /// The context length that the minimum is for.
+        ctx: usize,
+    },
+    /// A row that is not whole blocks of its type.
+    #[error("tensor `{name}`: rows of {n_in} are not whole blocks of {ty}")]
+    Blocks {
+        /// GGUF name.
+        name: String,
+        /// Type name.
+        ty: &'static str,
+        /// Values per row.
+        n_in: usize,
+    },
+    /// Kernels that this CPU cannot run.
+    #[error("this CPU cannot run the `{name}` kernels")]
+    Isa {
+        /// The instruction set.
+        name: &'static str,
+    },
+    /// Threads could not be started.
+    #[error("cannot start {threads} compute threads")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system said.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// The file's tokenizer is broken.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::TokenizerError),
+    /// The file's chat template is broken.
+    #[error(transparent)]
+    Chat(#[from] crate::chat::ChatError),
+    /// No token can be chosen.
+    #[error(transparent)]
+    Sampler(#[from] crate::sampler::SamplerError),
+    /// Reading experts failed.
+    #[error(transparent)]
+    Experts(#[from] st_experts::StoreError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

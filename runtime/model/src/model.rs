@@ -1,0 +1,147 @@
+//! The decoder: embedding, layers, head.
+//!
+//! Owns the weights and the order of operations of one layer (the technical report, section 2): the router reads the
+//! residual stream before norm and attention, so that the experts it chose can be read while attention runs.
+
+use st_experts::ExpertStore;
+
+use crate::activations::Activations;
+use crate::config::ModelConfig;
+use crate::engine::LoadOptions;
+use crate::error::ModelError;
+use crate::kv_cache::LayerKv;
+use crate::moe::Moe;
+use crate::ops::{self, Attention, Compute, Linear, RmsNorm};
+use crate::session::Buffers;
+use crate::weights::{self, TensorSource};
+
+struct Layer {
+    attn_norm: RmsNorm,
+    /// Queries, keys and values in one matrix; `[q_dim + 2 * kv_dim, n_embd]`.
+    qkv: Linear,
+    attn_output: Linear,
+    /// F32: a quantized router would choose other experts.
+    router: Linear,
+    ffn_norm: RmsNorm,
+    uses_rope: bool,
+}
+
+/// All weights of a model, and the threads that compute with them.
+pub(crate) struct Model {
+    config: ModelConfig,
+    compute: Compute,
+    embedding: Linear,
+    layers: Vec<Layer>,
+    output_norm: RmsNorm,
+    /// `None` where the embedding is the head.
+    head: Option<Linear>,
+    moe: Moe,
+}
+
+impl Model {
+    /// Reads all weights but the experts'.
+    ///
+    /// # Errors
+    /// Where the file cannot be read or a matrix has a type without kernels.
+    pub(crate) fn load(
+        source: &TensorSource<'_>,
+        config: ModelConfig,
+        store: ExpertStore,
+        options: &LoadOptions,
+    ) -> Result<Self, ModelError> {
+        let compute = Compute::new(options.threads, options.isa)?;
+        let c = &config;
+        let matrix = |name: String, rows: usize, cols: usize| Linear::load(source, &compute, &[(name, rows)], cols);
+        let norm = |name: String| -> Result<RmsNorm, ModelError> {
+            Ok(RmsNorm { weight: source.vector_f32(&name, c.n_embd)?, eps: c.rms_eps })
+        };
+        let embedding = matrix(weights::TOKEN_EMBD.into(), source.n_vocab(), c.n_embd)?;
+        let head = match source.has_head() {
+            true => Some(matrix(weights::OUTPUT.into(), source.n_vocab(), c.n_embd)?),
+            false => None,
+        };
+        let mut layers = Vec::with_capacity(c.n_layers);
+        for n in 0..c.n_layers {
+            let name = |part: &str| weights::layer_tensor(n, part);
+            let qkv = [(name("attn_q"), c.q_dim()), (name("attn_k"), c.kv_dim()), (name("attn_v"), c.kv_dim())];
+            layers.push(Layer {
+                attn_norm: norm(name("attn_norm"))?,
+                qkv: Linear::load(source, &compute, &qkv, c.n_embd)?,
+                attn_output: matrix(name("attn_output"), c.n_embd, c.q_dim())?,
+                router: matrix(name("ffn_gate_inp"), c.n_experts, c.n_embd)?,
+                ffn_norm: norm(name("ffn_norm"))?,
+                uses_rope: c.rope_layers[n],
+            });
+        }
+        let output_norm = norm(weights::OUTPUT_NORM.into())?;
+        let moe = Moe::new(store, source.format().clone(), c);
+        Ok(Self { config, compute, embedding, layers, output_norm, head, moe })
+    }
+
+    /// The shape of the model.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Rows of the embedding.
+    pub(crate) fn n_vocab(&self) -> usize {
+        self.embedding.n_out()
+    }
+
+    /// The expert cache.
+    pub(crate) fn store(&self) -> &ExpertStore {
+        self.moe.store()
+    }
+
+    /// Token embeddings into the residual stream.
+    pub(crate) fn embed(&self, tokens: &[u32], a: &Activations) -> Result<(), ModelError> {
+        ops::embed(&self.embedding, tokens, &a.x)
+    }
+
+    /// One layer over a batch whose first token is at `position`.
+    pub(crate) fn layer(
+        &self,
+        n: usize,
+        position: usize,
+        a: &Activations,
+        kv: &mut LayerKv,
+        buffers: &mut Buffers,
+    ) -> Result<(), ModelError> {
+        let (layer, cx) = (&self.layers[n], &self.compute);
+        let Buffers { scratch, moe, routing, rope, work, .. } = buffers;
+
+        layer.router.forward(cx, &mut scratch.acts, &a.x, &a.router)?;
+        ops::with_slice(&a.router, |logits| {
+            routing.choose(&self.config, logits);
+            Ok(())
+        })?;
+        let experts = self.moe.prefetch(n, routing, moe);
+
+        layer.attn_norm.forward(cx, &a.x, &a.normed)?;
+        layer.qkv.forward(cx, &mut scratch.acts, &a.normed, &a.qkv)?;
+        if layer.uses_rope {
+            rope.forward(cx, &a.qkv)?;
+        }
+        Attention { config: &self.config, position, kv }.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
+        layer.attn_output.forward(cx, &mut scratch.acts, &a.attn, &a.delta)?;
+        ops::add(&a.x, &a.delta)?;
+
+        layer.ffn_norm.forward(cx, &a.x, &a.normed)?;
+        work.add(self.moe.forward(n, cx, &mut scratch.acts, moe, experts, routing, &a.normed, &a.x)?);
+        work.weight_bytes += (layer.router.bytes() + layer.qkv.bytes() + layer.attn_output.bytes()) as u64;
+        Ok(())
+    }
+
+    /// Logits of one row of the residual stream, into the buffers.
+    pub(crate) fn head(&self, a: &Activations, row: usize, buffers: &mut Buffers) -> Result<(), ModelError> {
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        let (cx, n_embd) = (&self.compute, self.config.n_embd);
+        ops::with_slice(&a.x, |x| {
+            self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], &mut buffers.head_input);
+            head.apply(cx, &mut buffers.scratch.acts, &buffers.head_input, &mut buffers.logits);
+            Ok(())
+        })?;
+        buffers.work.weight_bytes += head.bytes() as u64;
+        Ok(())
+    }
+}

@@ -1,0 +1,324 @@
+//! The experts of a layer: `x += Σ weight · down · (up·y ⊙ relu(gate·y))` over the chosen ones.
+//!
+//! Owns the order: experts are computed as they land in the cache, each into a place of its own, and added in the order
+//! of the router's ranks, so that the order of arrival never shows in a bit. One token goes through the sparse kernels;
+//! a batch is grouped by expert, and each expert is acquired once.
+
+use candle_core::Tensor;
+use st_experts::{ExpertStore, Lease, Waves};
+use st_gguf::Matrix;
+use st_kernels::{ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, WeightType};
+
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::ops::{self, ActsScratch, Compute};
+use crate::router::Routing;
+use crate::session::Work;
+
+/// Groups of 32 neurons that one task takes when there is one token.
+const TASK_GROUPS: usize = 4;
+/// Neurons that one task takes when there are many.
+const TASK_NEURONS: usize = 64;
+/// Outputs that one task takes.
+const TASK_OUTPUTS: usize = 2 * OUTPUT_CHUNK;
+
+/// The experts of all layers.
+#[derive(Debug)]
+pub(crate) struct Moe {
+    store: ExpertStore,
+    format: ExpertFormat,
+    n_experts: usize,
+}
+
+/// Buffers of [`Moe::forward`], reused from layer to layer.
+#[derive(Debug, Default)]
+pub(crate) struct MoeScratch {
+    /// Hidden values of one token; `[rank, groups]`.
+    groups: Vec<HiddenGroup>,
+    /// What each (expert, token) pair contributes, unweighted; `[pairs, n_embd]`.
+    parts: Vec<f32>,
+    /// Ranks that can be computed now.
+    ready: Vec<usize>,
+    batch: BatchScratch,
+}
+
+/// What only batches need.
+#[derive(Debug, Default)]
+struct BatchScratch {
+    /// The chosen experts, each once, ascending.
+    experts: Vec<u32>,
+    /// First pair of each expert, and one past the last pair.
+    starts: Vec<usize>,
+    /// Token of each pair; pairs of one expert lie together, in the order of tokens.
+    tokens: Vec<u32>,
+    /// Pair of each (token, rank).
+    pair_of: Vec<usize>,
+    /// Inputs of one expert's tokens.
+    acts: Option<Q8Acts>,
+    floats: Vec<f32>,
+    /// Their hidden values; `[tokens, n_ff]`.
+    hidden: Vec<f32>,
+    hidden_acts: Option<Q8Acts>,
+}
+
+/// A layer's experts on their way, from the router's choice to the moment they are needed.
+pub(crate) enum Pending<'a> {
+    /// One token's: acquired when needed.
+    One,
+    /// A batch's.
+    Batch(Waves<'a>),
+}
+
+impl Moe {
+    /// Experts of `store`, lying in its slots as `format` has it.
+    pub(crate) fn new(store: ExpertStore, format: ExpertFormat, config: &ModelConfig) -> Self {
+        Self { store, format, n_experts: config.n_experts }
+    }
+
+    /// The cache.
+    pub(crate) fn store(&self) -> &ExpertStore {
+        &self.store
+    }
+
+    /// Bytes of scratch for a batch of `tokens`.
+    pub(crate) fn scratch_bytes(config: &ModelConfig, tokens: usize) -> usize {
+        let pairs = tokens * config.n_experts_used;
+        pairs * config.n_embd * 4
+            + tokens * (config.n_embd + config.n_ff) * 4
+            + Q8Acts::bytes_for(config.n_embd, tokens)
+            + Q8Acts::bytes_for(config.n_ff, tokens)
+    }
+
+    /// Tells the cache what the router chose, before attention runs.
+    pub(crate) fn prefetch(&self, layer: usize, routing: &Routing, scratch: &mut MoeScratch) -> Pending<'_> {
+        if routing.n_tokens() == 1 {
+            self.store.prefetch(layer, routing.ids());
+            return Pending::One;
+        }
+        scratch.batch.group(routing, self.n_experts);
+        Pending::Batch(self.store.waves(layer, &scratch.batch.experts))
+    }
+
+    /// Adds the experts' part to the residual stream `x` for the normed input `y`; both `[tokens, n_embd]`.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn forward(
+        &self,
+        layer: usize,
+        cx: &Compute,
+        acts: &mut ActsScratch,
+        scratch: &mut MoeScratch,
+        pending: Pending<'_>,
+        routing: &Routing,
+        y: &Tensor,
+        x: &Tensor,
+    ) -> Result<Work, ModelError> {
+        let mut work = Work::default();
+        let n_embd = self.format.n_embd();
+        ops::with_slice(y, |floats| {
+            let acts = acts.of(n_embd);
+            if self.format.ty().is_quantized() {
+                cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
+            }
+            let needed = routing.ids().len() * n_embd;
+            if scratch.parts.len() < needed {
+                scratch.parts.resize(needed, 0.0);
+            }
+            let input = ExpertInput { floats, acts };
+            work = match pending {
+                Pending::One => self.one(layer, cx, scratch, routing, input)?,
+                Pending::Batch(waves) => self.batch(cx, scratch, waves, input)?,
+            };
+            Ok(())
+        })?;
+        let pair_of = (routing.n_tokens() > 1).then_some(&scratch.batch.pair_of[..]);
+        ops::add_experts(cx, x, &scratch.parts, pair_of, routing)?;
+        Ok(work)
+    }
+
+    /// One token: the experts that are there first, then the others as they land.
+    fn one(
+        &self,
+        layer: usize,
+        cx: &Compute,
+        scratch: &mut MoeScratch,
+        routing: &Routing,
+        input: ExpertInput<'_>,
+    ) -> Result<Work, ModelError> {
+        let n_groups = HiddenGroup::groups(self.format.n_ff());
+        scratch.groups.resize(routing.ids().len() * n_groups, HiddenGroup::ZERO);
+        let lease = self.store.acquire(layer, routing.ids())?;
+        let mut landing = lease.as_they_land(Matrix::Up);
+        loop {
+            scratch.ready.clear();
+            landing.next_batch(&mut scratch.ready)?;
+            if scratch.ready.is_empty() {
+                break;
+            }
+            self.some(cx, &lease, scratch, input)?;
+        }
+        Ok(self.work_of(&scratch.groups, routing.ids().len()))
+    }
+
+    /// The experts of `scratch.ready`, for one token.
+    fn some(
+        &self,
+        cx: &Compute,
+        lease: &Lease<'_>,
+        scratch: &mut MoeScratch,
+        input: ExpertInput<'_>,
+    ) -> Result<(), ModelError> {
+        let MoeScratch { groups, parts, ready, .. } = scratch;
+        let (format, n_embd) = (&self.format, self.format.n_embd());
+        let n_groups = HiddenGroup::groups(format.n_ff());
+        for &rank in ready.iter() {
+            lease.wait(rank, Matrix::Gate)?;
+        }
+        // A task never crosses from one expert to the next; those of experts still on their way have nothing to do.
+        let per_task = (1..=TASK_GROUPS).rev().find(|n| n_groups.is_multiple_of(*n)).unwrap_or(1);
+        cx.pool.run_chunks(groups, per_task, &|task, out| {
+            let (rank, first) = (task * per_task / n_groups, task * per_task % n_groups);
+            if let (true, Some(gate), Some(up)) =
+                (ready.contains(&rank), lease.get(rank, Matrix::Gate), lease.get(rank, Matrix::Up))
+            {
+                cx.kernels.expert_gate_up(format, gate, up, input, 0, first..first + out.len(), out);
+            }
+        });
+        for &rank in ready.iter() {
+            lease.wait(rank, Matrix::Down)?;
+        }
+        let groups = &*groups;
+        cx.pool.run_tiles(&mut parts[..lease.len() * n_embd], n_embd, 1, TASK_OUTPUTS, &|mut out| {
+            let rank = out.first_row();
+            if let (true, Some(down)) = (ready.contains(&rank), lease.get(rank, Matrix::Down)) {
+                let hidden = &groups[rank * n_groups..(rank + 1) * n_groups];
+                cx.kernels.expert_down(format, down, hidden, out.columns(), out.row_mut(0));
+            }
+        });
+        Ok(())
+    }
+
+    /// A batch, wave after wave.
+    fn batch(
+        &self,
+        cx: &Compute,
+        scratch: &mut MoeScratch,
+        mut waves: Waves<'_>,
+        input: ExpertInput<'_>,
+    ) -> Result<Work, ModelError> {
+        let mut work = Work::default();
+        while let Some(lease) = waves.next_wave()? {
+            let mut landing = lease.as_they_land(Matrix::Up);
+            loop {
+                scratch.ready.clear();
+                landing.next_batch(&mut scratch.ready)?;
+                if scratch.ready.is_empty() {
+                    break;
+                }
+                for i in 0..scratch.ready.len() {
+                    self.expert(cx, &lease, scratch.ready[i], scratch, input)?;
+                    work.weight_bytes += Matrix::ALL.map(|m| self.canonical_bytes(m)).iter().sum::<u64>();
+                }
+            }
+        }
+        Ok(work)
+    }
+
+    /// One expert for all tokens of a batch that chose it.
+    fn expert(
+        &self,
+        cx: &Compute,
+        lease: &Lease<'_>,
+        rank: usize,
+        scratch: &mut MoeScratch,
+        input: ExpertInput<'_>,
+    ) -> Result<(), ModelError> {
+        let MoeScratch { parts, batch, .. } = scratch;
+        let (format, n_embd, n_ff) = (&self.format, self.format.n_embd(), self.format.n_ff());
+        let Ok(slot) = batch.experts.binary_search(&lease.id(rank)) else { return Ok(()) };
+        let pairs = batch.starts[slot]..batch.starts[slot + 1];
+        let (tokens, n) = (&batch.tokens[pairs.clone()], pairs.len());
+        let acts = batch.acts.get_or_insert_with(|| Q8Acts::new(n_embd, 1));
+        let hidden_acts = batch.hidden_acts.get_or_insert_with(|| Q8Acts::new(n_ff, 1));
+        if format.ty().is_quantized() {
+            cx.kernels.gather_acts(input.acts, tokens, acts);
+        } else {
+            batch.floats.clear();
+            for &token in tokens {
+                batch.floats.extend_from_slice(&input.floats[token as usize * n_embd..][..n_embd]);
+            }
+        }
+        if batch.hidden.len() < n * n_ff {
+            batch.hidden.resize(n * n_ff, 0.0);
+        }
+        let hidden = &mut batch.hidden[..n * n_ff];
+        let (gate, up) = (lease.wait(rank, Matrix::Gate)?, lease.wait(rank, Matrix::Up)?);
+        let gathered = ExpertInput { floats: &batch.floats, acts };
+        cx.pool.run_columns(hidden, n_ff, TASK_NEURONS, &|mut out| {
+            cx.kernels.expert_gate_up_batch(format, gate, up, gathered, &mut out);
+        });
+        if format.ty().is_quantized() {
+            cx.kernels.quantize_acts_pool(&cx.pool, hidden, hidden_acts);
+        }
+        let down = lease.wait(rank, Matrix::Down)?;
+        let hidden = ExpertInput { floats: hidden, acts: hidden_acts };
+        let out = &mut parts[pairs.start * n_embd..pairs.end * n_embd];
+        cx.pool.run_columns(out, n_embd, TASK_OUTPUTS, &|mut out| {
+            cx.kernels.expert_down_batch(format, down, hidden, &mut out);
+        });
+        Ok(())
+    }
+
+    fn canonical_bytes(&self, matrix: Matrix) -> u64 {
+        self.format.canonical_bytes(crate::sizes::of(matrix)) as u64
+    }
+
+    /// What one token touched: gates whole, up and down only where a neuron lives (the scales of down always).
+    fn work_of(&self, groups: &[HiddenGroup], n_used: usize) -> Work {
+        let (n_embd, n_ff) = (self.format.n_embd() as u64, self.format.n_ff() as u64);
+        let neurons = n_used as u64 * n_ff;
+        let live_neurons = groups.iter().map(|group| u64::from(group.active.count_ones())).sum();
+        let [gate, up, down] = Matrix::ALL.map(|m| self.canonical_bytes(m));
+        let weight_bytes = match self.format.ty() {
+            WeightType::Q4_0 => {
+                let live_groups = groups.iter().filter(|group| group.live != 0).count() as u64;
+                let live_down: u64 = groups.iter().map(|group| u64::from(group.live.count_ones())).sum();
+                n_used as u64 * gate + live_neurons * up / n_ff + live_groups * 2 * n_embd + live_down * n_embd / 2
+            }
+            // Other types skip the rows of up alone.
+            _ => n_used as u64 * (gate + down) + live_neurons * up / n_ff,
+        };
+        Work { tokens: 0, weight_bytes, neurons, live_neurons }
+    }
+}
+
+impl BatchScratch {
+    /// Groups (token, rank) pairs by expert.
+    fn group(&mut self, routing: &Routing, n_experts: usize) {
+        self.starts.clear();
+        self.starts.resize(n_experts, 0);
+        for &id in routing.ids() {
+            self.starts[id as usize] += 1;
+        }
+        self.experts.clear();
+        self.experts.extend((0..n_experts as u32).filter(|&id| self.starts[id as usize] > 0));
+        // Counts to first pairs, in place.
+        let mut next = 0;
+        for start in &mut self.starts {
+            next += std::mem::replace(start, next);
+        }
+        self.tokens.clear();
+        self.tokens.resize(routing.ids().len(), 0);
+        self.pair_of.clear();
+        for (i, &id) in routing.ids().iter().enumerate() {
+            let pair = self.starts[id as usize];
+            self.starts[id as usize] += 1;
+            self.tokens[pair] = (i / routing.n_used()) as u32;
+            self.pair_of.push(pair);
+        }
+        // Every start now stands at its end: keep those of chosen experts, led by 0.
+        let ends: Vec<usize> = self.experts.iter().map(|&id| self.starts[id as usize]).collect();
+        self.starts.clear();
+        self.starts.push(0);
+        self.starts.extend(ends);
+    }
+}

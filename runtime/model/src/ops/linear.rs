@@ -1,0 +1,195 @@
+//! Matrices that are used whole: attention projections, router, embedding and head.
+//!
+//! Quantized ones are interleaved by 16 rows while they are read and multiplied with Q8_0 activations; float ones are
+//! kept as the file has them and multiplied in f32.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::Tensor;
+use st_kernels::{AlignedBuf, Q8Acts, R16, WeightType, dequantize_row, r16};
+
+use super::{Compute, in_place};
+use crate::error::ModelError;
+use crate::weights::TensorSource;
+
+/// Output rows that one task takes; a multiple of the interleave.
+const TASK_ROWS: usize = 64;
+/// Rows that one task reads and interleaves at a time.
+const LOAD_ROWS: usize = 256;
+
+/// Quantized activations of each width in use, refilled for every product.
+#[derive(Debug, Default)]
+pub(crate) struct ActsScratch(Vec<Q8Acts>);
+
+impl ActsScratch {
+    /// The buffer for rows of `k` values.
+    pub(crate) fn of(&mut self, k: usize) -> &mut Q8Acts {
+        let i = match self.0.iter().position(|acts| acts.k() == k) {
+            Some(i) => i,
+            None => {
+                self.0.push(Q8Acts::new(k, 1));
+                self.0.len() - 1
+            }
+        };
+        &mut self.0[i]
+    }
+}
+
+/// `out = W · x` for a matrix of `[n_out, n_in]`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    ty: WeightType,
+    n_out: usize,
+    n_in: usize,
+    data: AlignedBuf<u8>,
+}
+
+impl Linear {
+    /// Reads the matrices `parts` (name and rows each, all of one type), one below the other.
+    ///
+    /// # Errors
+    /// Where they differ in type, their rows are not whole blocks, or reading fails.
+    pub(crate) fn load(
+        source: &TensorSource<'_>,
+        cx: &Compute,
+        parts: &[(String, usize)],
+        n_in: usize,
+    ) -> Result<Self, ModelError> {
+        let types = parts.iter().map(|(name, _)| source.weight_type(name)).collect::<Result<Vec<_>, _>>()?;
+        let ty = types[0];
+        let n_out = parts.iter().map(|(_, rows)| rows).sum();
+        let shape_error = |name: &str| ModelError::Blocks { name: name.to_owned(), ty: ty.name(), n_in };
+        if let Some(i) = types.iter().position(|&other| other != ty) {
+            return Err(ModelError::TensorType {
+                name: parts[i].0.clone(),
+                got: types[i].name().to_owned(),
+                expected: "the type of the other projections of its layer",
+            });
+        }
+        let row_bytes = ty.row_bytes(n_in).ok_or_else(|| shape_error(&parts[0].0))?;
+        let bytes = match ty.is_quantized() {
+            true => r16::packed_bytes(ty, n_out, n_in),
+            false => row_bytes.checked_mul(n_out),
+        };
+        let mut data = AlignedBuf::zeroed(bytes.ok_or_else(|| shape_error(&parts[0].0))?);
+        let chunk_bytes =
+            if ty.is_quantized() { r16::packed_bytes(ty, LOAD_ROWS, n_in) } else { row_bytes.checked_mul(LOAD_ROWS) };
+        let failed = Mutex::new(None);
+        cx.pool.run_chunks(&mut data, chunk_bytes.ok_or_else(|| shape_error(&parts[0].0))?, &|chunk, out| {
+            let first = chunk * LOAD_ROWS;
+            let rows = LOAD_ROWS.min(n_out - first);
+            let mut read = || -> Result<(), ModelError> {
+                if !ty.is_quantized() {
+                    return read_rows(source, parts, row_bytes, first, out);
+                }
+                let mut canonical = vec![0; rows * row_bytes];
+                read_rows(source, parts, row_bytes, first, &mut canonical)?;
+                cx.kernels.pack_r16(ty, rows, n_in, &canonical, out);
+                Ok(())
+            };
+            if let Err(error) = read() {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(Self { ty, n_out, n_in, data }),
+        }
+    }
+
+    /// Bytes that a matrix takes in memory.
+    pub(crate) fn bytes_for(ty: WeightType, n_out: usize, n_in: usize) -> Option<usize> {
+        match ty.is_quantized() {
+            true => r16::packed_bytes(ty, n_out, n_in),
+            false => ty.row_bytes(n_in)?.checked_mul(n_out),
+        }
+    }
+
+    /// Outputs.
+    pub(crate) fn n_out(&self) -> usize {
+        self.n_out
+    }
+
+    /// Bytes of weights.
+    pub(crate) fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Writes the products of `x` (`[tokens, n_in]`) to `out` (`[tokens, n_out]`).
+    pub(crate) fn forward(
+        &self,
+        cx: &Compute,
+        scratch: &mut ActsScratch,
+        x: &Tensor,
+        out: &Tensor,
+    ) -> Result<(), ModelError> {
+        // candle hands the operation a shared reference; the scratch is this call's alone.
+        let scratch = std::cell::RefCell::new(scratch);
+        in_place("linear", out, x, |out, x| {
+            self.apply(cx, &mut scratch.borrow_mut(), x, out);
+            Ok(())
+        })
+    }
+
+    /// [`Linear::forward`] on plain slices.
+    pub(crate) fn apply(&self, cx: &Compute, scratch: &mut ActsScratch, x: &[f32], out: &mut [f32]) {
+        if self.ty.is_quantized() {
+            let acts = scratch.of(self.n_in);
+            cx.kernels.quantize_acts_pool(&cx.pool, x, acts);
+            cx.kernels.linear_r16_pool(&cx.pool, R16::new(self.ty, self.n_out, self.n_in, &self.data), acts, out);
+        } else {
+            cx.pool.run_columns(out, self.n_out, TASK_ROWS, &|mut out| {
+                cx.kernels.linear_float(self.ty, self.n_in, &self.data, x, &mut out);
+            });
+        }
+    }
+
+    /// Row `row` in f32.
+    fn row_f32(&self, row: usize, out: &mut [f32]) {
+        if self.ty.is_quantized() {
+            R16::new(self.ty, self.n_out, self.n_in, &self.data).row_to_f32(row, out);
+        } else {
+            let bytes = self.data.len() / self.n_out;
+            dequantize_row(self.ty, &self.data[row * bytes..(row + 1) * bytes], out);
+        }
+    }
+}
+
+/// Rows of `embedding` by token, into `[tokens, n_embd]`.
+pub(crate) fn embed(embedding: &Linear, tokens: &[u32], x: &Tensor) -> Result<(), ModelError> {
+    struct Embed<'a>(&'a Linear, &'a [u32]);
+    impl candle_core::InplaceOp1 for Embed<'_> {
+        fn name(&self) -> &'static str {
+            "embed"
+        }
+        fn cpu_fwd(&self, x: &mut candle_core::CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
+            for (&token, row) in self.1.iter().zip(super::slice_mut(x, layout)?.chunks_exact_mut(self.0.n_in)) {
+                self.0.row_f32(token as usize, row);
+            }
+            Ok(())
+        }
+    }
+    Ok(x.inplace_op1(&Embed(embedding, tokens))?)
+}
+
+/// Rows from `first` on of `parts` one below the other, as many as `out` holds.
+fn read_rows(
+    source: &TensorSource<'_>,
+    parts: &[(String, usize)],
+    row_bytes: usize,
+    first: usize,
+    mut out: &mut [u8],
+) -> Result<(), ModelError> {
+    let mut part_start = 0;
+    for (name, rows) in parts {
+        let start = first.max(part_start);
+        let here = (part_start + rows).saturating_sub(start).min(out.len() / row_bytes);
+        if here > 0 {
+            let (now, later) = out.split_at_mut(here * row_bytes);
+            source.read_rows(name, start - part_start, row_bytes, now)?;
+            out = later;
+        }
+        part_start += rows;
+    }
+    Ok(())
+}

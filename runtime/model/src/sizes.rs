@@ -1,0 +1,153 @@
+//! How much memory each part of a model takes: the numbers that the plan is made of.
+
+use std::sync::Arc;
+
+use st_experts::{ExpertStore, SlotFormat, StoreOptions};
+use st_kernels::{ExpertFormat, Kernels, Matrix, Q8Acts};
+
+use crate::activations::Activations;
+use crate::config::ModelConfig;
+use crate::engine::LoadOptions;
+use crate::error::ModelError;
+use crate::kv_cache::{LayerKv, POSITION_STEP};
+use crate::moe::Moe;
+use crate::ops::Linear;
+use crate::plan::{FixedCosts, MemoryPlan, PlanShape, VariableCosts};
+use crate::session::BATCH;
+use crate::weights::{self, TensorSource};
+
+/// The expert format as the store wants it: where matrices lie in a slot, and how to put them there.
+#[derive(Debug)]
+struct Slots {
+    format: ExpertFormat,
+    kernels: Kernels,
+}
+
+impl SlotFormat for Slots {
+    fn slot_bytes(&self) -> usize {
+        self.format.record_bytes()
+    }
+
+    fn region(&self, matrix: st_gguf::Matrix) -> std::ops::Range<usize> {
+        self.format.region(of(matrix))
+    }
+
+    fn canonical_bytes(&self, matrix: st_gguf::Matrix) -> usize {
+        self.format.canonical_bytes(of(matrix))
+    }
+
+    fn fill(&self, matrix: st_gguf::Matrix, canonical: &[u8], region: &mut [u8]) {
+        self.kernels.pack_expert(&self.format, of(matrix), canonical, region);
+    }
+}
+
+/// The file's name of a matrix to the kernels'.
+pub(crate) fn of(matrix: st_gguf::Matrix) -> Matrix {
+    match matrix {
+        st_gguf::Matrix::Gate => Matrix::Gate,
+        st_gguf::Matrix::Up => Matrix::Up,
+        st_gguf::Matrix::Down => Matrix::Down,
+    }
+}
+
+/// How experts of this file lie in the store's slots.
+pub(crate) fn slot_format(source: &TensorSource<'_>, kernels: Kernels) -> Arc<dyn SlotFormat> {
+    Arc::new(Slots { format: source.format().clone(), kernels })
+}
+
+/// The memory plan of a file under `options`.
+///
+/// # Errors
+/// [`ModelError::Budget`], [`ModelError::Context`].
+pub(crate) fn plan(
+    source: &TensorSource<'_>,
+    config: &ModelConfig,
+    options: &LoadOptions,
+) -> Result<MemoryPlan, ModelError> {
+    let kernels = Kernels::detect();
+    let slots = Slots { format: source.format().clone(), kernels };
+    let fixed = FixedCosts {
+        process: resident_bytes(),
+        dense: dense(source, config)?,
+        scratch: scratch(config, source.n_vocab()),
+        io: options.io_threads.unwrap_or(StoreOptions::default().io_threads) as u64 * io_buffer(&slots),
+    };
+    let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
+    let per_step = LayerKv::bytes(config, options.kv_type, POSITION_STEP);
+    let window_layers = (0..config.n_layers).filter(|&layer| config.windows[layer].is_some());
+    let ring = |layer| {
+        let ctx = options.ctx.unwrap_or(config.context_length);
+        LayerKv::bytes(config, options.kv_type, LayerKv::positions(config, layer, ctx, BATCH))
+    };
+    let variable = VariableCosts {
+        kv_full_per_token: full_layers * per_step / POSITION_STEP as u64,
+        kv_window: window_layers.map(ring).sum(),
+        slot: ExpertStore::slot_stride(&slots) as u64,
+    };
+    let shape = PlanShape {
+        n_layers: config.n_layers,
+        n_experts: config.n_experts,
+        n_experts_used: config.n_experts_used,
+        max_ctx: config.context_length,
+        ctx_step: POSITION_STEP,
+    };
+    match options.memory {
+        None => MemoryPlan::unlimited(fixed, variable, shape, options.ctx),
+        Some(budget) => MemoryPlan::for_budget(budget, fixed, variable, shape, options.ctx),
+    }
+}
+
+/// Everything but the experts, as it lies in memory.
+fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelError> {
+    let matrix = |name: &str, rows: usize, cols: usize| -> Result<u64, ModelError> {
+        let ty = source.weight_type(name)?;
+        let bytes = Linear::bytes_for(ty, rows, cols);
+        bytes.map(|bytes| bytes as u64).ok_or_else(|| ModelError::Blocks {
+            name: name.to_owned(),
+            ty: ty.name(),
+            n_in: cols,
+        })
+    };
+    let (n_embd, n_vocab) = (config.n_embd, source.n_vocab());
+    let mut total = matrix(weights::TOKEN_EMBD, n_vocab, n_embd)?;
+    if source.has_head() {
+        total += matrix(weights::OUTPUT, n_vocab, n_embd)?;
+    }
+    for layer in 0..config.n_layers {
+        for (part, rows, cols) in [
+            ("attn_q", config.q_dim(), n_embd),
+            ("attn_k", config.kv_dim(), n_embd),
+            ("attn_v", config.kv_dim(), n_embd),
+            ("attn_output", n_embd, config.q_dim()),
+            ("ffn_gate_inp", config.n_experts, n_embd),
+        ] {
+            total += matrix(&weights::layer_tensor(layer, part), rows, cols)?;
+        }
+    }
+    let norms = (2 * config.n_layers + 1) * n_embd * size_of::<f32>();
+    Ok(total + norms as u64)
+}
+
+/// Activations and scratch of one session: one token, one batch, the experts' parts, logits.
+fn scratch(config: &ModelConfig, n_vocab: usize) -> u64 {
+    let activations = (BATCH + 1) * Activations::bytes_per_token(config);
+    let queries = BATCH * config.q_dim() * size_of::<f32>();
+    let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, BATCH)).iter().sum::<usize>();
+    // Logits, and what sampling makes of them.
+    let head = 4 * n_vocab * size_of::<f32>();
+    (activations + queries + inputs + Moe::scratch_bytes(config, BATCH) + head) as u64
+}
+
+/// The buffer of one I/O thread: one matrix and the pages around it.
+fn io_buffer(slots: &Slots) -> u64 {
+    let largest = [Matrix::Gate, Matrix::Up, Matrix::Down].map(|m| slots.format.canonical_bytes(m)).into_iter().max();
+    (largest.unwrap_or(0) + 2 * st_experts::PAGE) as u64
+}
+
+/// Resident memory of this process now, in bytes; 0 where the system does not tell.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -56,12 +56,12 @@ impl Reader {
         &self.index
     }
 
-    /// A buffer for [`Reader::read`], one per thread. Its pages are taken from the system when they are first needed.
-    pub(crate) fn bounce(&self) -> io::Result<AlignedBuf> {
-        AlignedBuf::new(self.bounce_bytes())
+    /// Buffers for [`Reader::read`], one for each of `n` threads. Their pages are taken from the system when first needed.
+    pub(crate) fn bounce_buffers(&self, n: usize, huge_pages: bool) -> io::Result<Vec<AlignedBuf>> {
+        AlignedBuf::several(n, self.bounce_bytes(), huge_pages)
     }
 
-    /// Bytes of [`Reader::bounce`].
+    /// Bytes of one of [`Reader::bounce_buffers`].
     pub(crate) fn bounce_bytes(&self) -> usize {
         let canonical = Matrix::ALL.map(|matrix| self.format.canonical_bytes(matrix));
         bounce_bytes(self.pieces.max_len().max(canonical.into_iter().max().unwrap_or(0)))

@@ -27,9 +27,9 @@ impl Slab {
         Ok(Self { mapping: Mapping::new(total, huge_pages)?, stride, n_slots })
     }
 
-    /// Bytes that the slab takes once every slot has been filled.
+    /// Bytes that the slab takes once every slot has been filled, large pages included.
     pub(crate) fn bytes(&self) -> usize {
-        self.stride * self.n_slots
+        self.mapping.len()
     }
 
     fn ptr(&self, slot: u32, range: &Range<usize>) -> *mut u8 {

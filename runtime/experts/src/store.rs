@@ -5,8 +5,10 @@
 //! returns it once. Nobody holds the lock while reading, filling or computing.
 
 use crate::SlotFormat;
+use crate::buffer::{AlignedBuf, Mapping};
 use crate::error::StoreError;
 use crate::eviction::Policy;
+use crate::inflight::Job;
 use crate::io::{self, ExpertIo, IoMode, Measured};
 use crate::lease::Lease;
 use crate::reader::{Cost, Reader};
@@ -27,6 +29,9 @@ pub const MAX_LEASE: usize = 256;
 
 /// The most experts of all layers together; far above any model, and little memory.
 const MAX_EXPERTS: usize = 1 << 20;
+
+/// The most reads in flight.
+const MAX_IO_THREADS: usize = 8;
 
 /// How a store works. `StoreOptions::default()` holds every expert and prefetches.
 #[derive(Debug, Clone)]
@@ -79,6 +84,7 @@ pub struct ExpertStore {
     capacity: usize,
     prefetch: bool,
     measured: Option<Measured>,
+    io_buffer_bytes: usize,
 }
 
 /// What I/O threads and computing threads share.
@@ -127,8 +133,8 @@ impl ExpertStore {
             .map(|key| index.matrix(key / index.n_experts(), key % index.n_experts(), Matrix::Gate))
             .map(|range| range.offset..range.end())
             .collect();
-        let (io, measured) =
-            io::open(&source, options.io, options.n_slots < n_experts, &samples, options.io_threads.clamp(1, 8))?;
+        let (budgeted, threads) = (options.n_slots < n_experts, options.io_threads.clamp(1, MAX_IO_THREADS));
+        let (io, measured) = io::open(&source, options.io, budgeted, &samples, threads, options.huge_pages)?;
         let mut store = Self::with_io(io, index, format, options)?;
         store.measured = measured;
         Ok(store)
@@ -183,11 +189,17 @@ impl ExpertStore {
         };
         let shared =
             Arc::new(Shared { reader, state: Mutex::new(state), work: Condvar::new(), landed: Condvar::new() });
+        let prefetch = options.prefetch;
         let mut store =
-            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch: options.prefetch, measured: None };
-        for i in 0..options.io_threads.clamp(1, 8) {
+            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, measured: None, io_buffer_bytes: 0 };
+        let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
+        let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
+        let bytes = store.shared.reader.bounce_bytes().saturating_mul(n_threads);
+        store.io_buffer_bytes = Mapping::footprint(bytes, options.huge_pages).unwrap_or(bytes);
+        let buffers = buffers.map_err(|e| StoreError::Reserve { bytes, cause: Arc::new(e) })?;
+        for (i, buffer) in buffers.into_iter().enumerate() {
             // Should a later one fail, dropping the store ends those that run.
-            store.threads.push(spawn_io_thread(&store.shared, i)?);
+            store.threads.push(spawn_io_thread(&store.shared, i, buffer)?);
         }
         Ok(store)
     }
@@ -296,7 +308,7 @@ impl ExpertStore {
 
     /// Bytes of the I/O threads' buffers once each has been used.
     pub fn io_buffer_bytes(&self) -> usize {
-        self.threads.len() * self.shared.reader.bounce_bytes()
+        self.io_buffer_bytes
     }
 
     /// Bytes of one slot, whole pages.
@@ -384,8 +396,7 @@ impl Shared {
     }
 
     /// An I/O thread: takes pieces as long as there are any, and sleeps.
-    fn serve(&self) {
-        let mut bounce = self.reader.bounce();
+    fn serve(&self, mut bounce: AlignedBuf) {
         let mut state = self.lock();
         while !state.closing {
             let Some(job) = state.table.next_job() else {
@@ -401,19 +412,10 @@ impl Shared {
             drop(state);
 
             let mut cost = Cost::default();
-            let result = match &mut bounce {
-                Ok(bounce) => {
-                    // A panic in the engine or the format must reach the waiter as an error: nobody else would wake it.
-                    let read = AssertUnwindSafe(|| self.read(&job, bounce, &mut cost));
-                    catch_unwind(read).unwrap_or_else(|_| {
-                        Err(self.reader.failure(&job, std::io::Error::other("reading the expert panicked")))
-                    })
-                }
-                Err(error) => {
-                    let cause = std::io::Error::new(error.kind(), error.to_string());
-                    Err(self.reader.failure(&job, cause))
-                }
-            };
+            // A panic in the engine or the format must reach the waiter as an error: nobody else would wake it.
+            let read = AssertUnwindSafe(|| self.read(&job, &mut bounce, &mut cost));
+            let panicked = || std::io::Error::other("reading the expert panicked");
+            let result = catch_unwind(read).unwrap_or_else(|_| Err(self.reader.failure(&job, panicked())));
 
             state = self.lock();
             state.reading -= 1;
@@ -443,12 +445,7 @@ impl Shared {
     }
 
     #[allow(unsafe_code)]
-    fn read(
-        &self,
-        job: &crate::inflight::Job,
-        bounce: &mut crate::AlignedBuf,
-        cost: &mut Cost,
-    ) -> Result<u32, StoreError> {
+    fn read(&self, job: &Job, bounce: &mut AlignedBuf, cost: &mut Cost) -> Result<u32, StoreError> {
         // SAFETY: `serve` took this job from the table and finishes it after this call, on the same thread.
         unsafe { self.reader.read(job, bounce, cost) }
     }
@@ -471,11 +468,11 @@ fn count_experts(index: &ExpertIndex) -> Result<usize, StoreError> {
     if got > MAX_EXPERTS { Err(StoreError::TooManyExperts { got, limit: MAX_EXPERTS }) } else { Ok(got) }
 }
 
-fn spawn_io_thread(shared: &Arc<Shared>, i: usize) -> Result<JoinHandle<()>, StoreError> {
+fn spawn_io_thread(shared: &Arc<Shared>, i: usize, bounce: AlignedBuf) -> Result<JoinHandle<()>, StoreError> {
     let shared = Arc::clone(shared);
     std::thread::Builder::new()
         .name(format!("expert-io-{i}"))
-        .spawn(move || shared.serve())
+        .spawn(move || shared.serve(bounce))
         .map_err(|e| StoreError::Thread { cause: Arc::new(e) })
 }
 

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Ranges read per way of reading.
-const SAMPLES: usize = 8;
+const SAMPLES: usize = 16;
 
 /// Buffered reads are taken only where they are faster by more than this factor: they cost a copy, and the page cache's
 /// memory while they are under way.
@@ -33,7 +33,7 @@ pub struct Measured {
 }
 
 /// Opens `source`'s file for reading experts. `samples` are ranges that will be read later, to measure with; `threads` is how
-/// many reads will be under way at once.
+/// many reads will be under way at once, `huge_pages` into what memory.
 ///
 /// # Errors
 /// [`StoreError::DirectRefused`] where direct I/O is demanded and not possible, [`StoreError::Open`] where the file is gone.
@@ -43,6 +43,7 @@ pub fn open(
     budgeted: bool,
     samples: &[Range<u64>],
     threads: usize,
+    huge_pages: bool,
 ) -> Result<(Box<dyn ExpertIo>, Option<Measured>), StoreError> {
     let Some(path) = source.path() else {
         return Ok((Box::new(SourceIo(Arc::clone(source))), None));
@@ -67,7 +68,7 @@ pub fn open(
                     return Ok((Box::new(buffered), None));
                 }
             };
-            let measured = measure(&direct, &buffered, samples, threads);
+            let measured = measure(&direct, &buffered, samples, threads, huge_pages);
             tracing::debug!(?measured, "probed I/O");
             let io: Box<dyn ExpertIo> = match measured {
                 Some(Measured { direct: d, buffered: b }) if b > d * BUFFERED_MARGIN => Box::new(buffered),
@@ -103,7 +104,13 @@ fn check_same_file(source: &dyn ReadAt, io: &dyn ExpertIo) -> io::Result<()> {
 }
 
 /// Reads half of the samples each way; `None` where there are too few of them or a read fails.
-fn measure(direct: &DirectIo, buffered: &BufferedIo, samples: &[Range<u64>], threads: usize) -> Option<Measured> {
+fn measure(
+    direct: &DirectIo,
+    buffered: &BufferedIo,
+    samples: &[Range<u64>],
+    threads: usize,
+    huge_pages: bool,
+) -> Option<Measured> {
     let picked: Vec<_> = (0..2 * SAMPLES).filter_map(|i| samples.get(i * samples.len() / (2 * SAMPLES))).collect();
     if samples.len() < 2 * SAMPLES {
         return None;
@@ -112,19 +119,22 @@ fn measure(direct: &DirectIo, buffered: &BufferedIo, samples: &[Range<u64>], thr
     let (for_direct, for_buffered) = (half(0), half(1));
     for_buffered.iter().for_each(|range| buffered.forget(range.clone()));
     Some(Measured {
-        direct: throughput(direct, &for_direct, threads).ok()?,
-        buffered: throughput(buffered, &for_buffered, threads).ok()?,
+        direct: throughput(direct, &for_direct, threads, huge_pages).ok()?,
+        buffered: throughput(buffered, &for_buffered, threads, huge_pages).ok()?,
     })
 }
 
 /// Bytes per second over all `ranges`, read by `threads` threads.
-fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize) -> io::Result<f64> {
+fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize, huge_pages: bool) -> io::Result<f64> {
     let next = AtomicUsize::new(0);
     let longest = ranges.iter().map(|range| range.end - range.start).max().unwrap_or(0);
     let longest = usize::try_from(longest).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    // The same kind of memory as later, and touched before the clock starts.
+    let mut buffers = AlignedBuf::several(threads.max(1), bounce_bytes(longest), huge_pages)?;
+    buffers.iter_mut().for_each(|buffer| buffer.as_mut_slice().fill(1));
     let started = Instant::now();
-    let read_some = || -> io::Result<()> {
-        let mut bounce = AlignedBuf::new(bounce_bytes(longest))?;
+    let next = &next;
+    let read_some = move |mut bounce: AlignedBuf| -> io::Result<()> {
         while let Some(range) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
             read_covering(io, &mut bounce, range.clone())?;
             io.done_with(range.clone());
@@ -132,7 +142,7 @@ fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize) -> io::R
         Ok(())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.clamp(1, 8)).map(|_| scope.spawn(read_some)).collect();
+        let threads: Vec<_> = buffers.into_iter().map(|bounce| scope.spawn(move || read_some(bounce))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
     })?;
     let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
@@ -160,7 +170,7 @@ mod tests {
         let mut bounce = AlignedBuf::new(bounce_bytes(10_000)).unwrap();
         for mode in [IoMode::Auto, IoMode::Buffered, IoMode::Direct] {
             for budgeted in [false, true] {
-                let (io, measured) = match open(&source, mode, budgeted, &samples, 2) {
+                let (io, measured) = match open(&source, mode, budgeted, &samples, 2, true) {
                     Ok(opened) => opened,
                     // Some file systems for temporary files offer no direct I/O; then it must be this error.
                     Err(StoreError::DirectRefused { .. }) if mode == IoMode::Direct => continue,
@@ -184,11 +194,11 @@ mod tests {
         let file = file(&[1; 9000]);
         let source: Arc<dyn ReadAt> = Arc::new(FileSource::open(file.path()).unwrap());
         std::fs::rename(self::file(&[2; 9000]).into_temp_path().keep().unwrap(), file.path()).unwrap();
-        let error = open(&source, IoMode::Buffered, false, &[], 1).unwrap_err();
+        let error = open(&source, IoMode::Buffered, false, &[], 1, false).unwrap_err();
         assert!(matches!(&error, StoreError::Open { path, .. } if path == file.path()), "{error}");
 
         let source: Arc<dyn ReadAt> = Arc::new(StaticSource(b"embedded"));
-        let (io, _) = open(&source, IoMode::Direct, true, &[], 1).unwrap();
+        let (io, _) = open(&source, IoMode::Direct, true, &[], 1, false).unwrap();
         assert_eq!((io.name(), io.alignment()), ("memory", 1));
     }
 }

@@ -17,7 +17,7 @@ mod metadata;
 mod pipeline;
 mod progress;
 mod quantize;
-pub mod relayout;
+mod relayout;
 pub mod tensor_map;
 mod tokenizer;
 
@@ -27,5 +27,6 @@ pub use convert::{ConvertOptions, ConvertPlan, PlannedTensor, compare, convert, 
 pub use error::ConvertError;
 pub use input::{Input, SourceType};
 pub use progress::{Cancel, NoProgress, Progress};
+pub use relayout::{RelayoutOptions, relayout};
 pub use st_gguf::Layout;
 pub use st_kernels::WeightType;

@@ -10,7 +10,7 @@ use st_gguf::{
     ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix as FileMatrix, Metadata,
     TensorSpec, WriteOptions, layout_keys, tensor_names,
 };
-use st_kernels::{ExpertFormat, Matrix, WeightType};
+use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
 
 use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor, describe_packing};
 use crate::error::ConvertError;
@@ -51,6 +51,7 @@ struct Job<'a> {
     file: GgufFile,
     index: ExpertIndex,
     format: ExpertFormat,
+    kernels: Kernels,
     metadata: Metadata,
     tensors: Vec<TensorSpec>,
     units: Vec<Unit>,
@@ -130,7 +131,8 @@ impl<'a> Job<'a> {
         if to == Layout::Offload {
             describe_packing(&format, index.n_layers() * index.n_experts(), ty, &mut metadata);
         }
-        let mut job = Self { path, file, index, format, metadata, tensors: Vec::new(), units: Vec::new() };
+        let kernels = Kernels::detect();
+        let mut job = Self { path, file, index, format, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
         job.push_resident();
         for layer in 0..job.index.n_layers() {
             match to {
@@ -232,7 +234,7 @@ impl<'a> Job<'a> {
                     scratch.resize(range.len as usize, 0);
                     self.read(range, scratch)?;
                     let matrix = kernel_matrix(matrix);
-                    self.format.pack(matrix, scratch, &mut out[self.format.region(matrix)]);
+                    self.kernels.pack_expert(&self.format, matrix, scratch, &mut out[self.format.region(matrix)]);
                 }
                 Ok(Some(crc32c::crc32c(out)))
             }

@@ -141,8 +141,11 @@ impl World {
             }
             Op::Acquire(keys, how) => {
                 let mut held = Vec::new();
+                let before: Vec<u32> = keys.iter().map(|&key| self.table.slot_of[key as usize]).collect();
                 match self.table.acquire(keys, *how, &mut held) {
                     Ok(_) => {
+                        // What was here is not read again.
+                        assert!(before.iter().zip(&held).all(|(&at, now)| at == NONE || at == now.slot));
                         assert!(held.iter().map(|h| h.key).eq(keys.iter().copied()));
                         self.leases.push(held);
                     }
@@ -426,6 +429,25 @@ fn guesses_stay_within_their_share_and_come_last() {
     table.prefetch(11..12, Certainty::Chosen);
     assert_eq!(table.next_job().map(|job| job.key), Some(11));
     assert_eq!((table.stats.guess_issued, table.stats.guess_useful, table.n_guesses), (2, 1, 1));
+    // So does one that a lease is waiting for.
+    table.acquire(&[10], Use::Keep, &mut Vec::new()).unwrap();
+    table.prefetch(21..22, Certainty::Chosen);
+    let order: Vec<u32> = std::iter::from_fn(|| table.next_job()).map(|job| job.key).collect();
+    assert_eq!(order, [10, 21]);
+}
+
+#[test]
+fn a_load_that_failed_is_not_read_on() {
+    let mut table = Table::new(2, 2, Lru::new(2), 0, pieces(2), Vec::new());
+    let mut held = Vec::new();
+    table.acquire(&[0], Use::Keep, &mut held).unwrap();
+    let job = table.next_job().unwrap();
+    table.fail(&job, error());
+    assert_eq!(table.next_job(), None);
+    assert!(table.ready(held[0].slot).is_err());
+    // Whoever asks now begins anew, beside those who still have to be told.
+    table.acquire(&[0], Use::Keep, &mut Vec::new()).unwrap();
+    assert!(table.next_job().is_some_and(|again| again.key == 0 && again.slot != job.slot));
 }
 
 #[test]

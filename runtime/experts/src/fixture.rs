@@ -59,7 +59,17 @@ pub(crate) const ALIGNED: (u64, u64) = (64, 32);
 pub(crate) const ODD: (u64, u64) = (37, 29);
 
 impl Fixture {
-    pub(crate) fn new(layout: Layout, n_layers: usize, n_experts: usize, (n_embd, n_ff): (u64, u64)) -> Self {
+    pub(crate) fn new(layout: Layout, n_layers: usize, n_experts: usize, shape: (u64, u64)) -> Self {
+        Self::aligned_to(4096, layout, n_layers, n_experts, shape)
+    }
+
+    pub(crate) fn aligned_to(
+        alignment: u64,
+        layout: Layout,
+        n_layers: usize,
+        n_experts: usize,
+        (n_embd, n_ff): (u64, u64),
+    ) -> Self {
         let matrix_bytes = (n_embd * n_ff * 4) as usize;
         let format = TestFormat { canonical: [matrix_bytes; 3] };
         let mut metadata = Metadata::new();
@@ -108,7 +118,8 @@ impl Fixture {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
-        let mut writer = GgufWriter::create(&path, &metadata, &tensors, WriteOptions::default()).unwrap();
+        let mut writer =
+            GgufWriter::create(&path, &metadata, &tensors, WriteOptions { alignment, overwrite: false }).unwrap();
         data.iter().for_each(|tensor: &Vec<u8>| writer.write(tensor).unwrap());
         writer.finish().unwrap();
         let index = ExpertIndex::from_header(&GgufFile::open(&path).unwrap().header).unwrap();

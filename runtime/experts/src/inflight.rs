@@ -56,10 +56,6 @@ impl Pieces {
         self.ranges[piece as usize].clone()
     }
 
-    pub(crate) fn max_len(&self) -> usize {
-        self.ranges.iter().map(Range::len).max().unwrap_or(0)
-    }
-
     /// The mask of all pieces.
     pub(crate) fn all(&self) -> u8 {
         (1 << self.n) - 1

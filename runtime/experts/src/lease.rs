@@ -4,7 +4,8 @@
 
 use crate::error::StoreError;
 use crate::inflight::ALL_MATRICES;
-use crate::store::{MAX_LEASE, Shared};
+use crate::options::MAX_LEASE;
+use crate::store::Shared;
 use crate::table::Held;
 use st_gguf::Matrix;
 

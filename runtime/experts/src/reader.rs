@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::SlotFormat;
-use crate::buffer::AlignedBuf;
+use crate::buffer::{AlignedBuf, PAGE};
 use crate::error::{StoreError, matrix_name};
 use crate::inflight::{Job, Pieces};
 use crate::io::{ExpertIo, bounce_bytes, read_covering, read_into};
@@ -63,8 +63,7 @@ impl Reader {
 
     /// Bytes of one of [`Reader::bounce_buffers`].
     pub(crate) fn bounce_bytes(&self) -> usize {
-        let canonical = Matrix::ALL.map(|matrix| self.format.canonical_bytes(matrix));
-        bounce_bytes(self.pieces.max_len().max(canonical.into_iter().max().unwrap_or(0)))
+        bounce_bytes_for(&self.index, self.format.as_ref())
     }
 
     /// The bytes of slot `slot` that hold `matrix`.
@@ -174,6 +173,17 @@ impl Reader {
             expected: self.index.checksum(layer, expert).unwrap_or_default(),
             got,
         }
+    }
+}
+
+/// What a thread's bounce buffer has to hold: a matrix in canonical form and what its pages cover beyond it; nothing for
+/// records that lie on pages, since they are read right into their slots.
+pub(crate) fn bounce_bytes_for(index: &ExpertIndex, format: &dyn SlotFormat) -> usize {
+    let on_page = |layer| index.record(layer, 0).is_some_and(|record| record.offset.is_multiple_of(PAGE as u64));
+    match index.layout() {
+        Layout::Offload if (0..index.n_layers()).all(on_page) => 0,
+        Layout::Offload => bounce_bytes(format.slot_bytes()),
+        Layout::Gguf => bounce_bytes(Matrix::ALL.map(|m| format.canonical_bytes(m)).into_iter().max().unwrap_or(0)),
     }
 }
 

@@ -5,12 +5,12 @@
 //! returns it once. Nobody holds the lock while reading, filling or computing.
 
 use crate::SlotFormat;
-use crate::buffer::{AlignedBuf, Mapping};
+use crate::buffer::AlignedBuf;
 use crate::error::StoreError;
-use crate::eviction::Policy;
 use crate::inflight::Job;
-use crate::io::{self, ExpertIo, IoMode, Measured};
+use crate::io::{self, ExpertIo, Measured};
 use crate::lease::Lease;
+use crate::options::{MAX_IO_THREADS, MAX_LEASE, StoreMemory, StoreOptions, count_experts};
 use crate::reader::{Cost, Reader};
 use crate::slots::Slab;
 use crate::stats::StoreStats;
@@ -21,60 +21,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// As `n_slots`: a slot for every expert, and nothing is ever evicted.
-pub const ALL_EXPERTS: usize = usize::MAX;
-
-/// The most experts in one lease, whatever the number of slots.
-pub const MAX_LEASE: usize = 256;
-
-/// The most experts of all layers together; far above any model, and little memory.
-const MAX_EXPERTS: usize = 1 << 20;
-
-/// The most reads in flight.
-const MAX_IO_THREADS: usize = 8;
-
-/// How a store works. `StoreOptions::default()` holds every expert and prefetches.
-#[derive(Debug, Clone)]
-pub struct StoreOptions {
-    /// Slots, each for one expert; [`ALL_EXPERTS`], or anything above what the model has, means one for each.
-    pub n_slots: usize,
-    /// Experts that one token needs in one layer; fewer than twice as many slots are refused.
-    pub top_k: usize,
-    /// How to read.
-    pub io: IoMode,
-    /// Reads in flight, each on a thread of its own; from 1 to 8 (anything else is brought into that range).
-    pub io_threads: usize,
-    /// Whether [`ExpertStore::prefetch`] and the waves' look-ahead do anything.
-    pub prefetch: bool,
-    /// Who goes first.
-    pub policy: Policy,
-    /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache.
-    pub guess_slots: usize,
-    /// Read a record of the `offload` layout in one piece and not matrix by matrix.
-    pub whole_records: bool,
-    /// Verify the checksum of each record when it is first read.
-    pub verify: bool,
-    /// Ask for large pages for the slots.
-    pub huge_pages: bool,
-}
-
-impl Default for StoreOptions {
-    fn default() -> Self {
-        Self {
-            n_slots: ALL_EXPERTS,
-            top_k: 1,
-            io: IoMode::Auto,
-            io_threads: 4,
-            prefetch: true,
-            policy: Policy::Lru,
-            guess_slots: 0,
-            whole_records: false,
-            verify: true,
-            huge_pages: true,
-        }
-    }
-}
-
 /// The experts of one model file, as many in memory as there are slots. Shared by all sessions of an engine.
 #[derive(Debug)]
 pub struct ExpertStore {
@@ -84,7 +30,7 @@ pub struct ExpertStore {
     capacity: usize,
     prefetch: bool,
     measured: Option<Measured>,
-    io_buffer_bytes: usize,
+    memory: StoreMemory,
 }
 
 /// What I/O threads and computing threads share.
@@ -158,6 +104,7 @@ impl ExpertStore {
         }
         // Half of the slots for one request leaves the other half for the next, which may be loading meanwhile.
         let capacity = if n_slots == n_keys { n_slots } else { n_slots / 2 }.min(MAX_LEASE);
+        let memory = Self::memory_for(&index, format.as_ref(), &options);
         let slot_bytes = format.slot_bytes();
         let slab = Slab::new(n_slots, slot_bytes, options.huge_pages)
             .map_err(|e| StoreError::Reserve { bytes: slot_bytes.saturating_mul(n_slots), cause: Arc::new(e) })?;
@@ -190,12 +137,10 @@ impl ExpertStore {
         let shared =
             Arc::new(Shared { reader, state: Mutex::new(state), work: Condvar::new(), landed: Condvar::new() });
         let prefetch = options.prefetch;
-        let mut store =
-            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, measured: None, io_buffer_bytes: 0 };
+        let mut store = Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, measured: None, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
+        let bytes = store.memory.io_buffer_bytes;
         let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
-        let bytes = store.shared.reader.bounce_bytes().saturating_mul(n_threads);
-        store.io_buffer_bytes = Mapping::footprint(bytes, options.huge_pages).unwrap_or(bytes);
         let buffers = buffers.map_err(|e| StoreError::Reserve { bytes, cause: Arc::new(e) })?;
         for (i, buffer) in buffers.into_iter().enumerate() {
             // Should a later one fail, dropping the store ends those that run.
@@ -308,12 +253,7 @@ impl ExpertStore {
 
     /// Bytes of the I/O threads' buffers once each has been used.
     pub fn io_buffer_bytes(&self) -> usize {
-        self.io_buffer_bytes
-    }
-
-    /// Bytes of one slot, whole pages.
-    pub fn slot_stride(format: &dyn SlotFormat) -> usize {
-        format.slot_bytes().next_multiple_of(crate::PAGE)
+        self.memory.io_buffer_bytes
     }
 
     /// What is counted since the store was made.
@@ -460,12 +400,6 @@ impl State {
         stats.read_thread_seconds += cost.reading.as_secs_f64();
         stats.fill_thread_seconds += cost.filling.as_secs_f64();
     }
-}
-
-/// Experts in all layers.
-fn count_experts(index: &ExpertIndex) -> Result<usize, StoreError> {
-    let got = index.n_layers().saturating_mul(index.n_experts());
-    if got > MAX_EXPERTS { Err(StoreError::TooManyExperts { got, limit: MAX_EXPERTS }) } else { Ok(got) }
 }
 
 fn spawn_io_thread(shared: &Arc<Shared>, i: usize, bounce: AlignedBuf) -> Result<JoinHandle<()>, StoreError> {

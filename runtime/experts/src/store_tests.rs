@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{ALIGNED, Fixture, ODD};
-use crate::io::{BufferedIo, DirectIo, Fault, FaultyIo};
+use crate::io::{BufferedIo, DirectIo, Fault, FaultyIo, IoMode};
+use crate::options::ALL_EXPERTS;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -68,6 +69,20 @@ fn every_budget_layout_and_mode_hands_out_the_files_bytes() {
                 assert_eq!((stats.failures, stats.retries), (0, 0));
             }
         }
+    }
+}
+
+/// Files by other writers may begin their records anywhere.
+#[test]
+fn records_off_the_page_are_read_by_way_of_a_buffer() {
+    let fixture = Fixture::aligned_to(32, Layout::Offload, 2, 4, ODD);
+    assert!(!fixture.index.record(0, 0).unwrap().offset.is_multiple_of(4096));
+    for io in [IoMode::Auto, IoMode::Buffered] {
+        let store = store(&fixture, StoreOptions { n_slots: 4, top_k: 2, io, ..Default::default() }).unwrap();
+        for layer in [0, 1, 0] {
+            check(&fixture, layer, &store.acquire(layer, &[3, 0]).unwrap());
+        }
+        assert!(store.io_buffer_bytes() > 0);
     }
 }
 
@@ -379,4 +394,24 @@ fn leaving_early_is_harmless() {
     check(&fixture, 0, &store.acquire(0, &[0, 15]).unwrap());
     store.prefetch(0, &[3, 4, 5]);
     drop(store);
+}
+
+#[test]
+fn what_is_planned_is_what_is_taken() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 4, 8, ODD);
+        for huge_pages in [false, true] {
+            let options = StoreOptions { huge_pages, io_threads: 3, ..Default::default() };
+            let all = ExpertStore::memory_for(&fixture.index, &fixture.format, &options);
+            let slots = |bytes| ExpertStore::slots_within(&fixture.index, &fixture.format, &options, bytes);
+            assert_eq!((slots(all.total()), slots(usize::MAX), slots(0), slots(4096)), (32, 32, 0, 0));
+            // The records of this file lie on pages, so nothing has to be rearranged on the way.
+            assert_eq!(all.io_buffer_bytes == 0, layout == Layout::Offload);
+            let bytes = all.total() - if huge_pages { 0 } else { all.slab_bytes / 2 };
+            let n_slots = slots(bytes);
+            let store = store(&fixture, StoreOptions { n_slots, ..options.clone() }).unwrap();
+            assert!(store.slab_bytes() + store.io_buffer_bytes() <= bytes);
+            assert!(n_slots == 32 || (n_slots == 16 && !huge_pages));
+        }
+    }
 }

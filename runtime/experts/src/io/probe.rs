@@ -103,7 +103,8 @@ fn check_same_file(source: &dyn ReadAt, io: &dyn ExpertIo) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads half of the samples each way; `None` where there are too few of them or a read fails.
+/// Reads half of the samples each way, in two rounds that take turns, and keeps the better round of each: a neighbour's
+/// burst of I/O must not decide. `None` where there are too few samples or a read fails.
 fn measure(
     direct: &DirectIo,
     buffered: &BufferedIo,
@@ -111,17 +112,24 @@ fn measure(
     threads: usize,
     huge_pages: bool,
 ) -> Option<Measured> {
-    let picked: Vec<_> = (0..2 * SAMPLES).filter_map(|i| samples.get(i * samples.len() / (2 * SAMPLES))).collect();
+    const TURNS: usize = 4;
     if samples.len() < 2 * SAMPLES {
         return None;
     }
-    let half = |parity: usize| picked.iter().skip(parity).step_by(2).map(|range| (*range).clone()).collect::<Vec<_>>();
-    let (for_direct, for_buffered) = (half(0), half(1));
-    for_buffered.iter().for_each(|range| buffered.forget(range.clone()));
-    Some(Measured {
-        direct: throughput(direct, &for_direct, threads, huge_pages).ok()?,
-        buffered: throughput(buffered, &for_buffered, threads, huge_pages).ok()?,
-    })
+    // Every turn gets ranges from all over the file, and none gets another's.
+    let turn = |turn: usize| {
+        let picked = (turn..2 * SAMPLES).step_by(TURNS).map(|i| samples[i * samples.len() / (2 * SAMPLES)].clone());
+        picked.collect::<Vec<_>>()
+    };
+    let mut measured = Measured { direct: 0.0, buffered: 0.0 };
+    for round in 0..TURNS / 2 {
+        let ranges = turn(2 * round);
+        measured.direct = measured.direct.max(throughput(direct, &ranges, threads, huge_pages).ok()?);
+        let ranges = turn(2 * round + 1);
+        ranges.iter().for_each(|range| buffered.forget(range.clone()));
+        measured.buffered = measured.buffered.max(throughput(buffered, &ranges, threads, huge_pages).ok()?);
+    }
+    Some(measured)
 }
 
 /// Bytes per second over all `ranges`, read by `threads` threads.

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::dispatch::{Kernels, MAX_QUERIES};
+use crate::dispatch::{Kernels, MAX_QUERIES, SoftmaxState};
 use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer};
 use crate::out::ColumnsMut;
 use crate::scratch::with_floats;
@@ -36,8 +36,7 @@ struct Part<'a> {
     scores: &'a mut [f32],
     /// `n × dim`.
     acc: &'a mut [f32],
-    max: [f32; MAX_QUERIES],
-    sum: [f32; MAX_QUERIES],
+    state: [SoftmaxState; MAX_QUERIES],
 }
 
 impl Kernels {
@@ -74,17 +73,11 @@ impl Kernels {
                     dst[..d].copy_from_slice(src);
                     dst[d..].fill(0.0);
                 }
-                let mut part = Part {
-                    q: padded,
-                    scores,
-                    acc: &mut rest[..n * dim],
-                    max: [0.0; MAX_QUERIES],
-                    sum: [0.0; MAX_QUERIES],
-                };
+                let mut part =
+                    Part { q: padded, scores, acc: &mut rest[..n * dim], state: [SoftmaxState::EMPTY; MAX_QUERIES] };
                 self.chunk_part(kv, head, chunk, scale, |_| visible.clone(), &mut part);
                 for (i, out) in out.chunks_exact_mut(2 + d).enumerate() {
-                    out[0] = part.max[i];
-                    out[1] = part.sum[i];
+                    (out[0], out[1]) = (part.state[i].max, part.state[i].sum);
                     out[2..].copy_from_slice(&part.acc[i * dim..i * dim + d]);
                 }
             }
@@ -103,13 +96,14 @@ impl Kernels {
         assert!(!partials.is_empty() && partials.len().is_multiple_of(len), "attend_merge: partials");
         for (i, acc) in out.chunks_exact_mut(head_dim).enumerate() {
             acc.fill(0.0);
-            let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
+            let mut state = SoftmaxState::EMPTY;
             for chunk in partials.chunks_exact(len) {
                 let part = &chunk[i * (2 + head_dim)..(i + 1) * (2 + head_dim)];
-                self.merge_part(&mut max, &mut sum, acc, part[0], part[1], &part[2..]);
+                let [max, sum, values @ ..] = part else { continue };
+                self.merge_part(&mut state, acc, SoftmaxState { max: *max, sum: *sum }, values);
             }
             for v in acc {
-                *v /= sum;
+                *v /= state.sum;
             }
         }
     }
@@ -149,7 +143,7 @@ impl Kernels {
         with_floats(n * (2 * dim + 2) + MAX_QUERIES * (KV_CHUNK + dim), |scratch| {
             let (queries, rest) = scratch.split_at_mut(n * dim);
             let (acc, rest) = rest.split_at_mut(n * dim);
-            let (state, rest) = rest.split_at_mut(n * 2);
+            let (states, rest) = rest.split_at_mut(n * 2);
             let (scores, part_acc) = rest.split_at_mut(MAX_QUERIES * KV_CHUNK);
             for (i, query) in queries.chunks_exact_mut(dim).enumerate() {
                 let from = (first_row + i / heads) * ld + columns.start + i % heads * d;
@@ -157,8 +151,8 @@ impl Kernels {
                 query[d..].fill(0.0);
             }
             acc.fill(0.0);
-            for state in state.chunks_exact_mut(2) {
-                state.copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
+            for state in states.chunks_exact_mut(2) {
+                state.copy_from_slice(&[SoftmaxState::EMPTY.max, SoftmaxState::EMPTY.sum]);
             }
             for chunk in kv_chunks(&all) {
                 for start in (0..n).step_by(MAX_QUERIES) {
@@ -167,28 +161,27 @@ impl Kernels {
                         q: &queries[start * dim..end * dim],
                         scores: &mut scores[..(end - start) * KV_CHUNK],
                         acc: &mut part_acc[..(end - start) * dim],
-                        max: [0.0; MAX_QUERIES],
-                        sum: [0.0; MAX_QUERIES],
+                        state: [SoftmaxState::EMPTY; MAX_QUERIES],
                     };
                     self.chunk_part(kv, head, chunk, scale, |i| visible(start + i), &mut part);
                     for i in start..end {
-                        let (max, sum) = (part.max[i - start], part.sum[i - start]);
                         let values = &part.acc[(i - start) * dim..][..dim];
-                        let [m, s] = &mut state[i * 2..i * 2 + 2] else { unreachable!("two floats") };
-                        self.merge_part(m, s, &mut acc[i * dim..(i + 1) * dim], max, sum, values);
+                        let mut state = SoftmaxState { max: states[i * 2], sum: states[i * 2 + 1] };
+                        self.merge_part(&mut state, &mut acc[i * dim..(i + 1) * dim], part.state[i - start], values);
+                        (states[i * 2], states[i * 2 + 1]) = (state.max, state.sum);
                     }
                 }
             }
             for i in 0..n {
                 let row = &mut out.row_mut(i / heads)[i % heads * d..][..d];
                 for (o, &v) in row.iter_mut().zip(&acc[i * dim..]) {
-                    *o = v / state[i * 2 + 1];
+                    *o = v / states[i * 2 + 1];
                 }
             }
         });
     }
 
-    /// Scores, softmax and values of one chunk for up to MAX_QUERIES queries. Queries that see nothing of it get a maximum of -inf.
+    /// Scores, softmax and values of one chunk for up to MAX_QUERIES queries. Queries that see nothing of it get an empty state.
     fn chunk_part(
         self,
         kv: &KvBuffer,
@@ -209,8 +202,7 @@ impl Kernels {
         for v in (0..n).map(local).filter(|v| !v.is_empty()) {
             (start, end) = (start.min(v.start), end.max(v.end));
         }
-        part.max.fill(f32::NEG_INFINITY);
-        part.sum.fill(0.0);
+        part.state.fill(SoftmaxState::EMPTY);
         if start >= end {
             return;
         }
@@ -225,23 +217,19 @@ impl Kernels {
                 s[tiles.start * KV_TILE..tiles.end * KV_TILE].fill(0.0);
             } else {
                 // SAFETY: the table is of this CPU; one row of KV_CHUNK scores, ranges inside it.
-                (part.max[i], part.sum[i]) = unsafe { (self.table.softmax)(s, tiles.clone(), v, scale) };
+                part.state[i] = unsafe { (self.table.softmax)(s, tiles.clone(), v, scale) };
             }
         }
         // SAFETY: as for the scores.
         unsafe { (self.table.values)(kv.ty(), dim, kv.values(head, chunk), seen, part.scores, part.acc) };
     }
 
-    fn merge_part(self, max: &mut f32, sum: &mut f32, acc: &mut [f32], part_max: f32, part_sum: f32, part: &[f32]) {
-        if part_sum == 0.0 {
-            return;
+    fn merge_part(self, state: &mut SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) {
+        // A part that a query saw nothing of has sum 0 and must not bring its maximum of -inf into play.
+        if part.sum != 0.0 {
+            // SAFETY: the table is of this CPU; values and sums have the same length.
+            *state = unsafe { (self.table.merge)(*state, acc, part, &values[..acc.len()]) };
         }
-        let new = max.max(part_max);
-        let (a, b) = (crate::math::exp(*max - new), crate::math::exp(part_max - new));
-        *max = new;
-        *sum = *sum * a + part_sum * b;
-        // SAFETY: the table is of this CPU; `part` is at least as long as `acc`.
-        unsafe { (self.table.merge)(acc, a, &part[..acc.len()], b) };
     }
 }
 

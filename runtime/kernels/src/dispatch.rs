@@ -47,6 +47,18 @@ pub(crate) const MAX_QUERIES: usize = 12;
 /// Bytes of one block of a weight panel: 8 column groups × 16 rows × 4 bytes, then 16 f32 scales.
 pub(crate) const PANEL_BLOCK: usize = 576;
 
+/// The maximum of some scores and the sum of their exponentials relative to it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SoftmaxState {
+    pub max: f32,
+    pub sum: f32,
+}
+
+impl SoftmaxState {
+    /// Of no scores.
+    pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
 /// The functions of one instruction set. All lengths are checked by the callers in `Kernels`.
 ///
 /// # Safety of the members
@@ -87,11 +99,12 @@ pub(crate) struct Table {
     pub scores: unsafe fn(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]),
     /// Turns the scores of one query into exp(score * scale - max) for the `visible` positions and 0 for the rest of `tiles`;
     /// returns the maximum and the sum.
-    pub softmax: unsafe fn(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> (f32, f32),
+    pub softmax: unsafe fn(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState,
     /// `acc row i = Σ p[i * KV_CHUNK + j] * value j` for the positions `j`, in order; `acc` has 1..=MAX_QUERIES rows of `dim`.
     pub values: unsafe fn(ty: KvType, dim: usize, values: &[u8], positions: Range<usize>, p: &[f32], acc: &mut [f32]),
-    /// `acc = acc * a + part * b`.
-    pub merge: unsafe fn(acc: &mut [f32], a: f32, part: &[f32], b: f32),
+    /// Adds a part (maximum, sum, values) of a softmax to a running one, rescaling both to the larger maximum: with
+    /// `a = exp(max - new)` and `b = exp(part.max - new)`, `sum = sum * a + part.sum * b` and `acc = fma(acc, a, part * b)`.
+    pub merge: unsafe fn(state: SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) -> SoftmaxState,
 }
 
 /// The kernels of one instruction set: a handle to copy around. Methods are safe; they check lengths and panic where a

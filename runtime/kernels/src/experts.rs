@@ -16,6 +16,9 @@ use crate::r16;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scratch::{with_bytes, with_floats};
 
+/// Neuron groups whose gates are computed before their rows of up.
+const GROUPS_AT_ONCE: usize = 8;
+
 /// What goes into an expert: rows of `n_embd` values, as floats (read if the expert's type is a float) or quantized (read if it
 /// is quantized). The other one may be empty.
 #[derive(Debug, Clone, Copy)]
@@ -81,70 +84,70 @@ impl Kernels {
         format.check_region(Matrix::Up, up.len());
         assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_gate_up: group {}", groups.end);
         assert_eq!(out.len(), groups.len(), "expert_gate_up: output length");
-        groups.zip(out).map(|(group, out)| self.hidden_group(format, gate, up, input, row, group, out)).sum()
+        let mut count = 0;
+        for (i, out) in out.chunks_mut(GROUPS_AT_ONCE).enumerate() {
+            count += self.hidden_groups(format, gate, up, input, row, groups.start + i * GROUPS_AT_ONCE, out);
+        }
+        count
     }
 
+    /// Up to GROUPS_AT_ONCE groups from `first_group` on: gates first, so that the rows of up that live make one list.
     #[allow(clippy::too_many_arguments)]
-    fn hidden_group(
+    fn hidden_groups(
         self,
         format: &ExpertFormat,
         gate: &[u8],
         up: &[u8],
         input: ExpertInput<'_>,
         row: usize,
-        group: usize,
-        out: &mut HiddenGroup,
+        first_group: usize,
+        out: &mut [HiddenGroup],
     ) -> usize {
-        let first = group * BLOCK_LEN;
-        let neurons = BLOCK_LEN.min(format.n_ff() - first);
-        let mut g = [0f32; BLOCK_LEN];
-        let ty = format.ty();
-        let n_embd = format.n_embd();
+        let (ty, n_embd) = (format.ty(), format.n_embd());
+        let first = first_group * BLOCK_LEN;
+        let neurons = (out.len() * BLOCK_LEN).min(format.n_ff() - first);
         let kb = n_embd / BLOCK_LEN;
-        let all: [u32; BLOCK_LEN] = std::array::from_fn(|i| (first + i) as u32);
+        let row_bytes = n_embd / ty.block_len() * ty.block_bytes();
         let a = ty.is_quantized().then(|| {
             assert_eq!(input.acts.k(), n_embd, "expert_gate_up: k of the activations");
             input.acts.row(row)
         });
         let x = if ty.is_quantized() { &[][..] } else { &input.floats[row * n_embd..(row + 1) * n_embd] };
-        let row_bytes = n_embd * ty.block_bytes() / ty.block_len();
+
+        let mut g = [0f32; GROUPS_AT_ONCE * BLOCK_LEN];
+        let mut rows: [u32; GROUPS_AT_ONCE * BLOCK_LEN] = std::array::from_fn(|i| (first + i) as u32);
+        // Gate has as many bytes per row in both of its forms.
+        let gate_rows = &gate[first * row_bytes..(first + neurons) * row_bytes];
         match (ty, a) {
-            (WeightType::Q4_0, Some(a)) => {
-                let bytes = 2 * kb * tile_bytes(ty);
-                // SAFETY: the table is of this CPU; two row groups of kb tiles, whose existence the region's size proves.
-                unsafe { (self.table.gemv_r16)(ty, kb, &gate[group * bytes..(group + 1) * bytes], a, &mut g) };
-            }
-            // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so the region has the 32 rows.
-            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &all, a, &mut g) },
-            // SAFETY: the table is of this CPU; `neurons` rows of n_embd values, as many outputs.
-            (_, None) => unsafe {
-                let rows = &gate[first * row_bytes..(first + neurons) * row_bytes];
-                (self.table.dots)(ty, rows, x, &mut g[..neurons]);
+            // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
+            (WeightType::Q4_0, Some(a)) => unsafe {
+                (self.table.gemv_r16)(ty, kb, gate_rows, a, &mut g[..neurons]);
             },
+            // SAFETY: the table is of this CPU; the region has these rows.
+            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &rows[..neurons], a, &mut g[..neurons]) },
+            // SAFETY: the table is of this CPU; `neurons` rows of n_embd values, as many outputs.
+            (_, None) => unsafe { (self.table.dots)(ty, gate_rows, x, &mut g[..neurons]) },
         }
-        let mut rows = [0u32; BLOCK_LEN];
         let mut n = 0;
-        let mut active = 0;
-        for (i, &g) in g.iter().enumerate() {
+        for (group, g) in out.iter_mut().zip(g.chunks_exact(BLOCK_LEN)) {
+            *group = HiddenGroup::ZERO;
+            for (i, &g) in g.iter().enumerate() {
+                group.active |= u32::from(g > 0.0) << i;
+            }
+        }
+        for (i, &g) in g[..neurons].iter().enumerate() {
             rows[n] = (first + i) as u32;
-            let positive = g > 0.0;
-            n += usize::from(positive);
-            active |= u32::from(positive) << i;
+            n += usize::from(g > 0.0);
         }
-        *out = HiddenGroup::ZERO;
-        out.active = active;
-        if n == 0 {
-            return 0;
-        }
-        let mut u = [0f32; BLOCK_LEN];
-        let (rows, u_live) = (&rows[..n], &mut u[..n]);
+        let rows = &rows[..n];
+        let mut u = [0f32; GROUPS_AT_ONCE * BLOCK_LEN];
         match (ty, a) {
             // SAFETY: the table is of this CPU; the rows exist, `a` has n_embd values, one output per row.
-            (WeightType::Q4_0, Some(a)) => unsafe { (self.table.up_rows)(&format.up(), up, rows, a, u_live) },
+            (WeightType::Q4_0, Some(a)) => unsafe { (self.table.up_rows)(&format.up(), up, rows, a, &mut u[..n]) },
             // SAFETY: as above.
-            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, up, rows, a, u_live) },
+            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, up, rows, a, &mut u[..n]) },
             (_, None) => {
-                for (&row, u) in rows.iter().zip(u_live) {
+                for (&row, u) in rows.iter().zip(&mut u) {
                     let row = &up[row as usize * row_bytes..(row as usize + 1) * row_bytes];
                     // SAFETY: the table is of this CPU; one row of n_embd values.
                     unsafe { (self.table.dots)(ty, row, x, std::slice::from_mut(u)) };
@@ -153,17 +156,19 @@ impl Kernels {
         }
         for (&row, &u) in rows.iter().zip(&u) {
             let i = row as usize - first;
-            out.h[i] = g[i] * u;
+            out[i / BLOCK_LEN].h[i % BLOCK_LEN] = g[i] * u;
         }
-        if ty.is_quantized() {
-            let (d, bias) = (std::slice::from_mut(&mut out.d), std::slice::from_mut(&mut out.bias));
-            // SAFETY: the table is of this CPU; one block.
-            unsafe { (self.table.quantize_q8)(&out.h, &mut out.q, d, bias) };
-            for (i, &q) in out.q.iter().enumerate() {
-                out.live |= u32::from(q != 0) << i;
+        for group in out {
+            if group.active == 0 || !ty.is_quantized() {
+                group.live = group.active;
+                continue;
             }
-        } else {
-            out.live = active;
+            let (d, bias) = (std::slice::from_mut(&mut group.d), std::slice::from_mut(&mut group.bias));
+            // SAFETY: the table is of this CPU; one block.
+            unsafe { (self.table.quantize_q8)(&group.h, &mut group.q, d, bias) };
+            for (i, &q) in group.q.iter().enumerate() {
+                group.live |= u32::from(q != 0) << i;
+            }
         }
         n
     }
@@ -291,15 +296,12 @@ impl Kernels {
         assert!(tokens <= input.acts.rows(), "expert_gate_up_batch: {tokens} tokens of {}", input.acts.rows());
         let kb = n_embd / BLOCK_LEN;
         if tokens == 1 {
-            let mut groups = HiddenGroup::ZERO;
-            for start in neurons.clone().step_by(R16_ROWS) {
-                // Half a group at a time would compute the other half in vain; whole groups are the usual case.
-                if start % BLOCK_LEN == 0 || start == neurons.start {
-                    self.hidden_group(format, gate, up, input, 0, start / BLOCK_LEN, &mut groups);
-                }
-                let end = neurons.end.min(start + R16_ROWS);
-                hidden.row_mut(0)[start - neurons.start..end - neurons.start]
-                    .copy_from_slice(&groups.h[start % BLOCK_LEN..][..end - start]);
+            let mut group = HiddenGroup::ZERO;
+            for i in neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN) {
+                self.hidden_groups(format, gate, up, input, 0, i, std::slice::from_mut(&mut group));
+                let part = neurons.start.max(i * BLOCK_LEN)..neurons.end.min((i + 1) * BLOCK_LEN);
+                hidden.row_mut(0)[part.start - neurons.start..part.end - neurons.start]
+                    .copy_from_slice(&group.h[part.start - i * BLOCK_LEN..part.end - i * BLOCK_LEN]);
             }
             return;
         }

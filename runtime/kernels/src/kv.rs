@@ -12,6 +12,7 @@
 //! So a query reads keys with one lane per position and values with one lane per dimension, both in one sequential stream.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::aligned::AlignedBuf;
 use crate::block::{BLOCK_LEN, BlockQ8_0};
@@ -174,8 +175,8 @@ fn write_key(ty: KvType, chunk: &mut [u8], head_dim: usize, p: usize, block: usi
             }
         }
         KvType::F16 => {
-            for (o, v) in out.chunks_exact_mut(2 * KV_TILE).zip(x) {
-                o[lane * 2..lane * 2 + 2].copy_from_slice(&f16::from_f32(*v).to_le_bytes());
+            for (o, v) in out.chunks_exact_mut(2 * KV_TILE).zip(halves(x)) {
+                o[lane * 2..lane * 2 + 2].copy_from_slice(&v.to_le_bytes());
             }
         }
         KvType::Q8_0 => {
@@ -199,8 +200,8 @@ fn write_value(ty: KvType, chunk: &mut [u8], p: usize, block: usize, x: &[f32; B
             }
         }
         KvType::F16 => {
-            for (o, v) in out[p * 64..].chunks_exact_mut(2).zip(x) {
-                o.copy_from_slice(&f16::from_f32(*v).to_le_bytes());
+            for (o, v) in out[p * 64..].chunks_exact_mut(2).zip(halves(x)) {
+                o.copy_from_slice(&v.to_le_bytes());
             }
         }
         KvType::Q8_0 => {
@@ -211,6 +212,12 @@ fn write_value(ty: KvType, chunk: &mut [u8], p: usize, block: usize, x: &[f32; B
             }
         }
     }
+}
+
+fn halves(x: &[f32; BLOCK_LEN]) -> [f16; BLOCK_LEN] {
+    let mut h = [f16::ZERO; BLOCK_LEN];
+    h.convert_from_f32_slice(x);
+    h
 }
 
 /// Key `dim` of position `p` of a chunk.

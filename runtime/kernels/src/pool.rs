@@ -30,14 +30,24 @@ type Job<'a> = dyn Fn(usize) + Sync + 'a;
 struct Padded<T>(T);
 
 struct Worker {
-    /// Set by the worker before it parks; whoever clears it must unpark.
+    /// Set by the worker before it parks.
     parked: Padded<AtomicBool>,
+    /// `2 * epoch` while the worker's part of that job waits to be taken, `2 * epoch + 1` once it is: by the worker, or by the
+    /// caller where the worker has not been given a core in time.
+    part: Padded<AtomicUsize>,
+}
+
+impl Worker {
+    fn take_part(&self, epoch: usize) -> bool {
+        let waiting = epoch.wrapping_mul(2);
+        self.part.0.compare_exchange(waiting, waiting | 1, AcqRel, Relaxed).is_ok()
+    }
 }
 
 struct Shared {
-    /// Counts jobs; a change tells the workers that `job` is set. The lowest bit of meaning is only "different from before".
+    /// Counts jobs; a change tells the workers that `job` is set.
     epoch: Padded<AtomicUsize>,
-    /// Workers that have not finished the current job.
+    /// Parts of the current job, besides the caller's own, that are not finished.
     pending: Padded<AtomicUsize>,
     stop: AtomicBool,
     /// The current job, valid from the store to `epoch` until `pending` is 0.
@@ -48,8 +58,8 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written only by the thread that holds `Pool::busy` while no worker runs a job (`pending` is 0), and read by
-// workers only after they acquired the epoch that was released after the write. The job itself is `Sync`.
+// SAFETY: `job` is written only by the thread that holds `Pool::busy` while no part is taken and unfinished (`pending` is 0), and
+// read by workers only after they took a part, which was offered after the write. The job itself is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: the raw pointer in `job` is never owned; see above for who may follow it.
 unsafe impl Send for Shared {}
@@ -83,7 +93,7 @@ impl Pool {
             pending: Padded::default(),
             stop: AtomicBool::new(false),
             job: UnsafeCell::new(None),
-            workers: (1..n).map(|_| Worker { parked: Padded::default() }).collect(),
+            workers: (1..n).map(|_| Worker { parked: Padded::default(), part: Padded(AtomicUsize::new(1)) }).collect(),
             shares: (0..n).map(|_| Padded::default()).collect(),
             panic: Mutex::new(None),
         });
@@ -102,7 +112,8 @@ impl Pool {
         self.shared.workers.len() + 1
     }
 
-    /// Runs `job(thread)` once for each thread `0..n_threads()` and returns when all are done.
+    /// Runs `job(part)` once for each part `0..n_threads()` and returns when all are done. Parts usually run on a thread each; one
+    /// whose thread is kept from a core by other programs runs on the calling thread.
     ///
     /// # Panics
     /// With the first panic of a job, after all threads are done with it.
@@ -213,19 +224,23 @@ impl Pool {
             return;
         }
         // SAFETY: only the lifetime changes; `Finish` below keeps this call from ending, by return or by panic, before
-        // every worker is done with the job.
+        // every part of the job is done.
         let job_static = unsafe { std::mem::transmute::<*const Job<'_>, *const Job<'static>>(job) };
         // SAFETY: `busy` is held and the previous job has ended (`pending` was seen as 0), so nobody reads `job` now.
         unsafe { *shared.job.get() = Some(job_static) };
         shared.pending.0.store(shared.workers.len(), Relaxed);
-        shared.epoch.0.fetch_add(1, SeqCst);
+        let epoch = shared.epoch.0.load(Relaxed).wrapping_add(1);
+        for worker in &shared.workers {
+            worker.part.0.store(epoch.wrapping_mul(2), Release);
+        }
+        shared.epoch.0.store(epoch, SeqCst);
         for (worker, thread) in shared.workers.iter().zip(&self.threads) {
             if worker.parked.0.load(SeqCst) {
                 thread.unpark();
             }
         }
         {
-            let _finish = Finish(shared);
+            let _finish = Finish { shared, epoch, job };
             job(0);
         }
         let payload = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -249,13 +264,24 @@ impl Drop for Pool {
     }
 }
 
-/// Waits for the workers when dropped, also while the caller's own part of the job unwinds.
-struct Finish<'a>(&'a Shared);
+/// Sees a job through when dropped, also while the caller's own part of it unwinds.
+struct Finish<'a> {
+    shared: &'a Shared,
+    epoch: usize,
+    job: &'a Job<'a>,
+}
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
+        // A worker that has not begun may be waiting for a core behind another program; its part is done here rather than
+        // waited for. (After `for_each` there is usually nothing left to do in it.)
+        for (i, worker) in self.shared.workers.iter().enumerate() {
+            if worker.take_part(self.epoch) {
+                self.shared.run_part(self.job, i + 1);
+            }
+        }
         let mut rounds = 0u32;
-        while self.0.pending.0.load(Acquire) != 0 {
+        while self.shared.pending.0.load(Acquire) != 0 {
             if rounds < SPIN_ROUNDS {
                 rounds += 1;
                 spin_loop();
@@ -274,16 +300,23 @@ impl Shared {
             if self.stop.load(Relaxed) {
                 return;
             }
-            // SAFETY: the epoch acquired in `wait` was released after `job` was set, and the job stays valid until this
-            // worker has counted itself out of `pending`.
-            let job = unsafe { (*self.job.get()).map(|job| &*job) };
-            if let Some(job) = job
-                && let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(index)))
-            {
-                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+            if !self.workers[index - 1].take_part(seen) {
+                continue;
             }
-            self.pending.0.fetch_sub(1, Release);
+            // SAFETY: the part was offered after `job` was set, and the job stays valid until this part is counted out of
+            // `pending`.
+            if let Some(job) = unsafe { (*self.job.get()).map(|job| &*job) } {
+                self.run_part(job, index);
+            }
         }
+    }
+
+    /// Runs a part that was taken and counts it out.
+    fn run_part(&self, job: &Job<'_>, index: usize) {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job(index))) {
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+        }
+        self.pending.0.fetch_sub(1, Release);
     }
 
     /// Waits until the epoch differs from `seen` and returns it.

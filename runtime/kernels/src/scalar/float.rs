@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use crate::WeightType;
+use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType, key_at, value_at};
 use crate::math::{LANES, exp, reduce_add};
 
@@ -52,7 +53,7 @@ pub(crate) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
     }
 }
 
-pub(crate) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> (f32, f32) {
+pub(crate) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState {
     let mut max = f32::NEG_INFINITY;
     for s in &mut s[visible.clone()] {
         *s *= scale;
@@ -63,7 +64,7 @@ pub(crate) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>,
         s[p] = if visible.contains(&p) { exp(s[p] - max) } else { 0.0 };
         sum[p % LANES] += s[p];
     }
-    (max, reduce_add(&sum))
+    SoftmaxState { max, sum: reduce_add(&sum) }
 }
 
 pub(crate) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usize>, p: &[f32], acc: &mut [f32]) {
@@ -77,8 +78,11 @@ pub(crate) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
     }
 }
 
-pub(crate) fn merge(acc: &mut [f32], a: f32, part: &[f32], b: f32) {
-    for (acc, &part) in acc.iter_mut().zip(part) {
-        *acc = acc.mul_add(a, part * b);
+pub(crate) fn merge(state: SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) -> SoftmaxState {
+    let max = state.max.max(part.max);
+    let (a, b) = (exp(state.max - max), exp(part.max - max));
+    for (acc, &v) in acc.iter_mut().zip(values) {
+        *acc = acc.mul_add(a, v * b);
     }
+    SoftmaxState { max, sum: state.sum * a + part.sum * b }
 }

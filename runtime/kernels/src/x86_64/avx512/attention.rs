@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::float::reduce;
 use crate::block::BLOCK_LEN;
+use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
-use crate::math::{EXP_MIN, EXP_POLY, LN2_HI, LN2_LO, LOG2E};
+use crate::math::{EXP_MIN, EXP_POLY, LANES, LN2_HI, LN2_LO, LOG2E};
 
 /// How one type of cache is read, 16 values at a time.
 trait Cache {
@@ -180,7 +181,7 @@ unsafe fn scores_tiles<C: Cache, const N: usize, const T: usize>(
 }
 
 #[target_feature(enable = "avx512f,avx512dq")]
-pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> (f32, f32) {
+pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState {
     assert!(s.len() == KV_CHUNK && tiles.end * KV_TILE <= KV_CHUNK);
     let positions = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let seen = |tile: usize| {
@@ -211,7 +212,7 @@ pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>,
             _mm512_storeu_ps(p, v);
         }
     }
-    (max, reduce(sum))
+    SoftmaxState { max, sum: reduce(sum) }
 }
 
 /// [`crate::math::exp`].
@@ -281,4 +282,21 @@ unsafe fn values_of<C: Cache, const N: usize>(
             }
         }
     }
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) fn merge(state: SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) -> SoftmaxState {
+    let max = state.max.max(part.max);
+    let a = exp(_mm512_set1_ps(state.max - max));
+    let b = exp(_mm512_set1_ps(part.max - max));
+    for (acc, values) in acc.chunks_mut(LANES).zip(values.chunks(LANES)) {
+        let mask = (u32::MAX >> (32 - acc.len())) as u16;
+        // SAFETY: both have as many floats as the mask has bits.
+        unsafe {
+            let v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values.as_ptr()), b);
+            let v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, acc.as_ptr()), a, v);
+            _mm512_mask_storeu_ps(acc.as_mut_ptr(), mask, v);
+        }
+    }
+    SoftmaxState { max, sum: state.sum * _mm512_cvtss_f32(a) + part.sum * _mm512_cvtss_f32(b) }
 }

@@ -141,10 +141,14 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
         let next = groups.next();
         let (group, live) = &current;
         let d_a = _mm512_set1_ps(live.d);
-        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
+        for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
             if let Some((group, live)) = &next {
-                for &row in &live.rows[..live.n] {
-                    _mm_prefetch::<_MM_HINT_T0>(live.base.wrapping_add(row + chunk * 64).cast());
+                // Each step requests its share of the next group's rows, row by row so that memory is read in runs.
+                let n = chunks.len();
+                for &row in &live.rows[live.n * i / n..live.n * (i + 1) / n] {
+                    for chunk in chunks.clone() {
+                        _mm_prefetch::<_MM_HINT_T0>(live.base.wrapping_add(row + chunk * 64).cast());
+                    }
                 }
                 for line in 0..4 {
                     _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(chunk * 256 + line * 64).cast());

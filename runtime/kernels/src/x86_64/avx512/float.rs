@@ -151,17 +151,3 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         }
     }
 }
-
-#[target_feature(enable = "avx512f")]
-pub(super) fn merge(acc: &mut [f32], a: f32, part: &[f32], b: f32) {
-    let (a, b) = (_mm512_set1_ps(a), _mm512_set1_ps(b));
-    for (acc, part) in acc.chunks_mut(LANES).zip(part.chunks(LANES)) {
-        let mask = (u32::MAX >> (32 - acc.len())) as u16;
-        // SAFETY: both have as many floats as the mask has bits.
-        unsafe {
-            let v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, part.as_ptr()), b);
-            let v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, acc.as_ptr()), a, v);
-            _mm512_mask_storeu_ps(acc.as_mut_ptr(), mask, v);
-        }
-    }
-}

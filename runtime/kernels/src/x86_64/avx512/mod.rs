@@ -32,5 +32,5 @@ pub(crate) static TABLE: Table = Table {
     scores: attention::scores,
     softmax: attention::softmax,
     values: attention::values,
-    merge: float::merge,
+    merge: attention::merge,
 };

@@ -1,6 +1,6 @@
 //! Where expert bytes come from, behind [`ExpertIo`], and how one piece of an expert gets from there into its slot.
 //!
-//! An engine may deliver fewer bytes than asked for and may demand alignment; [`read_covering`] makes whole reads out of
+//! An engine may deliver fewer bytes than asked for and may demand alignment; `read_covering` makes whole reads out of
 //! that. Engines hold no buffers: memory that the kernel writes to belongs to the thread that waits for it.
 
 mod buffered;

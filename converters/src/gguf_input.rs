@@ -29,7 +29,12 @@ pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
     if carried.get("tokenizer.ggml.tokens").is_none() {
         warnings.push("the file has no tokenizer: the output takes and gives token ids only".into());
     }
-    let files = vec![MappedFile::open(path)?];
+    let mapped = MappedFile::open(path)?;
+    if mapped.bytes().len() as u64 != header.file_len {
+        let source = std::io::Error::other("the file changed its length while it was opened");
+        return Err(ConvertError::Io { path: path.into(), source });
+    }
+    let files = vec![mapped];
     Ok(Input { path: path.into(), config, carried, files, tensors, warnings })
 }
 

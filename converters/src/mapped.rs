@@ -17,6 +17,9 @@ use crate::error::ConvertError;
 pub(crate) struct MappedFile {
     path: PathBuf,
     map: Mmap,
+    /// Kept for advice about its pages.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "only Linux takes advice about files"))]
+    file: File,
 }
 
 impl MappedFile {
@@ -28,7 +31,7 @@ impl MappedFile {
         // file meanwhile yields other weights, never an invalid value. A file that another process truncates while it is
         // being converted raises SIGBUS, as with every mapped file; inputs are not modified while they are converted.
         let map = unsafe { MmapOptions::new().map(&file) }.map_err(fail)?;
-        Ok(Self { path: path.into(), map })
+        Ok(Self { path: path.into(), map, file })
     }
 
     /// Where the file is.
@@ -47,13 +50,20 @@ impl MappedFile {
         let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
     }
 
-    /// Takes `range` out of the resident set; reading it again fetches it again.
+    /// Takes `range` out of the resident set and lets the kernel use its pages for what is read next. A conversion reads
+    /// every byte once: keeping them would push out what others need, and under a hypervisor pages that are used again
+    /// are several times cheaper than fresh ones.
     #[cfg(unix)]
     pub(crate) fn release(&self, range: Range<usize>) {
         // SAFETY: the mapping is shared and file-backed and nobody writes through it, so dropping its pages loses
         // nothing: the next access brings the same bytes back from the file.
         let _ =
             unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        #[cfg(target_os = "linux")]
+        {
+            let (start, length) = (range.start as u64, std::num::NonZeroU64::new(range.len() as u64));
+            let _ = rustix::fs::fadvise(&self.file, start, length, rustix::fs::Advice::DontNeed);
+        }
     }
 
     /// Without `madvise` there is nothing to ask.

@@ -70,9 +70,11 @@ pub(crate) fn convert_weights(
     let out_chunks = out.chunks_mut(target.bytes(CHUNK));
     for (index, (bytes, out)) in in_chunks.zip(out_chunks).enumerate() {
         let n = out.len() / target.ty.block_bytes() * target.ty.block_len();
-        decode(source.ty, bytes, scratch, n);
+        let largest = decode(source.ty, bytes, scratch, n);
         let floats = &scratch.floats[..n];
-        check_values(source, first + index * CHUNK, floats, target.ty)?;
+        if !fits(largest, target.ty) {
+            return Err(misfit(source, first + index * CHUNK, floats, target.ty));
+        }
         if same_type(source.ty, target.ty) {
             out.copy_from_slice(bytes);
         } else {
@@ -89,25 +91,49 @@ fn same_type(source: SourceType, target: WeightType) -> bool {
     )
 }
 
-/// Turns `bytes` into the first `n` floats of the scratch.
-fn decode(ty: SourceType, bytes: &[u8], scratch: &mut Scratch, n: usize) {
+/// Turns `bytes` into the first `n` floats of the scratch. Returns the largest magnitude among them, as the bits of a
+/// float, so that NaN counts as the largest: plain integer loops over the stored form, which compilers turn into a few
+/// vector instructions.
+fn decode(ty: SourceType, bytes: &[u8], scratch: &mut Scratch, n: usize) -> u32 {
     let floats = &mut scratch.floats[..n];
     match ty {
-        SourceType::F32 => dequantize_row(WeightType::F32, bytes, floats),
-        SourceType::Q8_0 => dequantize_row(WeightType::Q8_0, bytes, floats),
-        SourceType::Bf16 => {
-            for (float, bytes) in floats.iter_mut().zip(bytes.chunks_exact(2)) {
-                *float = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
+        SourceType::F32 => {
+            for (float, &bytes) in floats.iter_mut().zip(bytes.as_chunks().0) {
+                *float = f32::from_le_bytes(bytes);
             }
+            largest_float(floats)
+        }
+        SourceType::Q8_0 => {
+            dequantize_row(WeightType::Q8_0, bytes, floats);
+            largest_float(floats)
+        }
+        SourceType::Bf16 => {
+            let stored = bytes.as_chunks().0;
+            for (float, &bytes) in floats.iter_mut().zip(stored) {
+                *float = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+            }
+            u32::from(largest_half(stored)) << 16
         }
         SourceType::F16 => {
+            let stored = bytes.as_chunks().0;
             let halves = &mut scratch.halves[..n];
-            for (half, bytes) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
-                *half = f16::from_le_bytes([bytes[0], bytes[1]]);
+            for (half, &bytes) in halves.iter_mut().zip(stored) {
+                *half = f16::from_le_bytes(bytes);
             }
             halves.convert_to_f32_slice(floats);
+            f16::from_bits(largest_half(stored)).to_f32().to_bits()
         }
     }
+}
+
+/// The largest of some floats without their signs, as bits.
+fn largest_float(floats: &[f32]) -> u32 {
+    floats.iter().fold(0, |largest: i32, float| largest.max((float.to_bits() & 0x7fff_ffff) as i32)) as u32
+}
+
+/// The largest of some 16-bit floats without their signs, as bits.
+fn largest_half(stored: &[[u8; 2]]) -> u16 {
+    stored.iter().fold(0, |largest: i16, &bytes| largest.max((u16::from_le_bytes(bytes) & 0x7fff) as i16)) as u16
 }
 
 fn encode(kernels: Kernels, floats: &[f32], target: Target, halves: &mut [f16], out: &mut [u8]) {
@@ -137,28 +163,28 @@ fn encode(kernels: Kernels, floats: &[f32], target: Target, halves: &mut [f16], 
     }
 }
 
-/// Refuses weights that are no numbers or that `ty` cannot hold. One pass takes the largest magnitude, as an integer so
-/// that NaN counts as the largest; only a failure looks for its position.
-fn check_values(source: &SourceTensor, first: usize, floats: &[f32], ty: WeightType) -> Result<(), ConvertError> {
-    let largest = floats.iter().fold(0, |largest: u32, float| largest.max(float.to_bits() & 0x7fff_ffff));
-    let too_large = |bits: u32| match ty {
-        WeightType::F32 => false,
-        WeightType::F16 => f32::from_bits(bits) >= F16_OVERFLOW,
-        WeightType::BF16 => bits >= BF16_OVERFLOW_BITS,
-        WeightType::Q4_0 => f32::from_bits(bits) / 8.0 >= F16_OVERFLOW,
-        WeightType::Q8_0 => f32::from_bits(bits) / 127.0 >= F16_OVERFLOW,
+/// Whether a weight of this magnitude is a number that `ty` can hold.
+fn fits(bits: u32, ty: WeightType) -> bool {
+    let magnitude = f32::from_bits(bits);
+    let held = match ty {
+        WeightType::F32 => true,
+        WeightType::F16 => magnitude < F16_OVERFLOW,
+        WeightType::BF16 => bits < BF16_OVERFLOW_BITS,
+        WeightType::Q4_0 => magnitude / 8.0 < F16_OVERFLOW,
+        WeightType::Q8_0 => magnitude / 127.0 < F16_OVERFLOW,
     };
-    if largest < INFINITY_BITS && !too_large(largest) {
-        return Ok(());
-    }
-    let bad = |float: &f32| !float.is_finite() || (largest < INFINITY_BITS && too_large(float.abs().to_bits()));
-    let position = floats.iter().position(bad).unwrap_or(0);
+    bits < INFINITY_BITS && held
+}
+
+/// Names the first weight that does not fit; what is no number comes before what is too large.
+fn misfit(source: &SourceTensor, first: usize, floats: &[f32], ty: WeightType) -> ConvertError {
+    let infinite = floats.iter().position(|float| !float.is_finite());
+    let position = infinite.or_else(|| floats.iter().position(|float| !fits(float.abs().to_bits(), ty))).unwrap_or(0);
     let (tensor, value) = (source.name.clone(), floats[position]);
     let index = source.first_weight + (first + position) as u64;
-    if value.is_finite() {
-        Err(ConvertError::TooLarge { tensor, index, value, ty: ty.name() })
-    } else {
-        Err(ConvertError::NonFinite { tensor, index, value })
+    match infinite {
+        Some(_) => ConvertError::NonFinite { tensor, index, value },
+        None => ConvertError::TooLarge { tensor, index, value, ty: ty.name() },
     }
 }
 

@@ -220,3 +220,55 @@ fn a_request_to_stop_leaves_nothing() {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }
+
+/// Damages a few bytes of a header again and again: whatever comes of it, it is an error or a conversion, never a panic.
+fn damage(whole: &[u8], header: usize, path: &std::path::Path, input: &std::path::Path) {
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |below: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        (seed % below as u64) as usize
+    };
+    let (mut opened, mut refused) = (0, 0);
+    for _ in 0..150 {
+        let mut bytes = whole.to_vec();
+        for _ in 0..=random(3) {
+            bytes[random(header)] = random(256) as u8;
+        }
+        if random(8) == 0 {
+            bytes.truncate(random(whole.len()));
+        }
+        std::fs::write(path, &bytes).unwrap();
+        match Input::open(input) {
+            Err(_) => refused += 1,
+            Ok(_) if opened > 10 => {}
+            Ok(_) => {
+                opened += 1;
+                let dir = tempfile::tempdir().unwrap();
+                let _ = run(input, &options(WeightType::Q4_0, Layout::Offload), &dir.path().join("out.gguf"));
+            }
+        }
+    }
+    assert!(refused > 10, "{refused} refused");
+}
+
+#[test]
+fn damaged_headers_never_panic() {
+    let whole = std::fs::read(mini("mini-4b").join("model.safetensors")).unwrap();
+    let dir = copy(&mini("mini-4b"), |_| ());
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    damage(&whole, header, &dir.path().join("model.safetensors"), dir.path());
+
+    let dir = copy(&mini("mini-4b"), |_| ());
+    let config = std::fs::read(mini("mini-4b").join("config.json")).unwrap();
+    damage(&config, config.len(), &dir.path().join("config.json"), dir.path());
+
+    let dir = copy(&tiny(), |_| ());
+    let tokenizer = std::fs::read(tiny().join("tokenizer_config.json")).unwrap();
+    damage(&tokenizer, tokenizer.len(), &dir.path().join("tokenizer_config.json"), dir.path());
+
+    let whole = crate::common::bytes(&mini("mini-4b"), &options(WeightType::Q8_0, Layout::Gguf));
+    let path = dir.path().join("in.gguf");
+    damage(&whole, 1200, &path, &path);
+}

@@ -1,0 +1,350 @@
+//! Where files go: the Hugging Face cache, or a plain folder. Both on disk exactly as `huggingface_hub` keeps them.
+//!
+//! The cache of one repository is `blobs/<etag>` (content), `snapshots/<commit>/<path>` (relative links to it),
+//! `refs/<revision>` (a commit) and `trees/<commit>.json` (the listing); content on its way is
+//! `blobs/<etag>.incomplete`. In a plain folder the same bookkeeping lies under `.cache/huggingface/`.
+//! This module never talks to the network.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::symlink;
+use std::path::{Component, Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use super::api::Entry;
+use super::names::is_commit;
+use super::transfer::Hasher;
+use super::{HubError, RepoId, trees};
+
+/// One repository in a cache folder.
+#[derive(Debug)]
+pub(super) struct CachedRepo {
+    paths: CacheRepo,
+    folder: PathBuf,
+    locks: PathBuf,
+}
+
+impl CachedRepo {
+    pub(super) fn new(cache_dir: &Path, repo: &RepoId) -> CachedRepo {
+        let repo = Repo::new(repo.to_string(), RepoType::Model);
+        let name = repo.folder_name();
+        CachedRepo {
+            paths: Cache::new(cache_dir.to_owned()).repo(repo),
+            folder: cache_dir.join(&name),
+            locks: cache_dir.join(".locks").join(&name),
+        }
+    }
+
+    /// The folder that `trees/` lies in.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
+        self.paths.pointer_path(commit)
+    }
+
+    /// The commit `revision` stood for when it was last fetched.
+    pub(super) fn cached_commit(&self, revision: &str) -> Option<String> {
+        if is_commit(revision) {
+            return Some(revision.to_owned());
+        }
+        let mut text = String::new();
+        File::open(self.folder.join("refs").join(revision)).ok()?.take(64).read_to_string(&mut text).ok()?;
+        Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
+    }
+
+    /// Records that `revision` stands for `commit`.
+    fn write_ref(&self, revision: &str, commit: &str) -> Result<(), HubError> {
+        if revision == commit || self.cached_commit(revision).as_deref() == Some(commit) {
+            return Ok(());
+        }
+        write_atomically(&self.folder.join("refs").join(revision), commit.as_bytes())
+    }
+}
+
+/// The destination of one download.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) cache: CachedRepo,
+    pub(super) commit: String,
+    /// A plain folder instead of the cache.
+    local: Option<PathBuf>,
+}
+
+/// The paths that one file passes through.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// Where the content ends up.
+    pub(super) content: PathBuf,
+    /// Where it grows; its length is what has arrived.
+    pub(super) partial: PathBuf,
+    pub(super) lock: PathBuf,
+}
+
+/// What is already there of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// Under its final name.
+    Present,
+    /// The content is on this disk, but not under this name: no transfer needed. The bytes count as needed space
+    /// where they have to be copied.
+    Local {
+        /// Whether it takes a copy and not just a link.
+        copy: bool,
+    },
+    /// This many bytes have arrived.
+    Partial(u64),
+}
+
+impl Place {
+    pub(super) fn new(cache: CachedRepo, commit: String, local: Option<PathBuf>) -> Place {
+        Place { cache, commit, local }
+    }
+
+    /// What the download returns: the snapshot folder or the plain folder.
+    pub(super) fn root(&self) -> PathBuf {
+        self.local.clone().unwrap_or_else(|| self.cache.snapshot(&self.commit))
+    }
+
+    /// The folder whose disk receives the bytes.
+    pub(super) fn storage(&self) -> PathBuf {
+        self.local.clone().unwrap_or_else(|| self.cache.folder.clone())
+    }
+
+    /// Where the listing is kept.
+    pub(super) fn trees(&self) -> PathBuf {
+        self.local.as_deref().map_or_else(|| self.cache.folder.clone(), bookkeeping)
+    }
+
+    pub(super) fn slot(&self, entry: &Entry) -> Slot {
+        let etag = entry.digest.hex();
+        match &self.local {
+            None => Slot {
+                content: self.cache.paths.blob_path(etag),
+                partial: self.cache.paths.blob_path(&format!("{etag}.incomplete")),
+                lock: self.cache.locks.join(format!("{etag}.lock")),
+            },
+            Some(folder) => {
+                let metadata = metadata_path(folder, &entry.path);
+                let name = metadata.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let partial = format!("{}.{etag}.incomplete", short_hash(&name));
+                Slot {
+                    content: folder.join(&entry.path),
+                    partial: metadata.with_file_name(partial),
+                    lock: metadata.with_extension("lock"),
+                }
+            }
+        }
+    }
+
+    /// Looks at the disk. May read a whole file where a plain folder has one of unknown origin.
+    pub(super) fn state(&self, entry: &Entry) -> State {
+        let slot = self.slot(entry);
+        let partial = || State::Partial(fs::metadata(&slot.partial).map_or(0, |m| m.len()).min(entry.size));
+        let Some(folder) = &self.local else {
+            return if has_size(&self.pointer(entry), entry.size) {
+                State::Present
+            } else if has_size(&slot.content, entry.size) {
+                State::Local { copy: false }
+            } else {
+                partial()
+            };
+        };
+        if has_size(&slot.content, entry.size) {
+            match self.recorded_etag(folder, entry) {
+                Some(etag) if etag == entry.digest.hex() => return State::Present,
+                _ if Hasher::of_file(&slot.content, entry).is_ok_and(|hex| hex == entry.digest.hex()) => {
+                    return State::Local { copy: false };
+                }
+                _ => {}
+            }
+        }
+        if self.cached_content(entry).is_some() { State::Local { copy: true } } else { partial() }
+    }
+
+    /// The content in the cache, when this place is a plain folder and the cache has it.
+    pub(super) fn cached_content(&self, entry: &Entry) -> Option<PathBuf> {
+        let blob = self.cache.paths.blob_path(entry.digest.hex());
+        (self.local.is_some() && has_size(&blob, entry.size)).then_some(blob)
+    }
+
+    /// Gives verified content its final name.
+    pub(super) fn settle(&self, entry: &Entry, slot: &Slot, partial: &Path) -> Result<(), HubError> {
+        create_parent(&slot.content)?;
+        fs::rename(partial, &slot.content).map_err(HubError::io("rename to", &slot.content))?;
+        self.record(entry, slot)
+    }
+
+    /// Makes content that has its final place findable: the snapshot's link, or the plain folder's metadata.
+    pub(super) fn record(&self, entry: &Entry, slot: &Slot) -> Result<(), HubError> {
+        match &self.local {
+            None => link(&slot.content, &self.pointer(entry)),
+            Some(folder) => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+                let text = format!("{}\n{}\n{now}\n", self.commit, entry.digest.hex());
+                write_atomically(&metadata_path(folder, &entry.path), text.as_bytes())
+            }
+        }
+    }
+
+    /// Called before the first file: the listing, so that others can tell a part from the whole.
+    pub(super) fn begin(&self, entries: &BTreeMap<String, Entry>) -> Result<(), HubError> {
+        if let Some(folder) = &self.local {
+            let ignore = bookkeeping(folder).join(".gitignore");
+            if !ignore.exists() {
+                write_atomically(&ignore, b"*")?;
+            }
+        }
+        trees::write(&self.trees(), &self.commit, entries)
+    }
+
+    /// Called after the last file: from here on the revision is found in the cache.
+    pub(super) fn conclude(&self, revision: &str) -> Result<(), HubError> {
+        if self.local.is_none() { self.cache.write_ref(revision, &self.commit) } else { Ok(()) }
+    }
+
+    fn pointer(&self, entry: &Entry) -> PathBuf {
+        self.cache.snapshot(&self.commit).join(&entry.path)
+    }
+
+    /// The entity tag noted for a file of a plain folder, unless the file was changed afterwards.
+    fn recorded_etag(&self, folder: &Path, entry: &Entry) -> Option<String> {
+        let text = fs::read_to_string(metadata_path(folder, &entry.path)).ok()?;
+        let mut lines = text.lines();
+        let (_commit, etag, noted) = (lines.next()?, lines.next()?, lines.next()?.trim().parse::<f64>().ok()?);
+        let changed = fs::metadata(folder.join(&entry.path)).ok()?.modified().ok()?;
+        let changed = changed.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+        // File systems round times; the Hugging Face tools allow the same second.
+        (changed - 1.0 <= noted).then(|| etag.trim().to_owned())
+    }
+}
+
+/// Free bytes on the disk that `path` is on or will be created on; `None` where the system does not say.
+pub(super) fn free_space(path: &Path) -> Option<u64> {
+    let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
+    let stat = rustix::fs::statvfs(existing.unwrap_or(Path::new("."))).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether there is a file of that size. Links are followed.
+pub(super) fn has_size(path: &Path, size: u64) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == size)
+}
+
+pub(super) fn create_parent(path: &Path) -> Result<(), HubError> {
+    match path.parent() {
+        Some(folder) => fs::create_dir_all(folder).map_err(HubError::io("create", folder)),
+        None => Ok(()),
+    }
+}
+
+/// Writes a small file so that readers see the old or the new one, never a part.
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), HubError> {
+    create_parent(path)?;
+    let beside = beside(path);
+    let write = || {
+        File::create(&beside)?.write_all(content)?;
+        fs::rename(&beside, path)
+    };
+    write().map_err(|source| {
+        let _ = fs::remove_file(&beside);
+        HubError::Io { action: "write", path: path.to_owned(), source }
+    })
+}
+
+/// A name next to `path` that no other process and no other thread uses.
+fn beside(path: &Path) -> PathBuf {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    path.with_file_name(format!("{name}.{}-{number}.tmp", std::process::id()))
+}
+
+/// Makes `pointer` a relative link to `blob`, replacing what is there.
+fn link(blob: &Path, pointer: &Path) -> Result<(), HubError> {
+    create_parent(pointer)?;
+    let target = relative(blob, pointer.parent().unwrap_or(Path::new("")));
+    let beside = beside(pointer);
+    match symlink(target, &beside) {
+        Ok(()) => fs::rename(&beside, pointer).map_err(|source| {
+            let _ = fs::remove_file(&beside);
+            HubError::Io { action: "link", path: pointer.to_owned(), source }
+        }),
+        // FAT and exFAT have no links. As the Hugging Face tools do, the snapshot then holds the file itself.
+        Err(e) if matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported) => {
+            fs::rename(blob, pointer).map_err(HubError::io("rename to", pointer))
+        }
+        Err(source) => Err(HubError::Io { action: "link", path: pointer.to_owned(), source }),
+    }
+}
+
+/// The path of `to` as seen from the folder `from`; both under a common root, neither with `..` in it.
+fn relative(to: &Path, from: &Path) -> PathBuf {
+    let to: Vec<Component<'_>> = to.components().collect();
+    let from: Vec<Component<'_>> = from.components().collect();
+    let common = to.iter().zip(&from).take_while(|(a, b)| a == b).count();
+    let up = from[common..].iter().map(|_| Component::ParentDir);
+    up.chain(to[common..].iter().copied()).collect()
+}
+
+/// Where a plain folder keeps what is known about its files.
+fn bookkeeping(folder: &Path) -> PathBuf {
+    folder.join(".cache").join("huggingface")
+}
+
+fn metadata_path(folder: &Path, file: &str) -> PathBuf {
+    bookkeeping(folder).join("download").join(format!("{file}.metadata"))
+}
+
+/// URL-safe base64 of the SHA-1, as `huggingface_hub` names partial files of a plain folder.
+fn short_hash(name: &str) -> String {
+    use sha1::Digest as _;
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let hash = sha1::Sha1::digest(name.as_bytes());
+    let mut out = String::with_capacity(28);
+    for chunk in hash.chunks(3) {
+        let bits = chunk.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        for i in 0..4 {
+            let sextet = (bits >> (18 - 6 * i)) & 63;
+            out.push(if i <= chunk.len() { char::from(ALPHABET[sextet as usize]) } else { '=' });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_relative() {
+        let from = Path::new("/c/models--a--b/snapshots/1234/sub");
+        assert_eq!(relative(Path::new("/c/models--a--b/blobs/ab"), from), Path::new("../../../blobs/ab"));
+        assert_eq!(relative(Path::new("c/blobs/ab"), Path::new("c/snapshots/1")), Path::new("../../blobs/ab"));
+    }
+
+    #[test]
+    fn short_hash_is_the_one_of_huggingface_hub() {
+        // python: base64.urlsafe_b64encode(hashlib.sha1(b"config.json.metadata").digest())
+        assert_eq!(short_hash("config.json.metadata"), "8_PA_wEVGiVa2goH2H4KQOQpvVY=");
+    }
+
+    #[test]
+    fn a_reference_is_believed_only_if_it_is_a_commit() {
+        let folder = tempfile::tempdir().unwrap();
+        let repo = CachedRepo::new(folder.path(), &RepoId::parse("a/b").unwrap());
+        assert_eq!(repo.folder(), folder.path().join("models--a--b"));
+        assert_eq!(repo.cached_commit("main"), None);
+        let commit = "0123456789012345678901234567890123456789";
+        repo.write_ref("refs/pr/1", commit).unwrap();
+        assert_eq!(repo.cached_commit("refs/pr/1").as_deref(), Some(commit));
+        fs::write(repo.folder().join("refs/main"), "../../../etc").unwrap();
+        assert_eq!(repo.cached_commit("main"), None);
+        assert_eq!(repo.cached_commit(commit).as_deref(), Some(commit));
+    }
+}

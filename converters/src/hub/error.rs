@@ -1,0 +1,316 @@
+//! What can go wrong between the hub and the disk, and what the person can do about it.
+//!
+//! [`HubError`]'s text says what happened; [`HubError::hint`] says what to do next. Addresses in messages
+//! never carry their query string, because a signed address is a credential.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A failure of a listing or a download.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HubError {
+    /// The text is neither a known alias nor `owner/name`.
+    #[error("{name:?} does not name a model: {reason}")]
+    InvalidName {
+        /// What was given.
+        name: String,
+        /// Which rule it breaks.
+        reason: &'static str,
+    },
+    /// The revision could not be a branch, a tag or a commit.
+    #[error("{revision:?} is not a revision: {reason}")]
+    InvalidRevision {
+        /// What was given.
+        revision: String,
+        /// Which rule it breaks.
+        reason: &'static str,
+    },
+    /// An `include` pattern does not parse.
+    #[error("pattern {pattern:?} is not a valid glob")]
+    InvalidPattern {
+        /// What was given.
+        pattern: String,
+        /// Where the pattern is wrong.
+        source: globset::Error,
+    },
+    /// The endpoint is not an http(s) address.
+    #[error("endpoint {endpoint:?} is not an http or https address")]
+    InvalidEndpoint {
+        /// What was given.
+        endpoint: String,
+    },
+    /// No connection: no network, no name resolution, refused, or TLS failed.
+    #[error("cannot reach {host}: {cause}")]
+    Unreachable {
+        /// Scheme and host that was tried.
+        host: String,
+        /// What the network layer said.
+        cause: String,
+    },
+    /// HTTP 401.
+    #[error("{host} does not give {repo} to {} (HTTP 401)", if *.token_sent { "this token" } else { "somebody who is not logged in" })]
+    Unauthorized {
+        /// The repository asked for.
+        repo: String,
+        /// Scheme and host that answered.
+        host: String,
+        /// Whether a token went with the request.
+        token_sent: bool,
+    },
+    /// The repository exists, but its licence has to be accepted first.
+    #[error("{repo} is gated: access has to be granted on its page first (HTTP {status})")]
+    Gated {
+        /// The repository asked for.
+        repo: String,
+        /// Scheme and host that answered.
+        host: String,
+        /// The HTTP status.
+        status: u16,
+        /// Whether a token went with the request.
+        token_sent: bool,
+    },
+    /// HTTP 403 for another reason than gating.
+    #[error("access to {url} is forbidden (HTTP 403){}", message.as_deref().map(|m| format!(": {m}")).unwrap_or_default())]
+    Forbidden {
+        /// Address without its query.
+        url: String,
+        /// The server's own explanation.
+        message: Option<String>,
+    },
+    /// HTTP 404 for the repository.
+    #[error("there is no model {repo} on {host} (HTTP 404)")]
+    RepoNotFound {
+        /// The repository asked for.
+        repo: String,
+        /// Scheme and host that answered.
+        host: String,
+    },
+    /// HTTP 404 for the revision.
+    #[error("{repo} has no revision {revision:?} (HTTP 404)")]
+    RevisionNotFound {
+        /// The repository asked for.
+        repo: String,
+        /// The revision asked for.
+        revision: String,
+    },
+    /// HTTP 404 for one file.
+    #[error("{repo} has no file {file:?} (HTTP 404)")]
+    FileNotFound {
+        /// The repository asked for.
+        repo: String,
+        /// Path inside the repository.
+        file: String,
+    },
+    /// HTTP 429 that outlasted the retries, or that asks for a longer wait than allowed.
+    #[error("{host} limits the rate of requests (HTTP 429){}", retry_after.map(|t| format!(", for another {} s", t.as_secs())).unwrap_or_default())]
+    RateLimited {
+        /// Scheme and host that answered.
+        host: String,
+        /// How long the server asks to wait.
+        retry_after: Option<Duration>,
+    },
+    /// Any other status that is not success.
+    #[error("{url} answered HTTP {status}")]
+    Status {
+        /// Address without its query.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The connection ended before the file did, and retries did not help.
+    #[error("the connection was cut after {at} bytes of {file}: {cause}")]
+    Cut {
+        /// Path inside the repository, or the address of a request about it.
+        file: String,
+        /// Bytes that had arrived.
+        at: u64,
+        /// What the network layer said.
+        cause: String,
+    },
+    /// Nothing arrived for as long as the stall limit, and retries did not help.
+    #[error("{host} sent nothing for {} s", limit.as_secs_f32())]
+    Stalled {
+        /// Scheme and host that fell silent.
+        host: String,
+        /// The limit that was reached.
+        limit: Duration,
+    },
+    /// The server announced or sent another number of bytes than the repository lists.
+    #[error("{file}: the hub lists {expected} bytes, but the download has {got}")]
+    Size {
+        /// Path inside the repository.
+        file: String,
+        /// Bytes the repository lists.
+        expected: u64,
+        /// Bytes announced or received.
+        got: u64,
+    },
+    /// All bytes arrived, twice, and they are not the file.
+    #[error("{file}: wrong content: {algorithm} should be {expected}, but is {got}")]
+    Digest {
+        /// Path inside the repository.
+        file: String,
+        /// `sha256` or `git sha1`.
+        algorithm: &'static str,
+        /// Hexadecimal, as the hub states it.
+        expected: String,
+        /// Hexadecimal, of what arrived.
+        got: String,
+    },
+    /// The server offers other content than the listing of the same commit names.
+    #[error("{file}: the hub lists content {expected}, but offers {got}")]
+    Changed {
+        /// Path inside the repository.
+        file: String,
+        /// Entity tag in the listing.
+        expected: String,
+        /// Entity tag in the answer.
+        got: String,
+    },
+    /// A file name that would leave the folder it is to be written to.
+    #[error("the repository has a file named {path:?}, which is not a safe path")]
+    UnsafePath {
+        /// The name as the server sent it.
+        path: String,
+    },
+    /// The server does not speak the hub's interface.
+    #[error("{url} answered something unexpected: {reason}")]
+    BadResponse {
+        /// Address without its query.
+        url: String,
+        /// What was wrong with it.
+        reason: String,
+    },
+    /// The missing bytes do not fit on the disk.
+    #[error("{} has {free} bytes free, and {needed} more are to be downloaded", path.display())]
+    NoSpace {
+        /// The folder that is to receive them.
+        path: PathBuf,
+        /// Bytes that are missing.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+    /// Offline, and the cache does not have everything.
+    #[error("offline, and the cache lacks {what} of {repo} at revision {revision:?}")]
+    Offline {
+        /// The repository asked for.
+        repo: String,
+        /// The revision asked for.
+        revision: String,
+        /// Which files, in words.
+        what: String,
+    },
+    /// The patterns exclude every file of the repository.
+    #[error("no file of {repo} matches {patterns}")]
+    NothingMatches {
+        /// The repository asked for.
+        repo: String,
+        /// The patterns, comma-separated.
+        patterns: String,
+    },
+    /// The repository holds another kind of model.
+    #[error("{repo} is not a SmallThinker checkpoint: {found}")]
+    NotSmallThinker {
+        /// The repository asked for.
+        repo: String,
+        /// What was found instead.
+        found: String,
+    },
+    /// The file system refused.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was being done, as a verb.
+        action: &'static str,
+        /// The path it was done to.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// Somebody asked to stop.
+    #[error("interrupted")]
+    Cancelled,
+}
+
+impl HubError {
+    /// What the person can do about it, where there is something.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            HubError::InvalidName { .. } => {
+                "a model is `4b`, `21b`, or `owner/name` as on the hub, e.g. PowerInfer/SmallThinker-4BA0.6B-Instruct".into()
+            }
+            HubError::InvalidEndpoint { .. } => "HF_ENDPOINT should look like https://huggingface.co".into(),
+            HubError::Unreachable { .. } => {
+                "check the network and the proxy settings; --offline (or HF_HUB_OFFLINE=1) uses what is in the cache".into()
+            }
+            HubError::Unauthorized { repo, token_sent: false, .. } => format!(
+                "check the name {repo:?}; if the model is private, log in with `hf auth login`, set HF_TOKEN, or pass --token{}",
+                did_you_mean(repo)
+            ),
+            HubError::Unauthorized { host, .. } => {
+                format!("the token is invalid or expired, or cannot see this model: make a new one at {host}/settings/tokens")
+            }
+            HubError::Gated { repo, host, token_sent, .. } => {
+                let login = if *token_sent { "" } else { ", then log in with `hf auth login` or set HF_TOKEN" };
+                format!("accept the licence at {host}/{repo}{login}")
+            }
+            HubError::Forbidden { .. } => {
+                "the token needs read access to this repository (a fine-grained token has to name it)".into()
+            }
+            HubError::RepoNotFound { repo, .. } => {
+                format!("check the spelling, or log in if it is private{}", did_you_mean(repo))
+            }
+            HubError::RevisionNotFound { .. } => {
+                "a revision is a branch, a tag or a full commit hash; without --revision it is `main`".into()
+            }
+            HubError::RateLimited { .. } => {
+                "wait a while and run the same command again: it goes on where it stopped; logged-in users have higher limits".into()
+            }
+            HubError::Status { status, .. } if *status >= 500 => {
+                "the hub has a problem; run the same command again later: it goes on where it stopped".into()
+            }
+            HubError::Cut { .. } | HubError::Stalled { .. } => {
+                "run the same command again: it goes on where it stopped".into()
+            }
+            HubError::Size { .. } | HubError::Digest { .. } | HubError::Changed { .. } => {
+                "something on the way (a proxy, a mirror, a login page) may be altering the download; nothing wrong was kept".into()
+            }
+            HubError::BadResponse { .. } => {
+                "check HF_ENDPOINT and the proxy settings: a login page or a mirror may be answering in the hub's place".into()
+            }
+            HubError::NoSpace { .. } => {
+                "free some space, or point --local-dir, HF_HUB_CACHE or HF_HOME at a larger disk".into()
+            }
+            HubError::Offline { .. } => {
+                "run the same command once without --offline and without HF_HUB_OFFLINE".into()
+            }
+            HubError::NothingMatches { .. } => "--dry-run without --include lists what there is".into(),
+            HubError::NotSmallThinker { .. } => {
+                "only models whose config.json says SmallThinkerForCausalLM can be used: `4b` and `21b` are two".into()
+            }
+            HubError::Cancelled => "run the same command again: it goes on where it stopped".into(),
+            HubError::InvalidRevision { .. }
+            | HubError::InvalidPattern { .. }
+            | HubError::FileNotFound { .. }
+            | HubError::Status { .. }
+            | HubError::UnsafePath { .. }
+            | HubError::Io { .. } => return None,
+        })
+    }
+
+    /// For `map_err` on file system calls: names the action and the path.
+    pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> HubError {
+        let path = path.into();
+        move |source| HubError::Io { action, path, source }
+    }
+}
+
+/// The sentence that proposes the closest known repository, or nothing when none is close.
+fn did_you_mean(repo: &str) -> String {
+    match super::names::closest_known(repo) {
+        Some(known) => format!("; did you mean {known}?"),
+        None => String::new(),
+    }
+}

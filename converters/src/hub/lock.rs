@@ -1,0 +1,103 @@
+//! The lock that keeps two processes from writing one file, shared with the Hugging Face tools.
+//!
+//! They hold `flock` on `.locks/<repository>/<etag>.lock` while a blob is being written and leave the lock file in
+//! place afterwards; so does this.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use super::HubError;
+
+/// How often a lock that somebody else holds is tried again.
+const POLL: Duration = Duration::from_millis(50);
+
+/// A lock, held until it is dropped.
+#[derive(Debug)]
+pub(super) struct FileLock {
+    /// `None` where the file system knows no locks.
+    held: Option<File>,
+}
+
+impl FileLock {
+    /// Waits for the lock at `path`, creating the file and its folders.
+    ///
+    /// `on_wait` is called once if somebody else holds it; waiting ends with [`HubError::Cancelled`] when `stopped`
+    /// says so.
+    pub(super) fn acquire(
+        path: &Path,
+        on_wait: impl FnOnce(),
+        stopped: impl Fn() -> bool,
+    ) -> Result<FileLock, HubError> {
+        let failed = |source| HubError::Io { action: "lock", path: path.to_owned(), source };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(HubError::io("create", folder))?;
+        }
+        let mut on_wait = Some(on_wait);
+        loop {
+            // Group-writable, as the Hugging Face tools make it: people share a cache through a group.
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o664)
+                .open(path)
+                .map_err(failed)?;
+            match file.try_lock() {
+                Ok(()) if is_same_file(&file, path) => return Ok(FileLock { held: Some(file) }),
+                // Somebody removed the file between opening and locking: this lock excludes nobody.
+                Ok(()) => continue,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                    return Ok(FileLock { held: None });
+                }
+                Err(TryLockError::Error(e)) => return Err(failed(e)),
+            }
+            if let Some(on_wait) = on_wait.take() {
+                on_wait();
+            }
+            if stopped() {
+                return Err(HubError::Cancelled);
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Whether others are kept out. Where the file system knows no locks, nothing may be shared with them.
+    pub(super) fn is_exclusive(&self) -> bool {
+        self.held.is_some()
+    }
+}
+
+fn is_same_file(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(a), Ok(b)) => a.dev() == b.dev() && a.ino() == b.ino(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_held_lock_is_waited_for_and_the_wait_can_be_cancelled() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b.lock");
+        let first = FileLock::acquire(&path, || panic!("nobody holds it"), || false).unwrap();
+        assert!(first.is_exclusive());
+        let waited = AtomicBool::new(false);
+        let second = FileLock::acquire(&path, || waited.store(true, Ordering::Relaxed), || true);
+        assert!(matches!(second, Err(HubError::Cancelled)));
+        assert!(waited.load(Ordering::Relaxed));
+        drop(first);
+        FileLock::acquire(&path, || panic!("nobody holds it"), || false).unwrap();
+        assert!(path.exists(), "the lock file stays: removing it would split those who wait");
+    }
+}

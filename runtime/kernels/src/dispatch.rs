@@ -136,6 +136,8 @@ impl Kernels {
         let table = match isa {
             Isa::Scalar => Some(&scalar::TABLE),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86_64::has_avx2().then_some(&x86_64::avx2::TABLE),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => x86_64::has_avx512().then_some(&x86_64::avx512::TABLE),
             _ => None,
         };

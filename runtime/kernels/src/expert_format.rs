@@ -315,19 +315,32 @@ pub(crate) fn down_nibble(row: &[u8], o: usize) -> u8 {
 /// Fills group `b` of the down region; `canonical` is the whole matrix of `n_embd` rows.
 pub(crate) fn pack_down_group(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]) {
     let (scales, rows) = group.split_at_mut(down.padded * 2);
-    for o in 0..down.padded {
-        let (byte, high) = down_position(o);
+    let block = |o: usize| -> [u8; 18] {
         let mut block = [0x88; 18];
-        block[..2].fill(0);
         if o < n_embd {
             block.copy_from_slice(&canonical[(o * down.fb + b) * 18..][..18]);
+        } else {
+            block[..2].fill(0);
         }
-        scales[o * 2..o * 2 + 2].copy_from_slice(&block[..2]);
-        for n in 0..BLOCK_LEN {
-            let q = block[2 + n % 16];
-            let nibble = if n < 16 { q & 15 } else { q >> 4 };
-            let dst = &mut rows[n * down.row_bytes + byte];
-            *dst = if high { (*dst & 0x0f) | nibble << 4 } else { (*dst & 0xf0) | nibble };
+        block
+    };
+    for chunk in 0..down.padded / OUTPUT_CHUNK {
+        // The chunk's 64 bytes of each neuron.
+        let mut columns = [[0u8; OUTPUT_CHUNK / 2]; BLOCK_LEN];
+        for i in 0..OUTPUT_CHUNK / 2 {
+            let o = chunk * OUTPUT_CHUNK + i;
+            let (low, high) = (block(o), block(o + 64));
+            let (byte, _) = down_position(i);
+            for j in 0..16 {
+                let (l, h) = (low[2 + j], high[2 + j]);
+                columns[j][byte] = (l & 0x0f) | h << 4;
+                columns[j + 16][byte] = l >> 4 | (h & 0xf0);
+            }
+            scales[o * 2..o * 2 + 2].copy_from_slice(&low[..2]);
+            scales[(o + 64) * 2..(o + 64) * 2 + 2].copy_from_slice(&high[..2]);
+        }
+        for (row, column) in rows.chunks_exact_mut(down.row_bytes).zip(&columns) {
+            row[chunk * 64..(chunk + 1) * 64].copy_from_slice(column);
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod expert_format;
 mod experts;
 mod kv;
 mod linear;
+mod live;
 mod math;
 mod out;
 mod pool;

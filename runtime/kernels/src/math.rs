@@ -25,7 +25,7 @@ pub(crate) const EXP_POLY: [f32; 7] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0];
 
 /// e^x for x <= 0, with a relative error below 2e-7; 0 below [`EXP_MIN`].
-#[inline]
+#[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     if x < EXP_MIN || x.is_nan() {
         return 0.0;

@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
+use crate::live::Live;
 
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
@@ -93,73 +94,26 @@ fn add_quarters(v: [__m512i; 4]) -> __m512i {
     _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
 }
 
-/// The live neurons of a group in fours: where their rows start and their activations.
-struct Live {
-    rows: [usize; 32],
-    quads: [i32; 8],
-    n: usize,
-    d: f32,
-    bias: i32,
-    base: *const u8,
-}
-
-impl Live {
-    fn new(down: &DownLayout, group: &[u8], hidden: &HiddenGroup) -> Self {
-        let base = group[down.padded * 2..].as_ptr();
-        let mut live = Self { rows: [0; 32], quads: [0; 8], n: 0, d: hidden.d, bias: hidden.bias, base };
-        let mut acts = [0i8; 32];
-        let mut mask = hidden.live;
-        while mask != 0 {
-            let n = mask.trailing_zeros() as usize;
-            mask &= mask - 1;
-            live.rows[live.n] = n * down.row_bytes;
-            acts[live.n] = hidden.q[n];
-            live.n += 1;
-        }
-        // What fills the last four has activation 0 and a row that is read anyway.
-        let last = live.rows[live.n.saturating_sub(1)];
-        live.rows[live.n..live.n.next_multiple_of(4)].fill(last);
-        for (quad, acts) in live.quads.iter_mut().zip(acts.chunks_exact(4)) {
-            *quad = i32::from_le_bytes([acts[0] as u8, acts[1] as u8, acts[2] as u8, acts[3] as u8]);
-        }
-        live
-    }
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
     assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
     out.fill(0.0);
     let low = _mm512_set1_epi8(15);
-    let mut groups = region
-        .chunks_exact(down.group_bytes)
-        .zip(hidden)
-        .filter(|(_, h)| h.live != 0)
-        .map(|(group, h)| (group, Live::new(down, group, h)));
-    let Some(mut current) = groups.next() else { return };
+    let mut groups = Live::groups(down, region, hidden);
+    let Some(mut live) = groups.next() else { return };
     loop {
         let next = groups.next();
-        let (group, live) = &current;
         let d_a = _mm512_set1_ps(live.d);
         for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
-            if let Some((group, live)) = &next {
-                // Each step requests its share of the next group's rows, row by row so that memory is read in runs.
-                let n = chunks.len();
-                for &row in &live.rows[live.n * i / n..live.n * (i + 1) / n] {
-                    for chunk in chunks.clone() {
-                        _mm_prefetch::<_MM_HINT_T0>(live.base.wrapping_add(row + chunk * 64).cast());
-                    }
-                }
-                for line in 0..4 {
-                    _mm_prefetch::<_MM_HINT_T0>(group.as_ptr().wrapping_add(chunk * 256 + line * 64).cast());
-                }
+            if let Some(next) = &next {
+                next.request(&chunks, i, |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()));
             }
             // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
             let mut sums = [_mm512_set1_epi32(live.bias); 8];
-            for (rows, &quad) in live.rows[..live.n.next_multiple_of(4)].chunks_exact(4).zip(&live.quads) {
+            for (rows, &quad) in live.quads() {
                 let q = _mm512_set1_epi32(quad);
                 // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                let w = unsafe { load_rows(live.base, rows, chunk) };
+                let w = unsafe { load_rows(live.rows, rows, chunk) };
                 for (v, w) in interleave(w).into_iter().enumerate() {
                     sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
@@ -169,7 +123,7 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
             for (v, sum) in sums.into_iter().enumerate() {
                 // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
                 unsafe {
-                    let d_w = _mm256_loadu_si256(group.as_ptr().add(chunk * 256 + v * 32).cast());
+                    let d_w = _mm256_loadu_si256(live.scales.add(chunk * 256 + v * 32).cast());
                     let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
                     let p = out.as_mut_ptr().add(v * 16);
                     _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
@@ -177,7 +131,7 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
             }
         }
         match next {
-            Some(next) => current = next,
+            Some(next) => live = next,
             None => return,
         }
     }

@@ -1,0 +1,157 @@
+//! Many tokens: weights are unpacked once into a panel (16 rows, bytes and f32 scales; nibbles with their offset of 8, Q8_0 signed),
+//! which then meets four tokens at a time.
+
+use std::arch::x86_64::*;
+
+use super::experts::{interleave, load_rows};
+use super::gemv::{broadcast_quad, dot_signed};
+use crate::WeightType;
+use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
+use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
+use crate::expert_format::{DownLayout, UpLayout};
+use crate::r16::{R16_ROWS, tile_bytes};
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    let low = _mm256_set1_epi8(15);
+    for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
+        if ty == WeightType::Q4_0 {
+            let (values, _) = block.split_at_mut(512);
+            let (lo, hi) = values.split_at_mut(256);
+            let parts = tile[32..].chunks_exact(32).zip(lo.chunks_exact_mut(32)).zip(hi.chunks_exact_mut(32));
+            for ((w, lo), hi) in parts {
+                // SAFETY: 32 bytes each.
+                unsafe {
+                    let w = _mm256_loadu_si256(w.as_ptr().cast());
+                    _mm256_storeu_si256(lo.as_mut_ptr().cast(), _mm256_and_si256(w, low));
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
+                    _mm256_storeu_si256(hi.as_mut_ptr().cast(), high);
+                }
+            }
+        } else {
+            block[..512].copy_from_slice(&tile[32..]);
+        }
+        store_scales(&tile[..32], &mut block[512..]);
+    }
+}
+
+/// 16 f16 scales to f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn store_scales(scales: &[u8], out: &mut [u8]) {
+    for (d, out) in scales.chunks_exact(16).zip(out.chunks_exact_mut(32)) {
+        // SAFETY: 16 and 32 bytes.
+        unsafe {
+            let d = _mm256_cvtph_ps(_mm_loadu_si128(d.as_ptr().cast()));
+            _mm256_storeu_ps(out.as_mut_ptr().cast(), d);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    let (scales, nibbles) = region.split_at(up.scales_bytes);
+    for (b, block) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
+        let mut d = [0u8; 32];
+        for r in 0..R16_ROWS {
+            d[r * 2..r * 2 + 2].copy_from_slice(&scales[((first + r) * up.kb + b) * 2..][..2]);
+            let qs = &nibbles[(first + r) * up.row_bytes + b * 16..][..16];
+            for (g, quad) in qs.chunks_exact(4).enumerate() {
+                let w = u32::from_ne_bytes([quad[0], quad[1], quad[2], quad[3]]);
+                let at = (g * R16_ROWS + r) * 4;
+                block[at..at + 4].copy_from_slice(&(w & 0x0f0f_0f0f).to_ne_bytes());
+                block[256 + at..256 + at + 4].copy_from_slice(&(w >> 4 & 0x0f0f_0f0f).to_ne_bytes());
+            }
+        }
+        store_scales(&d, &mut block[512..]);
+    }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    let low = _mm256_set1_epi8(15);
+    assert!(panels.len() == 8 * down.fb * PANEL_BLOCK && chunk * 64 < down.row_bytes);
+    for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
+        let (scales, rows) = group.split_at(down.padded * 2);
+        for quad in 0..8 {
+            let at: [usize; 4] = std::array::from_fn(|i| (quad * 4 + i) * down.row_bytes);
+            for half in 0..2 {
+                // SAFETY: the group has 32 rows, and the chunk is 64 bytes of each.
+                let w = unsafe { load_rows(rows.as_ptr(), &at, chunk, half) };
+                for (v, w) in interleave(w).into_iter().enumerate() {
+                    let to = |v: usize| (v * down.fb + b) * PANEL_BLOCK + quad * 64 + half * 32;
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
+                    for (at, w) in [(to(v), _mm256_and_si256(w, low)), (to(v + 4), high)] {
+                        // SAFETY: 32 bytes.
+                        unsafe { _mm256_storeu_si256(panels[at..at + 32].as_mut_ptr().cast(), w) };
+                    }
+                }
+            }
+        }
+        for v in 0..8 {
+            let to = (v * down.fb + b) * PANEL_BLOCK + 512;
+            store_scales(&scales[chunk * 256 + v * 32..][..32], &mut panels[to..to + 64]);
+        }
+    }
+}
+
+pub(super) fn gemm(
+    ty: WeightType,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
+) {
+    assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
+    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
+        // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
+        unsafe {
+            match ty {
+                WeightType::Q4_0 => tokens::<true>(kb, panel, unit, out),
+                _ => tokens::<false>(kb, panel, unit, out),
+            }
+        }
+    }
+}
+
+/// Four tokens; sums and outputs of 16 rows for each are two vectors.
+///
+/// # Safety
+/// `panel` and `unit` have kb blocks, `out` 64 floats.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tokens<const NIBBLES: bool>(kb: usize, panel: &[u8], unit: &[u8], out: &mut [f32]) {
+    let ones = _mm256_set1_epi16(1);
+    out.fill(0.0);
+    for b in 0..kb {
+        // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
+        unsafe {
+            let w = panel.as_ptr().add(b * PANEL_BLOCK);
+            let a: *const i8 = unit.as_ptr().add(b * UNIT_BLOCK).cast();
+            let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
+            for g in 0..8 {
+                let w0 = _mm256_loadu_si256(w.add(g * 64).cast());
+                let w1 = _mm256_loadu_si256(w.add(g * 64 + 32).cast());
+                for (t, sums) in sums.iter_mut().enumerate() {
+                    let q = broadcast_quad(a.add((g * UNIT_ROWS + t) * 4));
+                    if NIBBLES {
+                        sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(w0, q));
+                        sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(w1, q));
+                    } else {
+                        sums[0] = _mm256_add_epi32(sums[0], dot_signed(w0, q));
+                        sums[1] = _mm256_add_epi32(sums[1], dot_signed(w1, q));
+                    }
+                }
+            }
+            for (t, sums) in sums.iter().enumerate() {
+                let d_a = _mm256_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
+                let bias = _mm256_set1_epi32(a.add(144 + t * 4).cast::<i32>().read_unaligned());
+                for (half, &sum) in sums.iter().enumerate() {
+                    let isum = if NIBBLES { _mm256_add_epi32(_mm256_madd_epi16(sum, ones), bias) } else { sum };
+                    let d = _mm256_mul_ps(_mm256_loadu_ps(w.add(512 + half * 32).cast()), d_a);
+                    let p = out.as_mut_ptr().add(t * R16_ROWS + half * 8);
+                    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), d, _mm256_loadu_ps(p)));
+                }
+            }
+        }
+    }
+}

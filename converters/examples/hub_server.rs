@@ -1,7 +1,7 @@
 //! The tests' hub on loopback as a program of its own, for comparing with other clients.
 //!
 //! `hub_server [MIB [FILES]]` serves `PowerInfer/SmallThinker-4BA0.6B-Instruct` with FILES weight files (2) of MIB
-//! MiB each (1), and prints its endpoint. It runs until its standard input ends.
+//! MiB each (1), prints its endpoint, and logs every request to stderr. It runs until its standard input ends.
 #![allow(clippy::print_stdout, reason = "a program for scripts, which read the endpoint from stdout")]
 
 use std::io::Read;
@@ -33,6 +33,7 @@ fn main() {
     let settings = Settings {
         repo: "PowerInfer/SmallThinker-4BA0.6B-Instruct".to_owned(),
         files: files.into_iter().collect(),
+        echo: true,
         ..Settings::default()
     };
     let server = Server::start(settings);

@@ -142,6 +142,8 @@ pub(crate) struct Settings {
     pub(crate) page: usize,
     /// The commit that the repository info states.
     pub(crate) commit: Option<String>,
+    /// Every request is written to stderr as `HOST METHOD TARGET RANGE`.
+    pub(crate) echo: bool,
 }
 
 struct Shared {
@@ -265,7 +267,12 @@ impl Shared {
         Ok(())
     }
 
-    fn note(&self, request: &Request, storage: bool, file: Option<&str>) {
+    fn note(&self, request: &Request, storage: bool, echo: bool, file: Option<&str>) {
+        if echo {
+            let host = if storage { "storage" } else { "hub" };
+            let range = request.headers.get("range").map_or("-", String::as_str);
+            let _ = writeln!(std::io::stderr(), "{host} {} {} {range}", request.method, request.target);
+        }
         self.log.lock().unwrap().push(Seen {
             storage,
             target: request.target.clone(),
@@ -294,7 +301,7 @@ impl Shared {
             Route::Unknown => None,
         };
         let file_name = if let Route::Resolve(_, file) = &route { Some(*file) } else { None };
-        self.note(request, false, file_name);
+        self.note(request, false, settings.echo, file_name);
 
         if let Some(token) = &settings.token
             && request.headers.get("authorization") != Some(&format!("Bearer {token}"))
@@ -373,8 +380,12 @@ impl Shared {
     fn storage(&self, stream: &TcpStream, request: &Request) -> std::io::Result<bool> {
         let path = request.target.split('?').next().unwrap_or_default();
         let name = decode(path.trim_start_matches('/'));
-        self.note(request, true, Some(&name));
-        let Some(file) = self.settings.lock().unwrap().files.get(&name).cloned() else {
+        let (echo, file) = {
+            let settings = self.settings.lock().unwrap();
+            (settings.echo, settings.files.get(&name).cloned())
+        };
+        self.note(request, true, echo, Some(&name));
+        let Some(file) = file else {
             return answer(stream, request, 404, &[], b"");
         };
         // Storage hosts have entity tags of their own, which are no content hashes.

@@ -54,6 +54,15 @@ impl Default for LoadOptions {
     }
 }
 
+impl LoadOptions {
+    /// What of it concerns the expert store.
+    pub(crate) fn store(&self) -> StoreOptions {
+        let defaults = StoreOptions::default();
+        let io_threads = self.io_threads.unwrap_or(defaults.io_threads);
+        StoreOptions { io: self.io, io_threads, prefetch: self.prefetch, ..defaults }
+    }
+}
+
 /// A model ready to run. Immutable but for the expert cache; conversations borrow it.
 pub struct Engine {
     model: Model,
@@ -106,19 +115,11 @@ impl Engine {
         let source = TensorSource::new(&file, &config)?;
         let plan = sizes::plan(&source, &config, options)?;
         on_plan(&plan);
-        let defaults = StoreOptions::default();
         let store = ExpertStore::new(
             Arc::clone(&file.source),
             source.experts().clone(),
             sizes::slot_format(&source, Kernels::detect()),
-            StoreOptions {
-                n_slots: plan.n_slots,
-                top_k: config.n_experts_used,
-                io: options.io,
-                io_threads: options.io_threads.unwrap_or(defaults.io_threads),
-                prefetch: options.prefetch,
-                ..defaults
-            },
+            StoreOptions { n_slots: plan.n_slots, top_k: config.n_experts_used, ..options.store() },
         )?;
         let model = Model::load(&source, config, store, options)?;
         Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type: options.kv_type })

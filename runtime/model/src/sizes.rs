@@ -66,11 +66,14 @@ pub(crate) fn plan(
 ) -> Result<MemoryPlan, ModelError> {
     let kernels = Kernels::detect();
     let slots = Slots { format: source.format().clone(), kernels };
+    // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
+    let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
+    let one = ExpertStore::memory_for(source.experts(), &slots, &StoreOptions { n_slots: 1, ..options.store() });
     let fixed = FixedCosts {
         process: resident_bytes(),
         dense: dense(source, config)?,
         scratch: scratch(config, source.n_vocab()),
-        io: options.io_threads.unwrap_or(StoreOptions::default().io_threads) as u64 * io_buffer(&slots),
+        io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
     };
     let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
     let per_step = LayerKv::bytes(config, options.kv_type, POSITION_STEP);
@@ -82,7 +85,7 @@ pub(crate) fn plan(
     let variable = VariableCosts {
         kv_full_per_token: full_layers * per_step / POSITION_STEP as u64,
         kv_window: window_layers.map(ring).sum(),
-        slot: ExpertStore::slot_stride(&slots) as u64,
+        slot: slot as u64,
     };
     let shape = PlanShape {
         n_layers: config.n_layers,
@@ -136,12 +139,6 @@ fn scratch(config: &ModelConfig, n_vocab: usize) -> u64 {
     // Logits, and what sampling makes of them.
     let head = 4 * n_vocab * size_of::<f32>();
     (activations + queries + inputs + Moe::scratch_bytes(config, BATCH) + head) as u64
-}
-
-/// The buffer of one I/O thread: one matrix and the pages around it.
-fn io_buffer(slots: &Slots) -> u64 {
-    let largest = [Matrix::Gate, Matrix::Up, Matrix::Down].map(|m| slots.format.canonical_bytes(m)).into_iter().max();
-    (largest.unwrap_or(0) + 2 * st_experts::PAGE) as u64
 }
 
 /// Resident memory of this process now, in bytes; 0 where the system does not tell.

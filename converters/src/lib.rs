@@ -10,6 +10,7 @@ mod config;
 mod convert;
 mod error;
 mod gguf_input;
+pub mod hub;
 mod input;
 mod layout;
 mod mapped;

@@ -26,6 +26,10 @@ const READ_AHEAD_BYTES: usize = 64 << 20;
 /// Said of every file in the offload layout.
 pub(crate) const OFFLOAD_NOTE: &str = "the offload layout is for this tool; llama.cpp does not read it";
 
+/// Said of files that somebody may want to quantize further.
+const LLAMA_QUANTIZE_NOTE: &str = "llama.cpp loads this file, but its llama-quantize ignores the alignment that the file states and makes a \
+     broken one of it; quantize it with this tool";
+
 /// What to make of an input.
 #[derive(Clone, Debug)]
 pub struct ConvertOptions {
@@ -118,6 +122,7 @@ pub fn convert(
         progress.advance(done.input_bytes);
         Ok(())
     })?;
+    cancel.check()?;
     if job.layout.packing.is_some() {
         let mut metadata = job.metadata;
         metadata.insert(layout_keys::CRC32C, checksums);
@@ -182,6 +187,8 @@ impl<'a> Job<'a> {
         warnings.extend(self.input.config().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());
+        } else if !self.layout.expert_target.ty.is_quantized() {
+            warnings.push(LLAMA_QUANTIZE_NOTE.into());
         }
         Ok(ConvertPlan {
             tensors: tensors

@@ -1,6 +1,10 @@
 //! Zeroed memory on cache-line boundaries.
 
+use std::alloc::Layout;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 mod sealed {
     /// Types for which any bytes are a value, zero included.
@@ -13,41 +17,183 @@ mod sealed {
 }
 pub(crate) use sealed::Plain;
 
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([u8; 64]);
+const ALIGN: usize = 64;
+/// From here on memory is mapped: it is zero without being touched, and may have large pages.
+const MAP_BYTES: usize = 1 << 20;
+const LARGE_PAGE: usize = 2 << 20;
+/// Address space of an arena; memory is taken as it is used.
+const ARENA_BYTES: usize = 64 << 20;
 
 /// A fixed-length, zero-initialised buffer of plain numbers (`u8, i8, u16, i32, f32`), aligned to 64 bytes. Derefs to a slice.
-#[derive(Clone)]
 pub struct AlignedBuf<T> {
-    lines: Vec<Line>,
+    data: NonNull<u8>,
     len: usize,
-    _type: std::marker::PhantomData<T>,
+    /// Kept for its drop.
+    #[allow(dead_code)]
+    memory: Memory,
+    _type: PhantomData<T>,
 }
 
+/// Where a buffer's memory is from; dropping it gives the memory back.
+enum Memory {
+    None,
+    Heap { data: NonNull<u8>, layout: Layout },
+    Map { _map: Arc<Map> },
+}
+
+// SAFETY: the buffer owns its memory, and its values are `Send` and `Sync` (`Plain`).
+unsafe impl<T: Plain> Send for AlignedBuf<T> {}
+// SAFETY: as above; shared access only reads.
+unsafe impl<T: Plain> Sync for AlignedBuf<T> {}
+
 impl<T: Plain> AlignedBuf<T> {
-    /// `len` zeros. Large buffers come from the system as untouched zero pages.
+    /// `len` zeros. A large buffer takes memory from the system as it is first written, in large pages where the system has
+    /// them.
     ///
     /// # Panics
     /// If the size overflows.
     pub fn zeroed(len: usize) -> Self {
         let bytes = len.checked_mul(size_of::<T>()).expect("buffer size overflows");
-        let n = bytes.div_ceil(64);
-        let layout = std::alloc::Layout::array::<Line>(n).expect("buffer size overflows");
-        let lines = if n == 0 {
-            Vec::new()
+        let (data, memory) = if bytes == 0 {
+            (NonNull::<Line>::dangling().cast(), Memory::None)
         } else {
-            // SAFETY: the layout is not empty; the memory holds `n` lines, all zero, which is a valid `Line`, and a `Vec`
-            // frees with the same layout.
-            unsafe {
-                let p = std::alloc::alloc_zeroed(layout).cast::<Line>();
-                if p.is_null() {
-                    std::alloc::handle_alloc_error(layout);
-                }
-                Vec::from_raw_parts(p, n, n)
-            }
+            own_map(bytes).unwrap_or_else(|| heap(bytes))
         };
-        Self { lines, len, _type: std::marker::PhantomData }
+        Self { data, len, memory, _type: PhantomData }
+    }
+
+    /// Like [`Self::zeroed`], for weights: buffers made this way lie side by side, so that ones too small for a large page of
+    /// their own get large pages too. Their memory is given back when all the neighbours are dropped.
+    ///
+    /// # Panics
+    /// If the size overflows.
+    pub fn zeroed_beside(len: usize) -> Self {
+        let bytes = len.checked_mul(size_of::<T>()).expect("buffer size overflows");
+        match arena(bytes) {
+            Some((data, memory)) => Self { data, len, memory, _type: PhantomData },
+            None => Self::zeroed(len),
+        }
+    }
+}
+
+#[repr(align(64))]
+struct Line;
+
+fn heap(bytes: usize) -> (NonNull<u8>, Memory) {
+    let layout = Layout::from_size_align(bytes, ALIGN).expect("buffer size overflows");
+    // SAFETY: the layout is not empty.
+    match NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }) {
+        Some(data) => (data, Memory::Heap { data, layout }),
+        None => std::alloc::handle_alloc_error(layout),
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Self::Heap { data, layout } = self {
+            // SAFETY: allocated by `heap` with this layout, and the buffer that used it is being dropped.
+            unsafe { std::alloc::dealloc(data.as_ptr(), *layout) };
+        }
+    }
+}
+
+/// Memory mapped from the system, zero until written.
+struct Map {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a mapping may be given back from any thread; who uses which part of it is up to its users.
+unsafe impl Send for Map {}
+// SAFETY: as above.
+unsafe impl Sync for Map {}
+
+impl Map {
+    /// `bytes` of memory that begin at a large page, and large pages for all whole ones (one at the end would take more memory than
+    /// was asked for). `None` if the system refuses.
+    #[cfg(unix)]
+    fn new(bytes: usize) -> Option<(Self, NonNull<u8>)> {
+        let total = bytes.checked_add(LARGE_PAGE)?;
+        // SAFETY: a new private mapping, which touches nothing else.
+        let p = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), total, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if p == libc::MAP_FAILED {
+            return None;
+        }
+        let base = NonNull::new(p.cast::<u8>())?;
+        let skip = base.as_ptr().align_offset(LARGE_PAGE).min(LARGE_PAGE);
+        // SAFETY: skip <= LARGE_PAGE, so `bytes` from there on lie in the mapping.
+        let data = unsafe { base.add(skip) };
+        #[cfg(target_os = "linux")]
+        if bytes >= LARGE_PAGE {
+            // It is advice, so a refusal is no error.
+            // SAFETY: the range lies in the mapping.
+            unsafe { libc::madvise(data.as_ptr().cast(), bytes / LARGE_PAGE * LARGE_PAGE, libc::MADV_HUGEPAGE) };
+        }
+        Some((Self { base, bytes: total }, data))
+    }
+
+    #[cfg(not(unix))]
+    fn new(_: usize) -> Option<(Self, NonNull<u8>)> {
+        None
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        #[cfg(unix)]
+        // SAFETY: mapped by `new`, and nobody holds it any more.
+        unsafe {
+            libc::munmap(self.base.as_ptr().cast(), self.bytes);
+        }
+    }
+}
+
+fn own_map(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
+    if bytes < MAP_BYTES {
+        return None;
+    }
+    let (map, data) = Map::new(bytes)?;
+    Some((data, Memory::Map { _map: Arc::new(map) }))
+}
+
+/// What is left of the map that buffers are being placed in side by side.
+struct Arena {
+    map: Arc<Map>,
+    data: NonNull<u8>,
+    used: usize,
+}
+
+// SAFETY: the unused rest of a map, which only the arena refers to.
+unsafe impl Send for Arena {}
+
+/// A part of the current arena for buffers of middling size; `None` for others.
+fn arena(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
+    static CURRENT: Mutex<Option<Arena>> = Mutex::new(None);
+    if !(ARENA_BYTES / 4096..=ARENA_BYTES / 4).contains(&bytes) {
+        return None;
+    }
+    let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let fits = |arena: &Arena| ARENA_BYTES - arena.used >= bytes;
+    // Nobody else holds an arena that all its buffers have left: a new one is zero again.
+    if !current.as_ref().is_some_and(|arena| fits(arena) && Arc::strong_count(&arena.map) > 1) {
+        let (map, data) = Map::new(ARENA_BYTES)?;
+        *current = Some(Arena { map: Arc::new(map), data, used: 0 });
+    }
+    let arena = current.as_mut()?;
+    // SAFETY: used + bytes <= ARENA_BYTES, the length of the map from `data` on; parts do not overlap, since `used` only grows.
+    let data = unsafe { arena.data.add(arena.used) };
+    arena.used = (arena.used + bytes).next_multiple_of(ALIGN).min(ARENA_BYTES);
+    Some((data, Memory::Map { _map: Arc::clone(&arena.map) }))
+}
+
+impl<T: Plain> Clone for AlignedBuf<T> {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeroed(self.len);
+        copy.copy_from_slice(self);
+        copy
     }
 }
 
@@ -60,15 +206,15 @@ impl<T: Plain> Default for AlignedBuf<T> {
 impl<T: Plain> Deref for AlignedBuf<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: the lines hold at least `len` values of T, aligned to 64, and any bytes are a T (`Plain`).
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: the memory holds `len` values of T, aligned to 64, initialised, and any bytes are a T (`Plain`).
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.len) }
     }
 }
 
 impl<T: Plain> DerefMut for AlignedBuf<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: as in `deref`, and any T leaves valid bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        // SAFETY: as in `deref`, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().cast(), self.len) }
     }
 }
 
@@ -84,11 +230,17 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_zero_and_writable() {
-        let mut b = AlignedBuf::<f32>::zeroed(100);
-        assert_eq!(b.as_ptr() as usize % 64, 0);
-        assert!(b.len() == 100 && b.iter().all(|&v| v == 0.0));
-        b[99] = 1.0;
-        assert_eq!(b.clone()[99], 1.0);
+        for len in [1, 100, 300_000, 3_000_000] {
+            let neighbour = AlignedBuf::<f32>::zeroed_beside(len);
+            for mut b in [AlignedBuf::<f32>::zeroed(len), AlignedBuf::zeroed_beside(len)] {
+                assert_eq!(b.as_ptr() as usize % 64, 0);
+                assert!(b.len() == len && b.iter().all(|&v| v == 0.0));
+                b[len - 1] = 1.0;
+                assert_eq!(b.clone()[len - 1], 1.0);
+                assert_eq!(neighbour[len - 1], 0.0);
+            }
+        }
         assert!(AlignedBuf::<i8>::zeroed(0).is_empty());
+        assert_eq!(AlignedBuf::<i8>::zeroed(0).as_ptr() as usize % 64, 0);
     }
 }

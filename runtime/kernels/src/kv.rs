@@ -1,8 +1,8 @@
 //! The KV cache of one layer, arranged for the attention kernels.
 //!
 //! Positions are kept in chunks of [`KV_CHUNK`]; position `p` lives in slot `p % capacity`, so a buffer whose capacity covers
-//! a window (plus one batch) serves as a ring. For each KV head and chunk, with the head dimension `d` padded to a multiple
-//! of 32:
+//! a window (plus one batch) serves as a ring. A chunk holds, head by head, the keys and then the values of its positions, with the
+//! head dimension `d` padded to a multiple of 32:
 //!
 //! - keys: for each tile of 16 positions, for each dimension, 16 values (one per position). In Q8_0 a tile is, for each block
 //!   of 32 dimensions, 16 f16 scales and 32 × 16 int8 values.
@@ -53,8 +53,7 @@ pub struct KvBuffer {
     n_heads: usize,
     head_dim: usize,
     capacity: usize,
-    keys: AlignedBuf<u8>,
-    values: AlignedBuf<u8>,
+    data: AlignedBuf<u8>,
 }
 
 impl KvBuffer {
@@ -65,15 +64,8 @@ impl KvBuffer {
     /// If a dimension is 0 or the size overflows.
     pub fn new(ty: KvType, n_heads: usize, head_dim: usize, positions: usize) -> Self {
         assert!(n_heads > 0 && head_dim > 0 && positions > 0, "empty KV buffer");
-        let bytes = Self::bytes_for(ty, n_heads, head_dim, positions).expect("KV buffer size overflows") / 2;
-        Self {
-            ty,
-            n_heads,
-            head_dim,
-            capacity: positions.next_multiple_of(KV_CHUNK),
-            keys: AlignedBuf::zeroed(bytes),
-            values: AlignedBuf::zeroed(bytes),
-        }
+        let bytes = Self::bytes_for(ty, n_heads, head_dim, positions).expect("KV buffer size overflows");
+        Self { ty, n_heads, head_dim, capacity: positions.next_multiple_of(KV_CHUNK), data: AlignedBuf::zeroed(bytes) }
     }
 
     /// Bytes that [`Self::new`] takes, keys and values; `None` on overflow.
@@ -122,7 +114,7 @@ impl KvBuffer {
         let slot = pos % self.capacity;
         let mut padded = [0f32; BLOCK_LEN];
         for head in 0..self.n_heads {
-            let chunk = self.chunk_range(head, slot / KV_CHUNK);
+            let [keys_at, values_at] = [0, 1].map(|part| self.range(head, slot / KV_CHUNK, part));
             let p = slot % KV_CHUNK;
             for start in (0..d).step_by(BLOCK_LEN) {
                 let n = BLOCK_LEN.min(d - start);
@@ -131,9 +123,9 @@ impl KvBuffer {
                     padded[n..].fill(0.0);
                     padded[..n].copy_from_slice(&src[head * d + start..][..n]);
                     if is_key {
-                        write_key(self.ty, &mut self.keys[chunk.clone()], self.head_dim, p, block, &padded);
+                        write_key(self.ty, &mut self.data[keys_at.clone()], self.head_dim, p, block, &padded);
                     } else {
-                        write_value(self.ty, &mut self.values[chunk.clone()], p, block, &padded);
+                        write_value(self.ty, &mut self.data[values_at.clone()], p, block, &padded);
                     }
                 }
             }
@@ -146,18 +138,19 @@ impl KvBuffer {
 
     /// Keys of the chunk that holds absolute chunk `chunk` of head `head`.
     pub(crate) fn keys(&self, head: usize, chunk: usize) -> &[u8] {
-        &self.keys[self.chunk_range(head, chunk % (self.capacity / KV_CHUNK))]
+        &self.data[self.range(head, chunk % (self.capacity / KV_CHUNK), 0)]
     }
 
     /// Values of that chunk.
     pub(crate) fn values(&self, head: usize, chunk: usize) -> &[u8] {
-        &self.values[self.chunk_range(head, chunk % (self.capacity / KV_CHUNK))]
+        &self.data[self.range(head, chunk % (self.capacity / KV_CHUNK), 1)]
     }
 
-    fn chunk_range(&self, head: usize, chunk: usize) -> std::ops::Range<usize> {
+    /// Where the keys (`part` 0) or values (1) of a head in a chunk are.
+    fn range(&self, head: usize, chunk: usize, part: usize) -> std::ops::Range<usize> {
         assert!(head < self.n_heads, "KV head {head} of {}", self.n_heads);
         let bytes = self.ty.bytes(KV_CHUNK * self.padded_dim());
-        let start = (head * (self.capacity / KV_CHUNK) + chunk) * bytes;
+        let start = ((chunk * self.n_heads + head) * 2 + part) * bytes;
         start..start + bytes
     }
 }

@@ -181,7 +181,7 @@ impl R16Matrix {
     /// Room for `rows × k` of `ty`, all zero; `None` if [`packed_bytes`] is.
     pub fn zeroed(ty: WeightType, rows: usize, k: usize) -> Option<Self> {
         let bytes = packed_bytes(ty, rows, k)?;
-        Some(Self { ty, rows, k, tiles: AlignedBuf::zeroed(bytes) })
+        Some(Self { ty, rows, k, tiles: AlignedBuf::zeroed_beside(bytes) })
     }
 
     /// Interleaves canonical rows into rows `first..`; matrices that are used together (q, k and v) can share one R16Matrix.

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use st_bench::synth::checkpoint::write_checkpoint;
 use st_bench::synth::gguf::write_gguf;
+use st_bench::synth::measure::{Measured, measure};
 use st_bench::synth::recipe::{Recipe, Statistics};
 use st_bench::synth::shape::Shape;
+use st_gguf::Layout;
 
 /// Synthetic SmallThinker checkpoints: random weights with the routing and sparsity of a trained model.
 #[derive(Parser)]
@@ -23,7 +25,25 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Writes a checkpoint folder (BF16 safetensors) or a Q4_0 GGUF file.
-    Make(Make),
+    Make(Box<Make>),
+    /// Runs a model and prints its routing and sparsity as they are.
+    Measure(Measure),
+}
+
+#[derive(Args)]
+struct Measure {
+    /// A GGUF file.
+    model: PathBuf,
+    /// Tokens of the prompt, and tokens to generate after it.
+    #[arg(short = 'n', long, default_value_t = 256)]
+    tokens: usize,
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// One line per layer as well.
+    #[arg(long)]
+    layers: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -42,6 +62,8 @@ enum Format {
     Checkpoint,
     /// A standard Q4_0 GGUF file.
     Gguf,
+    /// A Q4_0 GGUF file in the offload layout.
+    Offload,
 }
 
 #[derive(Args)]
@@ -147,8 +169,30 @@ impl ShapeArgs {
 
 fn main() -> Result<()> {
     match Cli::parse().command {
-        Command::Make(args) => make(args),
+        Command::Make(args) => make(*args),
+        Command::Measure(args) => report(&args),
     }
+}
+
+fn report(args: &Measure) -> Result<()> {
+    let runs = measure(&args.model, args.tokens, args.threads, args.seed)?;
+    for (what, run) in ["scattered tokens", "greedy text"].into_iter().zip(runs) {
+        println!(
+            "{what}: {:.1} % of choices to the most chosen quarter of experts, {:.1} % of experts repeated, {:.1} % of \
+             neurons zero ({} tokens, {} different)",
+            100.0 * Measured::mean(&run.popular_share),
+            100.0 * Measured::mean(&run.repeat_share),
+            100.0 * run.zero_share,
+            run.tokens,
+            run.distinct,
+        );
+        if args.layers {
+            for (layer, (popular, repeat)) in run.popular_share.iter().zip(&run.repeat_share).enumerate() {
+                println!("  layer {layer:2}: {:.1} % popular, {:.1} % repeated", 100.0 * popular, 100.0 * repeat);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn make(args: Make) -> Result<()> {
@@ -190,12 +234,8 @@ fn make(args: Make) -> Result<()> {
     };
     match args.format {
         Format::Checkpoint => write_checkpoint(&recipe, &args.output, args.shard_mib << 20, &progress)?,
-        Format::Gguf => {
-            if args.output.is_dir() {
-                bail!("{} is a folder", args.output.display());
-            }
-            write_gguf(&recipe, &args.output, args.force, &progress)?;
-        }
+        Format::Gguf => write_gguf(&recipe, Layout::Gguf, &args.output, args.force, &progress)?,
+        Format::Offload => write_gguf(&recipe, Layout::Offload, &args.output, args.force, &progress)?,
     }
     let (bytes, seconds) = (written.into_inner() as f64, start.elapsed().as_secs_f64());
     println!("wrote {:.2} GB in {seconds:.1} s ({:.0} MB/s)", bytes / 1e9, bytes / 1e6 / seconds);

@@ -4,41 +4,81 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use st_gguf::{GgmlType, GgufWriter, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, tensor_names};
+use rayon::prelude::*;
+use st_gguf::{
+    GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, layout_keys,
+    tensor_names,
+};
+use st_kernels::expert_format::Matrix as Region;
+use st_kernels::{ExpertFormat, WeightType};
 
 use super::recipe::{Kind, Recipe, Tensor};
 use super::shape::Shape;
 use super::stream::{Encoding, Part, encode_rows, parts, pipeline};
 use super::vocab::{CHAT_TEMPLATE, Pieces};
 
+/// Experts whose records are made at a time.
+const RECORDS: usize = 8;
 /// Expert matrices in file order.
 const MATRICES: [(Matrix, Kind); 3] = [(Matrix::Gate, Kind::Gate), (Matrix::Up, Kind::Up), (Matrix::Down, Kind::Down)];
 
-/// Writes `path` in the `gguf` layout, replacing it only where `overwrite` says so.
+/// One piece of the file's data.
+enum Item<'a> {
+    /// Rows of one tensor.
+    Rows(Part<'a>),
+    /// Records of some experts of a layer: gate, up and down of each.
+    Records(Vec<[&'a Tensor; 3]>),
+}
+
+/// Writes `path` in the given layout, replacing it only where `overwrite` says so.
 ///
 /// # Errors
-/// Whatever the writer says.
-pub fn write_gguf(recipe: &Recipe, path: &Path, overwrite: bool, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
+/// Whatever the writer says; shapes that have no expert record.
+pub fn write_gguf(
+    recipe: &Recipe,
+    layout: Layout,
+    path: &Path,
+    overwrite: bool,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<()> {
+    let shape = recipe.shape();
     let tensors = recipe.tensors();
-    let (specs, items) = plan_tensors(recipe.shape(), &tensors);
+    let format = ExpertFormat::new(WeightType::Q4_0, shape.n_embd, shape.n_ff).context("cannot lay out experts")?;
+    let mut metadata = metadata(recipe)?;
+    let mut specs = Vec::new();
+    let mut items = Vec::new();
+    plan_dense(&tensors, &mut specs, &mut items);
+    match layout {
+        Layout::Gguf => plan_stacked(shape, &tensors, &mut specs, &mut items),
+        Layout::Offload => {
+            plan_records(shape, &tensors, &format, &mut specs, &mut items);
+            describe_records(&mut metadata, &format);
+            metadata.insert(layout_keys::CRC32C, vec![0_u32; shape.n_layers * shape.n_experts]);
+        }
+    }
     let options = WriteOptions { overwrite, ..WriteOptions::default() };
-    let mut writer = GgufWriter::create(path, &metadata(recipe)?, &specs, options)?;
-    let make = |part: Part<'_>, buffer: &mut Vec<u8>| {
-        encode_rows(recipe, part.tensor, part.rows, part.encoding, buffer);
+    let mut writer = GgufWriter::create(path, &metadata, &specs, options)?;
+    let mut checksums: Vec<u32> = Vec::new();
+    let make = |item: Item<'_>, buffer: &mut Vec<u8>| {
+        match item {
+            Item::Rows(part) => encode_rows(recipe, part.tensor, part.rows, part.encoding, buffer),
+            Item::Records(experts) => checksums.extend(encode_records(recipe, &format, &experts, buffer)),
+        }
         Ok(())
     };
-    pipeline(items.iter().flat_map(|&(tensor, encoding)| parts(tensor, encoding)), make, |bytes| {
+    pipeline(items.into_iter(), make, |bytes| {
         progress(bytes.len() as u64);
         writer.write(bytes).context("cannot write the file")
     })?;
+    if layout == Layout::Offload {
+        metadata.insert(layout_keys::CRC32C, checksums);
+        writer.replace_metadata(&metadata)?;
+    }
     writer.finish().context("cannot complete the file")
 }
 
-/// The file's tensors, and what their data is made of, one after the other: first all that is always resident, then the
-/// experts layer by layer.
-fn plan_tensors<'a>(shape: &Shape, tensors: &'a [Tensor]) -> (Vec<TensorSpec>, Vec<(&'a Tensor, Encoding)>) {
-    let mut specs = Vec::new();
-    let mut items = Vec::new();
+/// All that is always resident.
+fn plan_dense<'a>(tensors: &'a [Tensor], specs: &mut Vec<TensorSpec>, items: &mut Vec<Item<'a>>) {
     for tensor in tensors {
         let Some(name) = dense_name(tensor) else { continue };
         let vector = matches!(tensor.kind, Kind::FinalNorm | Kind::AttentionNorm | Kind::FfnNorm);
@@ -49,18 +89,73 @@ fn plan_tensors<'a>(shape: &Shape, tensors: &'a [Tensor]) -> (Vec<TensorSpec>, V
         }
         let (ty, encoding) = if float { (GgmlType::F32, Encoding::F32) } else { (GgmlType::Q4_0, Encoding::Q4_0) };
         specs.push(TensorSpec { name, shape: ne, ty });
-        items.push((tensor, encoding));
+        items.extend(parts(tensor, encoding).map(Item::Rows));
     }
+}
+
+/// The experts of one kind and layer.
+fn experts_of(tensors: &[Tensor], layer: usize, kind: Kind) -> impl Iterator<Item = &Tensor> {
+    tensors.iter().filter(move |t| t.kind == kind && t.layer == layer)
+}
+
+/// Experts as three stacked tensors per layer.
+fn plan_stacked<'a>(shape: &Shape, tensors: &'a [Tensor], specs: &mut Vec<TensorSpec>, items: &mut Vec<Item<'a>>) {
     for layer in 0..shape.n_layers {
         for (matrix, kind) in MATRICES {
-            let experts = || tensors.iter().filter(move |t| t.kind == kind && t.layer == layer);
-            let Some(first) = experts().next() else { continue };
+            let Some(first) = experts_of(tensors, layer, kind).next() else { continue };
             let ne = vec![first.cols as u64, first.rows as u64, shape.n_experts as u64];
             specs.push(TensorSpec { name: tensor_names::stacked(layer, matrix), shape: ne, ty: GgmlType::Q4_0 });
-            items.extend(experts().map(|t| (t, Encoding::Q4_0)));
+            let experts = experts_of(tensors, layer, kind);
+            items.extend(experts.flat_map(|tensor| parts(tensor, Encoding::Q4_0)).map(Item::Rows));
         }
     }
-    (specs, items)
+}
+
+/// Experts as one tensor of records per layer.
+fn plan_records<'a>(
+    shape: &Shape,
+    tensors: &'a [Tensor],
+    format: &ExpertFormat,
+    specs: &mut Vec<TensorSpec>,
+    items: &mut Vec<Item<'a>>,
+) {
+    for layer in 0..shape.n_layers {
+        let ne = vec![format.record_bytes() as u64, shape.n_experts as u64];
+        specs.push(TensorSpec { name: tensor_names::packed(layer), shape: ne, ty: GgmlType::I8 });
+        let [gate, up, down] = MATRICES.map(|(_, kind)| experts_of(tensors, layer, kind));
+        let experts: Vec<[&Tensor; 3]> = gate.zip(up).zip(down).map(|((gate, up), down)| [gate, up, down]).collect();
+        items.extend(experts.chunks(RECORDS).map(|some| Item::Records(some.to_vec())));
+    }
+}
+
+fn describe_records(metadata: &mut Metadata, format: &ExpertFormat) {
+    let offset = |matrix| format.region(matrix).start as u64;
+    metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
+    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
+    metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
+    metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
+    metadata.insert(layout_keys::GATE_OFFSET, offset(Region::Gate));
+    metadata.insert(layout_keys::NEURON_OFFSET, offset(Region::Up));
+    metadata.insert(layout_keys::DOWN_OFFSET, offset(Region::Down));
+}
+
+/// Appends the records of `experts` to `out`; returns their checksums.
+fn encode_records(recipe: &Recipe, format: &ExpertFormat, experts: &[[&Tensor; 3]], out: &mut Vec<u8>) -> Vec<u32> {
+    let start = out.len();
+    out.resize(start + experts.len() * format.record_bytes(), 0);
+    let records = out[start..].par_chunks_mut(format.record_bytes());
+    records
+        .zip(experts)
+        .map(|(record, matrices)| {
+            let [gate, up, down] = matrices.map(|tensor| {
+                let mut bytes = Vec::new();
+                encode_rows(recipe, tensor, 0..tensor.rows, Encoding::Q4_0, &mut bytes);
+                bytes
+            });
+            format.pack_record(&gate, &up, &down, record);
+            crc32c::crc32c(record)
+        })
+        .collect()
 }
 
 /// The name of a tensor that is no expert's.
@@ -131,6 +226,7 @@ fn metadata(recipe: &Recipe) -> Result<Metadata> {
     out.insert("tokenizer.ggml.bos_token_id", vocab.end_of_text() as u32);
     out.insert("tokenizer.ggml.eos_token_id", vocab.turn_end() as u32);
     out.insert("tokenizer.ggml.padding_token_id", vocab.end_of_text() as u32);
+    out.insert("tokenizer.ggml.eos_token_ids", vec![vocab.turn_end() as u32, vocab.end_of_text() as u32]);
     out.insert("tokenizer.ggml.add_bos_token", false);
     out.insert("tokenizer.chat_template", CHAT_TEMPLATE);
     Ok(out)

@@ -5,6 +5,7 @@
 pub mod calibrate;
 pub mod checkpoint;
 pub mod gguf;
+pub mod measure;
 pub mod recipe;
 pub mod rng;
 pub mod shape;

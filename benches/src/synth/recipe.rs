@@ -45,7 +45,7 @@ const NEXT_CODE: f32 = 1.5;
 const OLD_CODE: f32 = 0.75;
 /// Final norm weights: the code decides the next token, the rest only colours it.
 const FINAL_CODE: f32 = 0.1;
-const FINAL_REST: f32 = 0.005;
+const FINAL_REST: f32 = 0.001;
 
 /// The statistics asked for.
 #[derive(Clone, Copy, Debug)]
@@ -341,15 +341,10 @@ impl Recipe {
                 out[self.constant.clone()].fill((-threshold * self.gate_sigma(plan.rms) / seen) as f32);
             }
             Kind::Up => self.normals.fill(&mut rng, (self.shape.n_embd as f32).sqrt().recip(), out),
+            Kind::Down if self.constant.contains(&row) => out.fill(0.0),
             Kind::Down => {
-                let sigma = if self.constant.contains(&row) {
-                    0.0
-                } else if self.slow.contains(&row) {
-                    plan.down_sigma * FFN_INTO_SLOW
-                } else {
-                    plan.down_sigma
-                };
-                self.normals.fill(&mut rng, sigma as f32, out);
+                let into_slow = if self.slow.contains(&row) { FFN_INTO_SLOW } else { 1.0 };
+                self.normals.fill(&mut rng, (plan.down_sigma * into_slow) as f32, out);
             }
         }
         out.iter_mut().for_each(|x| *x = round_to_bf16(*x));

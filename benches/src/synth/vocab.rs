@@ -1,7 +1,7 @@
 //! A complete byte-level BPE vocabulary of any size, Qwen2's in form: 256 bytes, made-up merges of letters, three special
 //! tokens and unused padding. Any text encodes and decodes; the pieces mean nothing.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
 use serde_json::{Map, Value, json};
 
@@ -67,11 +67,17 @@ impl Pieces {
         let mut starts: Vec<usize> = id('Ġ').into_iter().collect();
         let mut merges = Vec::new();
         let mut rng = Rng::for_row(seed, "merges", 0);
+        // First every pair of letters and every letter that starts a word, so that text shrinks; then what chance brings.
+        let letters = words.clone();
+        let lefts = starts.iter().map(|&left| (true, left)).chain(letters.iter().map(|&left| (false, left)));
+        let mut pairs: VecDeque<_> =
+            lefts.flat_map(|(starting, left)| letters.iter().map(move |&right| (starting, left, right))).collect();
         while tokens.len() < vocab.n_regular {
-            let starting = rng.below(3) == 0;
-            let lefts = if starting { &starts } else { &words };
-            let left = lefts[rng.below(lefts.len())];
-            let right = words[rng.below(words.len().min(2000))];
+            let (starting, left, right) = pairs.pop_front().unwrap_or_else(|| {
+                let starting = rng.below(3) == 0;
+                let lefts = if starting { &starts } else { &words };
+                (starting, lefts[rng.below(lefts.len())], words[rng.below(words.len().min(2000))])
+            });
             let merged = format!("{}{}", tokens[left], tokens[right]);
             if merged.chars().count() > LONGEST || !seen.insert(merged.clone()) {
                 continue;

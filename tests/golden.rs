@@ -85,40 +85,48 @@ fn reference_does_not_depend_on_how_a_prompt_is_cut() {
     }
 }
 
-/// A named budget: how far the kernels' logits may be from the f32 path on the same (dequantized) weights. Activations
-/// are rounded to 8 bits in blocks of 32 before each product.
+/// A named budget: how far the kernels' logits may be from the f32 path on the same (dequantized) weights.
 struct Budget {
-    /// Root of the mean squared difference over root of the mean squared logit.
-    relative: f64,
+    /// Median over positions of |difference| / |logits| (Euclidean norms of a position's row).
+    median: f64,
     /// Share of positions whose best token may differ.
     flips: f64,
 }
 
-const INT8_ACTIVATIONS: Budget = Budget { relative: 0.06, flips: 0.06 };
 /// Float weights are multiplied in f32: only the order of sums differs.
-const F32_KERNELS: Budget = Budget { relative: 1e-4, flips: 0.0 };
+const F32_KERNELS: Budget = Budget { median: 1e-5, flips: 0.0 };
+/// Activations are rounded to 8 bits in blocks of 32 before each product; a trained model.
+const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
+/// The same on random weights, where half of the router's choices are near ties and every other choice of an expert
+/// goes through to the logits.
+const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
 
 fn within(name: &str, got: &[f32], expected: &[f32], n_vocab: usize, budget: &Budget) {
-    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
-    let error = square(&mut got.iter().zip(expected).map(|(a, b)| a - b));
-    let relative = (error / square(&mut expected.iter().copied())).sqrt();
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
     let rows = got.chunks_exact(n_vocab).zip(expected.chunks_exact(n_vocab));
+    let mut errors: Vec<f64> = rows
+        .clone()
+        .map(|(a, b)| norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()))
+        .collect();
+    errors.sort_by(f64::total_cmp);
+    let median = errors[errors.len() / 2];
     let flips = rows.clone().filter(|(a, b)| common::argmax(a) != common::argmax(b)).count();
     let flips = flips as f64 / rows.len() as f64;
-    println!("{name}: relative error {relative:.2e}, best token differs at {:.1} %", flips * 100.0);
-    assert!(relative <= budget.relative && flips <= budget.flips, "{name}: {relative:e}, {flips}");
+    println!("{name}: median error {median:.2e}, best token differs at {:.1} %", flips * 100.0);
+    assert!(median <= budget.median && flips <= budget.flips, "{name}: {median:e}, {flips}");
 }
 
 /// The kernels against the f32 path on the same weights, for every type, on every golden prompt.
 #[test]
 fn kernels_stay_within_their_budget() {
     for golden in common::goldens() {
+        let int8 = if golden.name.starts_with("mini") { &INT8_RANDOM } else { &INT8_TRAINED };
         for (ty, budget) in [
             (WeightType::F32, &F32_KERNELS),
             (WeightType::BF16, &F32_KERNELS),
             (WeightType::F16, &F32_KERNELS),
-            (WeightType::Q8_0, &INT8_ACTIVATIONS),
-            (WeightType::Q4_0, &INT8_ACTIVATIONS),
+            (WeightType::Q8_0, int8),
+            (WeightType::Q4_0, int8),
         ] {
             let mut reference = Reference::load(&golden.gguf(ty, Layout::Gguf)).expect("a model");
             let expected = flat(&reference.forward(&golden.ids).expect("a forward pass"));

@@ -194,13 +194,13 @@ pub enum HubError {
         free: u64,
     },
     /// Offline, and the cache does not have everything.
-    #[error("offline, and the cache lacks {what} of {repo} at revision {revision:?}")]
+    #[error("offline, and {repo} at revision {revision:?} is not whole in the cache: {what}")]
     Offline {
         /// The repository asked for.
         repo: String,
         /// The revision asked for.
         revision: String,
-        /// Which files, in words.
+        /// What is missing, in words.
         what: String,
     },
     /// The patterns exclude every file of the repository.
@@ -286,7 +286,7 @@ impl HubError {
             HubError::Offline { .. } => {
                 "run the same command once without --offline and without HF_HUB_OFFLINE".into()
             }
-            HubError::NothingMatches { .. } => "--dry-run without --include lists what there is".into(),
+            HubError::NothingMatches { .. } => "--include '*' --dry-run lists every file".into(),
             HubError::NotSmallThinker { .. } => {
                 "only models whose config.json says SmallThinkerForCausalLM can be used: `4b` and `21b` are two".into()
             }

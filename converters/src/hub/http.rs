@@ -138,6 +138,9 @@ impl<'a> Client<'a> {
         let mut url = url.to_owned();
         let (mut linked_size, mut linked_etag) = (None, None);
         for _ in 0..=MAX_REDIRECTS {
+            if self.stopped() {
+                return Err(HubError::Cancelled.into());
+            }
             let uri: Uri = url.parse().map_err(|_| bad_response(&url, "an address that does not parse"))?;
             let on_hub = same_origin(&uri, &self.hub);
             let mut request = self.agent.get(&uri);

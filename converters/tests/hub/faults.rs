@@ -1,12 +1,13 @@
 //! What the network and the server do to a transfer.
 
 use std::fs;
+use std::time::Duration;
 
 use proptest::prelude::*;
-use st_convert::hub::HubError;
+use st_convert::hub::{Hub, HubConfig, HubError};
 
 use crate::server::{Fault, RepoFile, pattern};
-use crate::{FIRST, SECOND, World};
+use crate::{FIRST, SECOND, World, request};
 
 fn from(byte: usize) -> Option<String> {
     Some(format!("bytes={byte}-"))
@@ -151,11 +152,12 @@ fn a_server_that_stays_broken_is_named() {
 fn a_silent_server_is_left_and_the_file_resumed() {
     let world = World::new();
     world.server.spoil(FIRST, Fault::StallAfter(70_000));
-    let (result, events) = world.download();
+    let config = HubConfig { stall_timeout: Duration::from_millis(500), ..world.config() };
+    let (result, events) = world.download_with(&Hub::new(config), &request());
     world.assert_complete(&result.unwrap());
     assert_eq!(world.server.ranges(FIRST), [None, from(70_000)]);
     let causes = events.causes.lock().unwrap();
-    assert!(causes[0].contains("sent nothing for 0.3 s"), "{causes:?}");
+    assert!(causes[0].contains("sent nothing for 0.5 s"), "{causes:?}");
 }
 
 #[test]
@@ -258,8 +260,8 @@ fn one_failure_stops_the_other_files() {
     let world = World::new();
     world.server.spoil(FIRST, Fault::status(404));
     world.server.spoil(SECOND, Fault::StallAfter(1000));
-    let config = st_convert::hub::HubConfig { stall_timeout: std::time::Duration::from_secs(600), ..world.config() };
-    let (result, _) = world.download_with(&st_convert::hub::Hub::new(config), &crate::request());
+    let config = HubConfig { stall_timeout: Duration::from_secs(600), ..world.config() };
+    let (result, _) = world.download_with(&Hub::new(config), &request());
     // Without the abort this would wait for ten minutes for the second file.
     let error = result.unwrap_err();
     assert!(matches!(&error, HubError::FileNotFound { file, .. } if file == FIRST), "{error}");

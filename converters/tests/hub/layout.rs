@@ -171,7 +171,7 @@ fn offline_uses_what_is_whole_and_refuses_what_is_not() {
 
     fs::remove_file(world.blob(SECOND)).unwrap();
     let error = world.download_with(&world.offline(), &request()).0.unwrap_err();
-    assert!(error.to_string().contains("1 files (200000 bytes)"), "{error}");
+    assert!(error.to_string().contains("missing files: 1 (200000 bytes)"), "{error}");
     assert_eq!(world.hub().cached(&request().repo, "main").unwrap(), None);
     let error = world.download_with(&world.offline(), &request_for(&["README.md"])).0.unwrap_err();
     assert!(matches!(error, HubError::Offline { .. }), "{error}");

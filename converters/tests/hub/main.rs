@@ -55,7 +55,6 @@ impl World {
     fn config(&self) -> HubConfig {
         HubConfig {
             endpoint: self.server.endpoint(),
-            stall_timeout: Duration::from_millis(300),
             retry: RetryPolicy { retries: 3, sleep: |_| {}, ..RetryPolicy::default() },
             ..HubConfig::new(self.cache())
         }

@@ -1,0 +1,401 @@
+//! The command line as types: names, defaults and help, and nothing that acts.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::parse_size;
+
+/// SmallThinker from the Hugging Face hub to an answer, on a CPU, with little memory and a disk.
+///
+/// MODEL is `tiny` (a small model inside this program), a .gguf file, `4b`, `21b`, or `owner/name` on the hub;
+/// for `quantize` also a folder with a checkpoint.
+#[derive(Debug, Parser)]
+#[command(name = "st-tool", version, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// No progress and no notes; errors are still shown.
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+
+    /// Log what happens inside to stderr; twice for more.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Fetch a model from the Hugging Face hub.
+    Download(DownloadArgs),
+    /// Convert a checkpoint to a GGUF file.
+    Quantize(QuantizeArgs),
+    /// Rearrange the experts of a GGUF file for reading them from disk, or back.
+    Layout(LayoutArgs),
+    /// Answer a prompt, or chat.
+    Run(RunArgs),
+    /// Measure speed.
+    Bench(BenchArgs),
+    /// Write the logits of every position to a file.
+    Logits(LogitsArgs),
+    /// Show what is in a GGUF file.
+    Inspect(InspectArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DownloadArgs {
+    /// `4b`, `21b` or `owner/name`.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Branch, tag or commit.
+    #[arg(long, value_name = "REV", default_value = "main")]
+    pub(crate) revision: String,
+    /// Only files that match; by default what a conversion needs.
+    #[arg(long, value_name = "GLOB", num_args = 1..)]
+    pub(crate) include: Vec<String>,
+    /// Plain files in DIR instead of the shared hub cache.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) local_dir: Option<PathBuf>,
+    /// Access token; by default HF_TOKEN, then what `hf auth login` left.
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) token: Option<String>,
+    /// Answer from the cache alone.
+    #[arg(long)]
+    pub(crate) offline: bool,
+    /// Files at once.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = positive)]
+    pub(crate) jobs: usize,
+    /// List files, sizes and free space; fetch nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("type").required(true))]
+pub(crate) struct QuantizeArgs {
+    /// A checkpoint folder, `4b`, `21b`, `owner/name`, or an F32, F16, BF16 or Q8_0 GGUF file.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// 4 bits and a scale per 32 weights.
+    #[arg(long = "q4_0", group = "type")]
+    pub(crate) q4_0: bool,
+    /// 8 bits and a scale per 32 weights.
+    #[arg(long = "q8_0", group = "type")]
+    pub(crate) q8_0: bool,
+    /// 16-bit floats.
+    #[arg(long, group = "type")]
+    pub(crate) f16: bool,
+    /// bfloat16.
+    #[arg(long, group = "type")]
+    pub(crate) bf16: bool,
+    /// 32-bit floats.
+    #[arg(long, group = "type")]
+    pub(crate) f32: bool,
+    /// Type of the embedding and LM head alone; by default as the rest.
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) output_type: Option<TypeName>,
+    /// How the experts lie in the file.
+    #[arg(long, value_name = "LAYOUT", default_value = "gguf")]
+    pub(crate) layout: LayoutName,
+    /// The file to write; by default ./NAME-TYPE.gguf.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Show the tensors and their sizes; write nothing.
+    #[arg(long, conflicts_with = "compare")]
+    pub(crate) dry_run: bool,
+    /// Convert in memory and compare with FILE, tensor by tensor; exit status 1 where they differ.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "force"])]
+    pub(crate) compare: Option<PathBuf>,
+    /// Threads; the output does not depend on it. By default all.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LayoutArgs {
+    /// The GGUF file to read.
+    #[arg(value_name = "IN.gguf")]
+    pub(crate) input: PathBuf,
+    /// The GGUF file to write.
+    #[arg(value_name = "OUT.gguf")]
+    pub(crate) output: PathBuf,
+    /// The layout to bring it to.
+    #[arg(long, value_name = "LAYOUT")]
+    pub(crate) to: LayoutName,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Threads; the output does not depend on it. By default all.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+}
+
+/// Where the weights are and what running them may cost.
+#[derive(Debug, Args)]
+pub(crate) struct EngineArgs {
+    /// The most memory this process may use, all told, such as 1GiB.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
+    /// Compute threads; by default the physical cores.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+    /// Do not begin to read experts before attention (for measuring).
+    #[arg(long)]
+    pub(crate) no_prefetch: bool,
+    /// How experts are read from disk (for measuring).
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    pub(crate) io: IoName,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("input"))]
+pub(crate) struct RunArgs {
+    /// The model; without it, the small one inside this program.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// Answer this and exit; `-` reads stdin.
+    #[arg(short, long, value_name = "TEXT", group = "input", allow_hyphen_values = true)]
+    pub(crate) prompt: Option<String>,
+    /// Answer what is in FILE and exit; `-` reads stdin.
+    #[arg(short, long, value_name = "FILE", group = "input")]
+    pub(crate) file: Option<PathBuf>,
+    /// The prompt as token ids: comma-separated, or @FILE.
+    #[arg(long, value_name = "LIST", group = "input", conflicts_with_all = ["system", "raw"])]
+    pub(crate) token_ids: Option<String>,
+    /// The system message.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// No chat template: continue the text as it is.
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Tokens to generate at most; by default until the end token or the context is full.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    /// Context length; by default the model's own, or what the memory allows.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) ctx: Option<usize>,
+    /// How keys and values are kept.
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    pub(crate) kv_type: KvName,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// End the answer before this text.
+    #[arg(long, value_name = "TEXT", num_args = 1.., allow_hyphen_values = true)]
+    pub(crate) stop: Vec<String>,
+    /// One JSON object per answer on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Speed and memory on stderr at the end.
+    #[arg(long)]
+    pub(crate) stats: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// Randomness; 0 always takes the likeliest token.
+    #[arg(long, value_name = "F", default_value_t = 0.8)]
+    pub(crate) temp: f32,
+    /// Choose among the N likeliest tokens; 0 for all.
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    pub(crate) top_k: usize,
+    /// Choose among the likeliest tokens of this total probability.
+    #[arg(long, value_name = "F", default_value_t = 0.95)]
+    pub(crate) top_p: f32,
+    /// Leave out tokens less likely than this share of the likeliest.
+    #[arg(long, value_name = "F", default_value_t = 0.05)]
+    pub(crate) min_p: f32,
+    /// Make the last 64 tokens less likely; 1 does nothing.
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub(crate) repeat_penalty: f32,
+    /// Start of the random sequence, for the same answer again; by default another every time.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// The model; without it, the small one inside this program.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// Prompt tokens.
+    #[arg(short = 'p', value_name = "N", default_value_t = 512)]
+    pub(crate) prompt_tokens: usize,
+    /// Generated tokens.
+    #[arg(short = 'n', value_name = "N", default_value_t = 128)]
+    pub(crate) generated_tokens: usize,
+    /// Tokens in the context before either begins.
+    #[arg(short = 'd', value_name = "DEPTH", default_value_t = 0)]
+    pub(crate) depth: usize,
+    /// How often each is measured.
+    #[arg(short = 'r', value_name = "REPS", default_value_t = 5, value_parser = positive)]
+    pub(crate) repetitions: usize,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// A table or an object.
+    #[arg(short = 'o', value_name = "FORMAT", default_value = "md")]
+    pub(crate) output: BenchFormat,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogitsArgs {
+    /// The model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// The tokens: comma-separated, or @FILE.
+    #[arg(long, value_name = "LIST")]
+    pub(crate) token_ids: String,
+    /// The safetensors file to write.
+    #[arg(short, long, value_name = "OUT.safetensors")]
+    pub(crate) output: PathBuf,
+    /// Also what each layer gives out and which experts it chose.
+    #[arg(long)]
+    pub(crate) layers: bool,
+    /// Compute with plain 32-bit floats.
+    #[arg(long, conflicts_with_all = ["memory", "threads"])]
+    pub(crate) reference: bool,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The most memory this process may use, all told, such as 1GiB.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
+    /// Compute threads; by default the physical cores.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A GGUF file, or a model.
+    #[arg(value_name = "FILE|MODEL")]
+    pub(crate) model: String,
+    /// List every tensor.
+    #[arg(long)]
+    pub(crate) tensors: bool,
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PerplexityArgs {
+    /// The model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// The text.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Tokens per window; by default 512, or the model's context where that is shorter.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) ctx: Option<usize>,
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// Types that weights can be written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TypeName {
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q8_0")]
+    Q8_0,
+    F16,
+    Bf16,
+    F32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LayoutName {
+    /// A standard file that llama.cpp loads too.
+    Gguf,
+    /// Each expert in one piece, as it lies in memory.
+    Offload,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvName {
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    F32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IoName {
+    /// Measure, then choose.
+    Auto,
+    /// Past the page cache.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchFormat {
+    Md,
+    Json,
+}
+
+impl QuantizeArgs {
+    /// The one type that was asked for.
+    pub(crate) fn type_name(&self) -> TypeName {
+        match (self.q4_0, self.q8_0, self.f16, self.bf16) {
+            (true, ..) => TypeName::Q4_0,
+            (_, true, ..) => TypeName::Q8_0,
+            (_, _, true, _) => TypeName::F16,
+            (.., true) => TypeName::Bf16,
+            _ => TypeName::F32,
+        }
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("it must be a whole number from 1".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exactly_one_type_is_asked_for() {
+        let parse = |args: &[&str]| {
+            let all = ["st-tool", "quantize", "m"].iter().chain(args).copied();
+            Cli::try_parse_from(all.collect::<Vec<_>>())
+        };
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--q4_0", "--f32"]).is_err());
+        for (flag, name) in [
+            ("--q4_0", TypeName::Q4_0),
+            ("--q8_0", TypeName::Q8_0),
+            ("--f16", TypeName::F16),
+            ("--bf16", TypeName::Bf16),
+            ("--f32", TypeName::F32),
+        ] {
+            let Command::Quantize(args) = parse(&[flag]).expect("valid").command else { panic!("quantize") };
+            assert_eq!(args.type_name(), name);
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! `st-tool bench`: prompt and generation speed, and how near they come to what the machine's memory gives.
+//!
+//! The prompt is English text and generation goes on greedily from it, so that routing and neuron sparsity are the
+//! model's own; a file without a tokenizer gets scattered token ids, and the result says so.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use st_model::sampler::{Sampler, SamplerOptions};
+use st_model::{Engine, Session, Work};
+
+use super::stats::experts_json;
+use super::{Context, engine};
+use crate::cli::{BenchArgs, BenchFormat};
+use crate::machine::{peak_resident, read_bandwidth};
+use crate::models::Model;
+use crate::report::{Advice, Interrupted};
+use crate::size::show_size;
+use crate::ui;
+
+/// Repeated until it is long enough.
+const TEXT: &str = "Once upon a time there was a small fox who lived at the edge of a forest. Every morning it walked down to \
+the river to drink, and every morning the river asked it the same question: what did you learn yesterday? The fox thought \
+for a while and said that it had learned how the wind turns before rain, and that 17 + 25 = 42. ";
+
+/// Speed of one kind of work over all repetitions.
+struct Measured {
+    name: String,
+    /// Tokens per second of each repetition, ascending.
+    rates: Vec<f64>,
+    work: Work,
+    seconds: f64,
+}
+
+impl Measured {
+    fn new(name: String) -> Self {
+        Self { name, rates: Vec::new(), work: Work::default(), seconds: 0.0 }
+    }
+
+    fn add(&mut self, tokens: usize, seconds: f64, work: Work) {
+        self.rates.push(tokens as f64 / seconds);
+        self.rates.sort_by(f64::total_cmp);
+        self.seconds += seconds;
+        self.work.tokens += work.tokens;
+        self.work.weight_bytes += work.weight_bytes;
+        self.work.neurons += work.neurons;
+        self.work.live_neurons += work.live_neurons;
+    }
+
+    fn median(&self) -> f64 {
+        let (low, high) = ((self.rates.len() - 1) / 2, self.rates.len() / 2);
+        (self.rates[low] + self.rates[high]) / 2.0
+    }
+
+    fn bytes_per_token(&self) -> f64 {
+        self.work.weight_bytes as f64 / self.work.tokens.max(1) as f64
+    }
+
+    fn bytes_per_second(&self) -> f64 {
+        self.work.weight_bytes as f64 / self.seconds
+    }
+
+    /// `None` where the neurons were not looked at one by one.
+    fn live_share(&self) -> Option<f64> {
+        (self.work.neurons > 0).then(|| self.work.live_neurons as f64 / self.work.neurons as f64)
+    }
+}
+
+pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    if args.prompt_tokens == 0 && args.generated_tokens == 0 {
+        return Err(
+            Advice::new("there is nothing to measure", "give prompt tokens (-p) or generated tokens (-n)").into()
+        );
+    }
+    let name = args.model.as_deref().unwrap_or("tiny");
+    let file = Model::resolve(name)?.open_gguf(context)?;
+    let threads = engine::threads(&args.engine);
+    // Measured before the model is loaded, with little memory: both must fit the budget.
+    let bandwidth = read_bandwidth(threads, args.engine.memory);
+    // Generation begins after one token that it goes on from.
+    let ctx = args.depth + args.prompt_tokens.max(args.generated_tokens + 1);
+    let engine = engine::load_file(file, &args.engine, Some(ctx), engine::DEFAULT_KV, context)?;
+    let tokens = text_tokens(&engine, ctx)?;
+
+    let mut session = Session::new(&engine)?;
+    let mut prompt = Measured::new(format!("prompt {}", args.prompt_tokens));
+    let mut generation = Measured::new(format!("generation {}", args.generated_tokens));
+    let mut greedy = Sampler::new(SamplerOptions::greedy())?;
+    let before = engine.store_stats();
+    // One more than asked for: the first only warms up.
+    for repetition in 0..=args.repetitions {
+        let counts = repetition > 0;
+        if args.prompt_tokens > 0 {
+            start(&mut session, &tokens[..args.depth])?;
+            let measured = measure(&mut session, |session| {
+                Ok(session.forward(&tokens[args.depth..args.depth + args.prompt_tokens])?)
+            })?;
+            if counts {
+                prompt.add(args.prompt_tokens, measured.0, measured.1);
+            }
+        }
+        if args.generated_tokens > 0 {
+            start(&mut session, &tokens[..=args.depth])?;
+            let measured = measure(&mut session, |session| {
+                for _ in 0..args.generated_tokens {
+                    if context.interrupt.raised() {
+                        return Err(Interrupted.into());
+                    }
+                    let next = greedy.sample(session.logits())?;
+                    session.forward(&[next])?;
+                }
+                Ok(())
+            })?;
+            if counts {
+                generation.add(args.generated_tokens, measured.0, measured.1);
+            }
+        }
+        if context.interrupt.raised() {
+            return Err(Interrupted.into());
+        }
+    }
+
+    let rows: Vec<Measured> = [prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect();
+    let mut after = engine.store_stats();
+    after.lookups -= before.lookups;
+    after.hits -= before.hits;
+    after.bytes_read -= before.bytes_read;
+    after.stall_seconds -= before.stall_seconds;
+    after.io_seconds -= before.io_seconds;
+    let facts = Facts {
+        model: name,
+        threads,
+        depth: args.depth,
+        bandwidth,
+        routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
+        experts: engine.plan().budget.map(|_| experts_json(&after, session.work().tokens)),
+    };
+    let text = match args.output {
+        BenchFormat::Md => markdown(&rows, &facts),
+        BenchFormat::Json => format!("{}\n", json(&rows, &facts)),
+    };
+    ui::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What belongs to all rows.
+struct Facts<'a> {
+    model: &'a str,
+    threads: usize,
+    depth: usize,
+    /// Bytes per second.
+    bandwidth: f64,
+    routing: &'static str,
+    experts: Option<Value>,
+}
+
+fn start(session: &mut Session<'_>, tokens: &[u32]) -> anyhow::Result<()> {
+    session.reset();
+    if !tokens.is_empty() {
+        session.forward(tokens)?;
+    }
+    Ok(())
+}
+
+/// Seconds and work of `act`.
+fn measure(
+    session: &mut Session<'_>,
+    act: impl FnOnce(&mut Session<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<(f64, Work)> {
+    let before = session.work();
+    let start = Instant::now();
+    act(session)?;
+    Ok((start.elapsed().as_secs_f64(), session.work().since(&before)))
+}
+
+fn text_tokens(engine: &Engine, n: usize) -> anyhow::Result<Vec<u32>> {
+    let once = match engine.tokenizer() {
+        Some(tokenizer) => tokenizer.encode(TEXT, false)?,
+        None => {
+            let n_vocab = engine.n_vocab() as u64;
+            (0..997u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) % n_vocab) as u32).collect()
+        }
+    };
+    Ok(once.iter().copied().cycle().take(n).collect())
+}
+
+fn markdown(rows: &[Measured], facts: &Facts<'_>) -> String {
+    let mut out = String::from(
+        "| test | tokens/s | min | max | weights per token | GB/s | of memory bandwidth | live neurons |\n|---|--:|--:|--:|--:|--:|--:|--:|\n",
+    );
+    for row in rows {
+        out.push_str(&format!(
+            "| {} | {:.2} | {:.2} | {:.2} | {} | {:.2} | {:.0} % | {} |\n",
+            row.name,
+            row.median(),
+            row.rates[0],
+            row.rates[row.rates.len() - 1],
+            show_size(row.bytes_per_token() as u64),
+            row.bytes_per_second() / 1e9,
+            100.0 * row.bytes_per_second() / facts.bandwidth,
+            row.live_share().map_or_else(|| "–".to_owned(), |share| format!("{:.0} %", 100.0 * share)),
+        ));
+    }
+    out.push_str(&format!(
+        "\n{}, {} threads, depth {}, routing of {}; memory read at {:.2} GB/s by the same threads",
+        facts.model,
+        facts.threads,
+        facts.depth,
+        facts.routing,
+        facts.bandwidth / 1e9
+    ));
+    if let Some(bytes) = peak_resident() {
+        out.push_str(&format!("; {} resident at the peak", show_size(bytes)));
+    }
+    if let Some(experts) = &facts.experts {
+        let number = |key: &str| experts[key].as_f64().unwrap_or(0.0);
+        out.push_str(&format!(
+            "\nexperts: {:.1} % found in memory, {} read per token, {:.2} s stalled on the disk, {:.0} % of reading hidden",
+            100.0 * number("hit_rate"),
+            show_size(number("bytes_read_per_token") as u64),
+            number("stall_seconds"),
+            100.0 * number("hidden_share")
+        ));
+    }
+    out.push('\n');
+    out
+}
+
+fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
+    let tests: Vec<Value> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "test": row.name,
+                "tokens_per_second": {"median": row.median(), "min": row.rates[0], "max": row.rates[row.rates.len() - 1]},
+                "weight_bytes_per_token": row.bytes_per_token(),
+                "weight_bytes_per_second": row.bytes_per_second(),
+                "bandwidth_share": row.bytes_per_second() / facts.bandwidth,
+                "live_neuron_share": row.live_share(),
+            })
+        })
+        .collect();
+    json!({
+        "model": facts.model,
+        "threads": facts.threads,
+        "depth": facts.depth,
+        "routing": facts.routing,
+        "memory_bytes_per_second": facts.bandwidth,
+        "peak_resident_bytes": peak_resident(),
+        "tests": tests,
+        "experts": facts.experts,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_number_is_between_the_middle_two() {
+        let mut row = Measured::new("x".into());
+        for seconds in [1.0, 0.5, 0.25, 0.125] {
+            row.add(1, seconds, Work::default());
+        }
+        assert_eq!((row.median(), row.rates[0], row.rates[3]), (3.0, 1.0, 8.0));
+    }
+}

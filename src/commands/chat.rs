@@ -1,0 +1,304 @@
+//! The chat: lines typed at a terminal, answers, and the commands that begin with `/`.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use rustyline::Editor;
+use rustyline::config::{Behavior, Config};
+use rustyline::error::ReadlineError;
+use rustyline::history::MemHistory;
+use serde::{Deserialize, Serialize};
+use st_model::chat::{ChatTemplate, Message, Role};
+use st_model::sampler::Sampler;
+use st_model::tokenizer::Tokenizer;
+use st_model::{Engine, FinishReason, GenerateOptions, GenerateStats, Session};
+
+use super::run::{Style, answer, no_template, no_tokenizer};
+use super::{Context, stats};
+use crate::cli::RunArgs;
+use crate::report::{self, Interrupted, is_closed_output};
+
+const HELP: &str = "\
+/help          this list
+/clear         forget the conversation
+/stats         speed and memory of the latest answer
+/system TEXT   set the system message, for all answers from now on
+/save FILE     write the conversation to FILE
+/load FILE     go on with a conversation from FILE
+/quit          leave, as does Ctrl-D
+Ctrl-C stops an answer.";
+
+/// A conversation as it is saved.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    messages: Vec<Message>,
+}
+
+/// What a typed line asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Line<'a> {
+    Nothing,
+    Say(&'a str),
+    Help,
+    Clear,
+    Stats,
+    System(&'a str),
+    Save(&'a str),
+    Load(&'a str),
+    Quit,
+    Unknown(&'a str),
+}
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a str) -> Self {
+        let line = line.trim();
+        if line.is_empty() {
+            return Self::Nothing;
+        }
+        if !line.starts_with('/') {
+            return Self::Say(line);
+        }
+        let (command, argument) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        match (command, argument.trim()) {
+            ("/help", "") => Self::Help,
+            ("/clear", "") => Self::Clear,
+            ("/stats", "") => Self::Stats,
+            ("/system", text) => Self::System(text),
+            ("/save", file) if !file.is_empty() => Self::Save(file),
+            ("/load", file) if !file.is_empty() => Self::Load(file),
+            ("/quit" | "/exit", "") => Self::Quit,
+            _ => Self::Unknown(line),
+        }
+    }
+}
+
+/// A conversation with a model.
+pub(crate) struct Chat<'a> {
+    engine: &'a Engine,
+    tokenizer: &'a Tokenizer,
+    /// `None` with `--raw`: every line is a text to continue.
+    template: Option<&'a ChatTemplate>,
+    session: Session<'a>,
+    sampler: Sampler,
+    options: GenerateOptions,
+    style: Style,
+    context: &'a Context,
+    system: Option<String>,
+    /// The conversation without the system message.
+    messages: Vec<Message>,
+    latest: Option<GenerateStats>,
+}
+
+impl<'a> Chat<'a> {
+    /// An empty conversation.
+    pub(crate) fn new(
+        engine: &'a Engine,
+        args: &RunArgs,
+        sampler: Sampler,
+        options: GenerateOptions,
+        style: Style,
+        context: &'a Context,
+    ) -> anyhow::Result<Self> {
+        let template = match (args.raw, engine.chat_template()) {
+            (true, _) => None,
+            (false, Some(template)) => Some(template),
+            (false, None) => return Err(no_template("a chat needs one").into()),
+        };
+        Ok(Self {
+            engine,
+            tokenizer: engine.tokenizer().ok_or_else(no_tokenizer)?,
+            template,
+            session: Session::new(engine)?,
+            sampler,
+            options,
+            style,
+            context,
+            system: args.system.clone(),
+            messages: Vec::new(),
+            latest: None,
+        })
+    }
+
+    /// Answers lines until the person leaves.
+    pub(crate) fn run(mut self) -> anyhow::Result<ExitCode> {
+        // The prompt goes to the terminal even where stdout is a file, so that the file holds answers only.
+        let config = Config::builder().behavior(Behavior::PreferTerm).auto_add_history(true).build();
+        let mut editor: Editor<(), MemHistory> = Editor::with_history(config, MemHistory::new())?;
+        self.context.ui.note("/help lists what can be typed besides messages; Ctrl-D leaves");
+        loop {
+            let line = self.context.interrupt.while_idle(|| editor.readline("> "));
+            match line {
+                Ok(line) => {
+                    if self.act(&line)?.is_none() {
+                        return Ok(ExitCode::SUCCESS);
+                    }
+                }
+                Err(ReadlineError::Interrupted) => self.context.ui.note("Ctrl-D leaves"),
+                Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
+                Err(error) => return Err(error).context("cannot read from the terminal"),
+            }
+            if self.context.interrupt.terminating() {
+                return Err(Interrupted.into());
+            }
+            self.context.interrupt.clear();
+        }
+    }
+
+    /// Does what a line asks for; `None` where it asks to leave. What fails is shown, and the chat goes on.
+    fn act(&mut self, line: &str) -> anyhow::Result<Option<()>> {
+        let ui = self.context.ui;
+        let done = match Line::parse(line) {
+            Line::Nothing => Ok(()),
+            Line::Quit => return Ok(None),
+            Line::Say(text) => self.say(text),
+            Line::Help => {
+                ui.say(HELP);
+                Ok(())
+            }
+            Line::Clear => {
+                self.messages.clear();
+                self.session.reset();
+                self.sampler.forget();
+                Ok(())
+            }
+            Line::Stats => {
+                match &self.latest {
+                    Some(latest) => ui.say(stats::lines(latest, self.engine)),
+                    None => ui.say("there is no answer yet"),
+                }
+                Ok(())
+            }
+            Line::System(text) => {
+                self.system = Some(text.to_owned()).filter(|text| !text.is_empty());
+                Ok(())
+            }
+            Line::Save(file) => self.save(Path::new(file)),
+            Line::Load(file) => self.load(Path::new(file)),
+            Line::Unknown(line) => {
+                ui.say(format_args!("{line:?} is no command; /help lists them"));
+                Ok(())
+            }
+        };
+        match done {
+            Err(error) if is_closed_output(&error) => Err(error),
+            Err(error) => {
+                report::print(&error, ui.color);
+                Ok(Some(()))
+            }
+            Ok(()) => Ok(Some(())),
+        }
+    }
+
+    /// System message and conversation, as the template takes them.
+    fn all_messages(&self) -> Vec<Message> {
+        let system = self.system.iter().map(|text| Message::new(Role::System, text));
+        system.chain(self.messages.iter().cloned()).collect()
+    }
+
+    fn say(&mut self, text: &str) -> anyhow::Result<()> {
+        self.messages.push(Message::new(Role::User, text));
+        match self.answer(text) {
+            Ok(answer) => {
+                self.messages.push(Message::new(Role::Assistant, answer));
+                Ok(())
+            }
+            Err(error) => {
+                self.messages.pop();
+                Err(error)
+            }
+        }
+    }
+
+    fn answer(&mut self, text: &str) -> anyhow::Result<String> {
+        let ids = match self.template {
+            Some(template) => self.tokenizer.encode(&template.render(&self.all_messages(), true)?, true)?,
+            None => self.tokenizer.encode_prompt(text, true)?,
+        };
+        // What the conversation has in common with what was run already is not run again.
+        let kept = self.session.keep_prefix(&ids);
+        let prompt = &ids[kept..];
+        let answer = answer(&mut self.session, prompt, &mut self.sampler, &self.options, self.style, self.context)?;
+        self.latest = Some(answer.stats);
+        if answer.finish_reason == FinishReason::Length && self.session.len() == self.session.ctx() {
+            self.context.ui.note("note: the context is full; /clear begins anew");
+        }
+        Ok(answer.text)
+    }
+
+    fn save(&self, path: &Path) -> anyhow::Result<()> {
+        let saved = Saved { messages: self.all_messages() };
+        let mut json = serde_json::to_vec_pretty(&saved)?;
+        json.push(b'\n');
+        if path.exists() && read_saved(path).is_err() {
+            anyhow::bail!("{} exists and is no saved conversation; it is left as it is", path.display());
+        }
+        write_whole(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
+        self.context.ui.note(format_args!("{}: {} messages", path.display(), saved.messages.len()));
+        Ok(())
+    }
+
+    fn load(&mut self, path: &Path) -> anyhow::Result<()> {
+        let mut messages = read_saved(path)?.messages;
+        self.system = None;
+        if messages.first().is_some_and(|message| message.role == Role::System) {
+            self.system = Some(messages.remove(0).content);
+        }
+        self.messages = messages;
+        self.sampler.forget();
+        self.context.ui.note(format_args!("{}: {} messages", path.display(), self.messages.len()));
+        Ok(())
+    }
+}
+
+fn read_saved(path: &Path) -> anyhow::Result<Saved> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no saved conversation", path.display()))
+}
+
+/// Writes beside the final name first, so that no half conversation ever stands under it.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_messages_or_commands() {
+        for (line, parsed) in [
+            ("  ", Line::Nothing),
+            (" hello /help ", Line::Say("hello /help")),
+            ("/help", Line::Help),
+            ("/clear", Line::Clear),
+            ("/clear now", Line::Unknown("/clear now")),
+            ("/system  Be brief. ", Line::System("Be brief.")),
+            ("/system", Line::System("")),
+            ("/save a b.json", Line::Save("a b.json")),
+            ("/save", Line::Unknown("/save")),
+            ("/quit", Line::Quit),
+            ("/nonsense", Line::Unknown("/nonsense")),
+        ] {
+            assert_eq!(Line::parse(line), parsed, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn conversations_are_written_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("chat.json");
+        let saved = Saved { messages: vec![Message::new(Role::User, "hé")] };
+        write_whole(&path, &serde_json::to_vec(&saved).expect("JSON")).expect("written");
+        assert_eq!(read_saved(&path).expect("read").messages, saved.messages);
+        assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
+        std::fs::write(&path, "{}").expect("written");
+        assert!(read_saved(&path).is_err());
+    }
+}

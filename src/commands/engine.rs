@@ -1,0 +1,103 @@
+//! Loading a model for a command: options to plan to engine, with the plan shown before work begins.
+
+use st_gguf::GgufFile;
+use st_model::{Engine, IoMode, KvType, LoadOptions, MemoryPlan};
+
+use super::Context;
+use crate::cli::{EngineArgs, IoName, KvName};
+use crate::machine::physical_cores;
+use crate::models::Model;
+use crate::report::Interrupted;
+use crate::size::show_size;
+
+/// Where a command has no such option.
+pub(crate) const DEFAULT_KV: KvName = KvName::F16;
+
+/// Compute threads of a command.
+pub(crate) fn threads(args: &EngineArgs) -> usize {
+    args.threads.unwrap_or_else(physical_cores)
+}
+
+/// Opens and loads a model. Without a name, the bundled one, and a note says so.
+pub(crate) fn load(
+    name: Option<&str>,
+    args: &EngineArgs,
+    ctx: Option<usize>,
+    kv_type: KvName,
+    context: &Context,
+) -> anyhow::Result<Engine> {
+    if name.is_none() {
+        context
+            .ui
+            .note("note: no MODEL is given; this is `tiny`, the small model inside st-tool: it tells short stories");
+    }
+    let file = Model::resolve(name.unwrap_or("tiny"))?.open_gguf(context)?;
+    load_file(file, args, ctx, kv_type, context)
+}
+
+/// Loads a model that is open already.
+pub(crate) fn load_file(
+    file: GgufFile,
+    args: &EngineArgs,
+    ctx: Option<usize>,
+    kv_type: KvName,
+    context: &Context,
+) -> anyhow::Result<Engine> {
+    let options = LoadOptions {
+        threads: threads(args),
+        ctx,
+        kv_type: kv_type.into(),
+        memory: args.memory,
+        io: args.io.into(),
+        prefetch: !args.no_prefetch,
+        ..LoadOptions::default()
+    };
+    let engine = Engine::load_with(file, &options, &mut |plan| show_plan(plan, context))?;
+    if context.interrupt.raised() {
+        return Err(Interrupted.into());
+    }
+    Ok(engine)
+}
+
+fn show_plan(plan: &MemoryPlan, context: &Context) {
+    let Some(budget) = plan.budget else { return };
+    context.ui.note(format_args!(
+        "memory: {} = weights {} + KV cache {} ({} tokens) + buffers {} + {} of {} experts {} + program {} + reserve {}",
+        show_size(budget),
+        show_size(plan.dense),
+        show_size(plan.kv_full + plan.kv_window),
+        plan.ctx,
+        show_size(plan.scratch + plan.io),
+        plan.n_slots,
+        plan.n_experts_total,
+        show_size(plan.slot * plan.n_slots as u64),
+        show_size(plan.process),
+        show_size(budget.saturating_sub(plan.total() - plan.reserve)),
+    ));
+    if plan.thrashes() {
+        context.ui.note(format_args!(
+            "note: one token uses {} experts, more than fit: nearly every expert is read from disk for every token",
+            plan.token_cycle
+        ));
+    }
+}
+
+impl From<KvName> for KvType {
+    fn from(name: KvName) -> Self {
+        match name {
+            KvName::F16 => Self::F16,
+            KvName::Q8_0 => Self::Q8_0,
+            KvName::F32 => Self::F32,
+        }
+    }
+}
+
+impl From<IoName> for IoMode {
+    fn from(name: IoName) -> Self {
+        match name {
+            IoName::Auto => Self::Auto,
+            IoName::Direct => Self::Direct,
+            IoName::Buffered => Self::Buffered,
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! `st-tool inspect`: what is in a GGUF file, of any architecture.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use serde_json::json;
+use st_gguf::{Array, ExpertIndex, GgufFile, Header, Layout, Value};
+
+use super::Context;
+use crate::cli::InspectArgs;
+use crate::models::Model;
+use crate::size::show_size;
+use crate::ui;
+
+/// Characters of a text, and elements of an array, that are shown.
+const SHOWN_TEXT: usize = 100;
+const SHOWN_ELEMENTS: usize = 8;
+
+pub(crate) fn run(args: &InspectArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let file = Model::resolve(&args.model)?.open_gguf(context)?;
+    let text = match args.json {
+        true => format!("{}\n", json(&file, args.tensors)),
+        false => table(&file, args.tensors),
+    };
+    ui::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tensors and bytes per type, most bytes first.
+fn by_type(header: &Header) -> Vec<(&'static str, usize, u64)> {
+    let mut types: BTreeMap<&'static str, (usize, u64)> = BTreeMap::new();
+    for tensor in &header.tensors {
+        let entry = types.entry(tensor.ty.name()).or_default();
+        entry.0 += 1;
+        entry.1 = entry.1.saturating_add(tensor.n_bytes);
+    }
+    let mut list: Vec<_> = types.into_iter().map(|(name, (count, bytes))| (name, count, bytes)).collect();
+    list.sort_by_key(|&(name, _, bytes)| (std::cmp::Reverse(bytes), name));
+    list
+}
+
+fn table(file: &GgufFile, tensors: bool) -> String {
+    let header = &file.header;
+    let mut out = format!(
+        "{}: GGUF version {}, {}, alignment {}\n",
+        header.file_name(),
+        header.version,
+        show_size(header.file_len),
+        header.alignment
+    );
+    let width = header.metadata.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
+    for (key, value) in header.metadata.iter() {
+        let _ = writeln!(out, "  {:width$}  {}", printable(key), show(value));
+    }
+    match ExpertIndex::from_header(header) {
+        Ok(index) => {
+            let (layers, experts) = (index.n_layers(), index.n_experts());
+            let place = match index.layout() {
+                Layout::Gguf => "three matrices of",
+                Layout::Offload => "one record of",
+            };
+            let bytes = match index.record(0, 0) {
+                Some(record) => record.len,
+                None => index.matrix(0, 0, st_gguf::Matrix::Gate).len,
+            };
+            let _ = writeln!(
+                out,
+                "layout {}: {layers} layers of {experts} experts in {}, each {place} {}",
+                index.layout().name(),
+                index.expert_type(),
+                show_size(bytes)
+            );
+        }
+        Err(error) => {
+            let _ = writeln!(out, "not a SmallThinker model that can be run: {}", printable(&error.to_string()));
+        }
+    }
+    for (name, count, bytes) in by_type(header) {
+        let _ = writeln!(out, "{name:>8}  {count:>5} tensors  {:>10}", show_size(bytes));
+    }
+    if tensors {
+        let width = header.tensors.iter().map(|tensor| tensor.name.chars().count()).max().unwrap_or(0);
+        for tensor in &header.tensors {
+            let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
+            let _ = writeln!(
+                out,
+                "{:width$}  {:6}  {:>20}  {:>10}  at {}",
+                printable(&tensor.name),
+                tensor.ty.name(),
+                shape.join(" x "),
+                show_size(tensor.n_bytes),
+                tensor.offset
+            );
+        }
+    }
+    out
+}
+
+/// Texts come from the file: nothing in them may steer the terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
+fn show(value: &Value) -> String {
+    match value {
+        Value::String(text) => {
+            let cut: String = text.chars().take(SHOWN_TEXT).collect();
+            let more = if cut.len() < text.len() { "…" } else { "" };
+            printable(&cut) + more
+        }
+        Value::Array(array) => {
+            let shown: Vec<String> =
+                (0..array.len().min(SHOWN_ELEMENTS)).map(|i| element(array, i).to_string()).collect();
+            let more = match array.len() - shown.len() {
+                0 => String::new(),
+                _ => format!(", … {} in all", array.len()),
+            };
+            format!("[{}{more}]", shown.join(", "))
+        }
+        scalar => to_json(scalar).to_string(),
+    }
+}
+
+fn json(file: &GgufFile, tensors: bool) -> serde_json::Value {
+    let header = &file.header;
+    let metadata: serde_json::Map<_, _> =
+        header.metadata.iter().map(|(key, value)| (key.to_owned(), to_json(value))).collect();
+    let types: Vec<_> = by_type(header)
+        .into_iter()
+        .map(|(name, count, bytes)| json!({"type": name, "tensors": count, "bytes": bytes}))
+        .collect();
+    let layout = ExpertIndex::from_header(header).ok().map(|index| index.layout().name());
+    let mut object = json!({
+        "file": header.file_name(),
+        "version": header.version,
+        "alignment": header.alignment,
+        "bytes": header.file_len,
+        "layout": layout,
+        "metadata": metadata,
+        "types": types,
+    });
+    if tensors {
+        let list = header.tensors.iter().map(|tensor| {
+            json!({
+                "name": tensor.name,
+                "type": tensor.ty.name(),
+                "shape": tensor.shape,
+                "bytes": tensor.n_bytes,
+                "offset": tensor.offset,
+            })
+        });
+        object["tensors"] = list.collect();
+    }
+    object
+}
+
+fn to_json(value: &Value) -> serde_json::Value {
+    match value {
+        Value::U8(x) => json!(x),
+        Value::I8(x) => json!(x),
+        Value::U16(x) => json!(x),
+        Value::I16(x) => json!(x),
+        Value::U32(x) => json!(x),
+        Value::I32(x) => json!(x),
+        Value::U64(x) => json!(x),
+        Value::I64(x) => json!(x),
+        Value::F32(x) => json!(x),
+        Value::F64(x) => json!(x),
+        Value::Bool(x) => json!(x),
+        Value::String(x) => json!(x),
+        Value::Array(array) => (0..array.len()).map(|i| element(array, i)).collect(),
+    }
+}
+
+/// Element `i`, which exists.
+fn element(array: &Array, i: usize) -> serde_json::Value {
+    match array {
+        Array::U8(items) => json!(items[i]),
+        Array::I8(items) => json!(items[i]),
+        Array::U16(items) => json!(items[i]),
+        Array::I16(items) => json!(items[i]),
+        Array::U32(items) => json!(items[i]),
+        Array::I32(items) => json!(items[i]),
+        Array::U64(items) => json!(items[i]),
+        Array::I64(items) => json!(items[i]),
+        Array::F32(items) => json!(items[i]),
+        Array::F64(items) => json!(items[i]),
+        Array::Bool(items) => json!(items[i]),
+        Array::String(items) => json!(items.get(i)),
+        Array::Array(items) => (0..items[i].len()).map(|j| element(&items[i], j)).collect(),
+    }
+}

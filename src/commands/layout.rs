@@ -1,0 +1,31 @@
+//! `st-tool layout`: rearranges the experts of a converted file.
+
+use std::process::ExitCode;
+
+use st_convert::{RelayoutOptions, relayout};
+
+use super::Context;
+use crate::cli::LayoutArgs;
+use crate::machine::available_threads;
+use crate::size::show_size;
+use crate::ui::ConvertBar;
+
+pub(crate) fn run(args: &LayoutArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let options = RelayoutOptions {
+        to: args.to.into(),
+        threads: args.threads.unwrap_or_else(available_threads),
+        overwrite: args.force,
+    };
+    let bar = ConvertBar::new(context.ui, "rearranging");
+    let written = relayout(&args.input, &options, &args.output, &bar, context.interrupt.cancel())?;
+    drop(bar);
+    for warning in &written.warnings {
+        context.ui.note(format_args!("note: {warning}"));
+    }
+    context.ui.note(format_args!(
+        "{}: {}; every weight is bit for bit what it was",
+        args.output.display(),
+        show_size(written.output_bytes)
+    ));
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,160 @@
+//! `st-tool logits`: the logits of every position, for comparing engines.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use st_gguf::GgufFile;
+use st_model::{ModelConfig, ModelError, Reference, Session};
+
+use super::{Context, engine, tokens};
+use crate::cli::{EngineArgs, IoName, LogitsArgs};
+use crate::models::Model;
+use crate::report::{Advice, Interrupted};
+use crate::tensor_file::{Dtype, TensorFile};
+
+/// Tokens that are run between two looks at whether to stop.
+const STRETCH: usize = 512;
+
+pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let ids = tokens::parse(&args.token_ids)?;
+    if ids.is_empty() {
+        return Err(Advice::new("there are no token ids", "--token-ids 1,2,3 or --token-ids @FILE").into());
+    }
+    if args.output.exists() && !args.force {
+        let message = format!("{}: the file exists already", args.output.display());
+        return Err(Advice::new(message, "--force replaces it").into());
+    }
+    let file = Model::resolve(&args.model)?.open_gguf(context)?;
+    let config = ModelConfig::from_metadata(&file.header.metadata)?;
+    if ids.len() > config.context_length {
+        return Err(ModelError::ContextFull { needed: ids.len(), ctx: config.context_length }.into());
+    }
+    match args.reference {
+        true => with_reference(&file, &ids, args, context)?,
+        false => with_engine(file, &ids, args, context)?,
+    }
+    context.ui.note(format_args!("{}: {} tokens", args.output.display(), ids.len()));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
+    let engine_args = EngineArgs { memory: args.memory, threads: args.threads, no_prefetch: false, io: IoName::Auto };
+    let engine = engine::load_file(file, &engine_args, Some(ids.len()), engine::DEFAULT_KV, context)?;
+    let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
+    let mut session = Session::new(&engine)?;
+    for (n, stretch) in ids.chunks(STRETCH).enumerate() {
+        if context.interrupt.raised() {
+            return Err(Interrupted.into());
+        }
+        let first = n * STRETCH;
+        // The model's callbacks fail only for the model's reasons; a failed write is kept until they return.
+        let written = std::cell::RefCell::new(Ok(()));
+        let keep = |result: std::io::Result<()>| {
+            let mut written = written.borrow_mut();
+            if written.is_ok() {
+                *written = result;
+            }
+        };
+        let out = std::cell::RefCell::new(&mut out);
+        session.forward_traced(
+            stretch,
+            &mut |layer, residual, routing| {
+                keep(out.borrow_mut().layer(layer, first, residual, routing.ids(), routing.weights()));
+                Ok(())
+            },
+            |row, logits| {
+                keep(out.borrow_mut().logits(first + row, logits));
+                Ok(())
+            },
+        )?;
+        written.into_inner().map_err(|error| cannot_write(&args.output, error))?;
+    }
+    out.finish(args)
+}
+
+fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
+    let mut reference = Reference::load(file)?;
+    let config = reference.config().clone();
+    let mut out: Option<Output> = None;
+    for (n, stretch) in ids.chunks(STRETCH).enumerate() {
+        if context.interrupt.raised() {
+            return Err(Interrupted.into());
+        }
+        let first = n * STRETCH;
+        let mut layers = Vec::new();
+        let logits = reference.forward_traced(stretch, |_, trace| {
+            if args.layers {
+                let residual = trace.output.flatten_all()?.to_vec1::<f32>()?;
+                layers.push((residual, trace.topk_ids.concat(), trace.topk_weights.concat()));
+            }
+            Ok(())
+        })?;
+        let n_vocab = logits.dim(1).map_err(ModelError::from)?;
+        let rows = logits.flatten_all().and_then(|rows| rows.to_vec1::<f32>()).map_err(ModelError::from)?;
+        let out = match &mut out {
+            Some(out) => out,
+            None => out.insert(Output::create(&args.output, ids.len(), n_vocab, &config, args.layers)?),
+        };
+        let write = |out: &mut Output| -> std::io::Result<()> {
+            for (layer, (residual, ids, weights)) in layers.iter().enumerate() {
+                out.layer(layer, first, residual, ids, weights)?;
+            }
+            out.logits(first, &rows)
+        };
+        write(out).map_err(|error| cannot_write(&args.output, error))?;
+    }
+    out.map_or(Ok(()), |out| out.finish(args))
+}
+
+fn cannot_write(path: &Path, error: std::io::Error) -> anyhow::Error {
+    anyhow::Error::from(error).context(format!("cannot write {}", path.display()))
+}
+
+/// The tensors of one output, filled row by row as they are computed.
+struct Output {
+    file: TensorFile,
+    layers: bool,
+}
+
+impl Output {
+    fn create(path: &Path, n: usize, n_vocab: usize, config: &ModelConfig, layers: bool) -> anyhow::Result<Self> {
+        let mut tensors = vec![("logits".to_owned(), Dtype::F32, vec![n, n_vocab])];
+        if layers {
+            for layer in 0..config.n_layers {
+                tensors.push((format!("layer.{layer}.output"), Dtype::F32, vec![n, config.n_embd]));
+                tensors.push((format!("layer.{layer}.topk_ids"), Dtype::I32, vec![n, config.n_experts_used]));
+                tensors.push((format!("layer.{layer}.topk_weights"), Dtype::F32, vec![n, config.n_experts_used]));
+            }
+        }
+        let file = TensorFile::create(path, &tensors).map_err(|error| cannot_write(path, error))?;
+        Ok(Self { file, layers })
+    }
+
+    /// Logits of the rows from `first` on.
+    fn logits(&mut self, first: usize, logits: &[f32]) -> std::io::Result<()> {
+        self.file.write_f32(0, first, logits)
+    }
+
+    /// What a layer did with the tokens from `first` on, which may be cut into several calls.
+    fn layer(
+        &mut self,
+        layer: usize,
+        first: usize,
+        residual: &[f32],
+        ids: &[u32],
+        weights: &[f32],
+    ) -> std::io::Result<()> {
+        if !self.layers {
+            return Ok(());
+        }
+        let base = 1 + 3 * layer;
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        self.file.write_f32(base, first, residual)?;
+        self.file.write_i32(base + 1, first, &ids)?;
+        self.file.write_f32(base + 2, first, weights)
+    }
+
+    fn finish(self, args: &LogitsArgs) -> anyhow::Result<()> {
+        self.file.finish(&args.output, args.force).map_err(|error| cannot_write(&args.output, error))
+    }
+}

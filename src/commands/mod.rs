@@ -1,0 +1,70 @@
+//! One module per verb: resolve the arguments, call a crate, render its result.
+
+mod bench;
+mod chat;
+mod download;
+mod engine;
+mod inspect;
+mod layout;
+mod logits;
+mod perplexity;
+mod quantize;
+mod run;
+mod stats;
+mod tokens;
+
+use std::process::ExitCode;
+
+use st_convert::WeightType;
+use st_gguf::Layout;
+
+use crate::cli::{Command, LayoutName, TypeName};
+use crate::env::Env;
+use crate::signals::Interrupt;
+use crate::ui::Ui;
+
+/// What every command works with.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// Settings from the environment.
+    pub(crate) env: Env,
+    /// Notes and progress.
+    pub(crate) ui: Ui,
+    /// Requests to stop.
+    pub(crate) interrupt: Interrupt,
+}
+
+/// Runs one command; the exit status is its own where it distinguishes outcomes.
+pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Download(args) => download::run(&args, context),
+        Command::Quantize(args) => quantize::run(&args, context),
+        Command::Layout(args) => layout::run(&args, context),
+        Command::Run(args) => run::run(&args, context),
+        Command::Bench(args) => bench::run(&args, context),
+        Command::Logits(args) => logits::run(&args, context),
+        Command::Inspect(args) => inspect::run(&args, context),
+        Command::Perplexity(args) => perplexity::run(&args, context),
+    }
+}
+
+impl From<TypeName> for WeightType {
+    fn from(name: TypeName) -> Self {
+        match name {
+            TypeName::Q4_0 => Self::Q4_0,
+            TypeName::Q8_0 => Self::Q8_0,
+            TypeName::F16 => Self::F16,
+            TypeName::Bf16 => Self::BF16,
+            TypeName::F32 => Self::F32,
+        }
+    }
+}
+
+impl From<LayoutName> for Layout {
+    fn from(name: LayoutName) -> Self {
+        match name {
+            LayoutName::Gguf => Self::Gguf,
+            LayoutName::Offload => Self::Offload,
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `st-tool perplexity`: how well a model predicts a text.
+//!
+//! The text is cut into windows of `--ctx` tokens, each run by itself; the second half of a window is scored, so that
+//! every scored token has at least half a window before it. That is llama.cpp's method and gives comparable figures.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use serde_json::json;
+use st_model::sampler::SamplerError;
+use st_model::{ModelConfig, ModelError, Session};
+
+use super::run::no_tokenizer;
+use super::{Context, engine};
+use crate::cli::PerplexityArgs;
+use crate::models::Model;
+use crate::report::{Advice, Interrupted};
+use crate::ui;
+
+const DEFAULT_WINDOW: usize = 512;
+
+pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let text = std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let file = Model::resolve(&args.model)?.open_gguf(context)?;
+    let limit = ModelConfig::from_metadata(&file.header.metadata)?.context_length;
+    let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));
+    let engine = engine::load_file(file, &args.engine, Some(window), engine::DEFAULT_KV, context)?;
+    let ids = engine.tokenizer().ok_or_else(no_tokenizer)?.encode(&text, true)?;
+    drop(text);
+    if ids.len() < 2 || window < 2 {
+        let message = format!("{} gives {} tokens, of which none can be scored", args.file.display(), ids.len());
+        return Err(Advice::new(message, "give a text of some hundred words at least").into());
+    }
+
+    let mut session = Session::new(&engine)?;
+    let bar = ui::count_bar(context.ui, "scoring", ids.len() as u64);
+    let mut score = Score::default();
+    let mut windows = 0;
+    for chunk in chunks(&ids, window) {
+        if context.interrupt.raised() {
+            return Err(Interrupted.into());
+        }
+        session.reset();
+        let first = chunk.len() / 2;
+        session.forward_all(chunk, |position, logits| {
+            if position + 1 >= first.max(1)
+                && let Some(&next) = chunk.get(position + 1)
+            {
+                score.add(negative_log_likelihood(logits, next)?);
+            }
+            Ok(())
+        })?;
+        windows += 1;
+        bar.inc(chunk.len() as u64);
+    }
+    bar.finish_and_clear();
+    let (perplexity, error) = (score.perplexity(), score.standard_error());
+    let line = match args.json {
+        true => json!({
+            "perplexity": perplexity,
+            "standard_error": error,
+            "tokens_scored": score.count,
+            "windows": windows,
+            "ctx": window,
+        })
+        .to_string(),
+        false => format!(
+            "perplexity {perplexity:.4} ± {error:.4} ({} tokens scored in {windows} windows of {window})",
+            score.count
+        ),
+    };
+    ui::print(&format!("{line}\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whole windows only, unless the text is shorter than one.
+fn chunks(ids: &[u32], window: usize) -> impl Iterator<Item = &[u32]> {
+    let whole = if ids.len() < window { ids.len() } else { window };
+    ids.chunks_exact(whole)
+}
+
+/// -ln of the probability that softmax gives token `id`.
+fn negative_log_likelihood(logits: &[f32], id: u32) -> Result<f64, ModelError> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    let logit = logits.get(id as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let nll = sum.ln() - f64::from(logit - highest);
+    match nll.is_nan() {
+        true => Err(SamplerError::NotFinite { id: id as usize, got: logit }.into()),
+        false => Ok(nll),
+    }
+}
+
+/// Sums of negative log-likelihoods and of their squares.
+#[derive(Debug, Default)]
+struct Score {
+    count: u64,
+    sum: f64,
+    squares: f64,
+}
+
+impl Score {
+    fn add(&mut self, nll: f64) {
+        self.count += 1;
+        self.sum += nll;
+        self.squares += nll * nll;
+    }
+
+    fn perplexity(&self) -> f64 {
+        (self.sum / self.count as f64).exp()
+    }
+
+    /// The standard error of the mean, carried through the exponential.
+    fn standard_error(&self) -> f64 {
+        let n = self.count as f64;
+        let mean = self.sum / n;
+        let variance = (self.squares / n - mean * mean).max(0.0);
+        self.perplexity() * (variance / (n - 1.0).max(1.0)).sqrt()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uniform_model_has_the_perplexity_of_its_vocabulary() {
+        let mut score = Score::default();
+        for id in 0..7 {
+            score.add(negative_log_likelihood(&[0.5; 7], id).expect("a number"));
+        }
+        assert!((score.perplexity() - 7.0).abs() < 1e-9);
+        assert!(score.standard_error().abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_short_text_is_one_window_and_a_rest_is_left_out() {
+        let ids: Vec<u32> = (0..10).collect();
+        assert_eq!(chunks(&ids, 4).map(<[u32]>::len).collect::<Vec<_>>(), [4, 4]);
+        assert_eq!(chunks(&ids, 100).map(<[u32]>::len).collect::<Vec<_>>(), [10]);
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_an_error() {
+        assert!(negative_log_likelihood(&[f32::NAN, 0.0], 1).is_err());
+    }
+}

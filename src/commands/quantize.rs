@@ -1,0 +1,95 @@
+//! `st-tool quantize`: a checkpoint to a GGUF file, or what that would give.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use st_convert::{ConvertOptions, ConvertPlan, compare, convert, plan};
+use st_gguf::Layout;
+
+use super::Context;
+use crate::cli::QuantizeArgs;
+use crate::machine::available_threads;
+use crate::models::{Fetch, Model};
+use crate::size::show_size;
+use crate::ui::{self, ConvertBar};
+
+pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    let model = Model::resolve(&args.model)?;
+    let options = ConvertOptions {
+        ty: args.type_name().into(),
+        output_type: args.output_type.map(Into::into),
+        layout: args.layout.into(),
+        threads: args.threads.unwrap_or_else(available_threads),
+        search: false,
+    };
+    let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
+    let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
+    let input = model.open_source(context, fetch)?;
+    let warn = |plan: &ConvertPlan| {
+        for warning in &plan.warnings {
+            context.ui.note(format_args!("note: {warning}"));
+        }
+    };
+    if args.dry_run {
+        let plan = plan(&input, &options)?;
+        warn(&plan);
+        ui::print(&table(&plan))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(with) = &args.compare {
+        let bar = ConvertBar::new(context.ui, "comparing");
+        let differences = compare(&input, &options, with, &bar, context.interrupt.cancel())?;
+        drop(bar);
+        if differences.is_empty() {
+            context.ui.note(format_args!("{}: every tensor is equal", with.display()));
+            return Ok(ExitCode::SUCCESS);
+        }
+        let lines: String = differences.iter().map(|difference| format!("{difference}\n")).collect();
+        ui::print(&lines)?;
+        return Ok(ExitCode::FAILURE);
+    }
+    let bar = ConvertBar::new(context.ui, "converting");
+    let written = convert(&input, &options, &output, args.force, &bar, context.interrupt.cancel())?;
+    drop(bar);
+    warn(&written);
+    context.ui.note(format_args!("{}: {}", output.display(), show_size(written.output_bytes)));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn default_output(model: &Model, args: &QuantizeArgs) -> PathBuf {
+    let ty = st_gguf_name(args);
+    let layout = match Layout::from(args.layout) {
+        Layout::Gguf => "",
+        Layout::Offload => "-offload",
+    };
+    PathBuf::from(format!("{}-{ty}{layout}.gguf", model.file_stem()))
+}
+
+fn st_gguf_name(args: &QuantizeArgs) -> &'static str {
+    use crate::cli::TypeName;
+    match args.type_name() {
+        TypeName::Q4_0 => "q4_0",
+        TypeName::Q8_0 => "q8_0",
+        TypeName::F16 => "f16",
+        TypeName::Bf16 => "bf16",
+        TypeName::F32 => "f32",
+    }
+}
+
+/// Name, type, shape and size of every tensor, then the size of the file.
+pub(crate) fn table(plan: &ConvertPlan) -> String {
+    let width = plan.tensors.iter().map(|tensor| tensor.spec.name.len()).max().unwrap_or(0);
+    let mut out = String::new();
+    for tensor in &plan.tensors {
+        let shape: Vec<String> = tensor.spec.shape.iter().map(u64::to_string).collect();
+        out.push_str(&format!(
+            "{:width$}  {:5}  {:>20}  {:>10}\n",
+            tensor.spec.name,
+            tensor.spec.ty.name(),
+            shape.join(" x "),
+            show_size(tensor.bytes)
+        ));
+    }
+    out.push_str(&format!("{} tensors, {} in the file\n", plan.tensors.len(), show_size(plan.output_bytes)));
+    out
+}

@@ -1,0 +1,201 @@
+//! `st-tool run`: one answer to a prompt, or a chat.
+
+use std::io::{self, IsTerminal, Read};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use serde_json::json;
+use st_model::chat::{Message, Role};
+use st_model::sampler::{Sampler, SamplerOptions};
+use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, generate};
+
+use super::chat::Chat;
+use super::{Context, engine, stats, tokens};
+use crate::cli::{RunArgs, SamplingArgs};
+use crate::report::{Advice, Interrupted, OutputError};
+use crate::ui;
+
+/// What there is to answer.
+enum Input {
+    Text(String),
+    Ids(Vec<u32>),
+    /// Lines typed at a terminal.
+    Chat,
+}
+
+pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    // Everything that can be wrong without the model is found before it is loaded.
+    let options = sampler_options(&args.sampling);
+    let mut sampler = Sampler::new(options)?;
+    let input = read_input(args)?;
+    let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
+    let style = Style { json: args.json, stats: args.stats, seed: options.seed };
+    let generate_options = GenerateOptions { max_tokens: args.max_tokens, stop: args.stop.clone() };
+
+    let prompt = match input {
+        Input::Chat => {
+            return Chat::new(&engine, args, sampler, generate_options, style, context)?.run();
+        }
+        Input::Ids(ids) => ids,
+        Input::Text(text) => encode(&engine, &text, args, context)?,
+    };
+    let mut session = Session::new(&engine)?;
+    let answer = answer(&mut session, &prompt, &mut sampler, &generate_options, style, context)?;
+    if answer.finish_reason == FinishReason::Cancelled {
+        return Err(Interrupted.into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How an answer is given out.
+#[derive(Clone, Copy)]
+pub(crate) struct Style {
+    /// An object at the end instead of text as it is made.
+    pub(crate) json: bool,
+    /// Statistics on stderr at the end.
+    pub(crate) stats: bool,
+    /// The seed, to be told in the object.
+    pub(crate) seed: u64,
+}
+
+/// Generates an answer and gives it out: text to stdout as it is made, or one JSON object.
+pub(crate) fn answer(
+    session: &mut Session<'_>,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    style: Style,
+    context: &Context,
+) -> anyhow::Result<Generation> {
+    let engine = session.engine();
+    let mut failure: Option<OutputError> = None;
+    let mut ends_line = true;
+    let answer = generate(session, prompt, sampler, options, &mut |text| {
+        if !style.json && !text.is_empty() {
+            ends_line = text.ends_with('\n');
+            if let Err(error) = ui::print(text) {
+                failure = Some(error);
+                return ControlFlow::Break(());
+            }
+        }
+        if context.interrupt.raised() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    if let Some(error) = failure {
+        return Err(error.into());
+    }
+    let ids = || answer.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    if style.json {
+        let object = json!({
+            "text": answer.text,
+            "prompt_ids": session_prompt(session, &answer),
+            "ids": answer.ids,
+            "finish_reason": answer.finish_reason,
+            "seed": style.seed,
+            "stats": stats::json(&answer.stats, engine),
+        });
+        ui::print(&format!("{object}\n"))?;
+    } else if engine.tokenizer().is_none() {
+        ui::print(&format!("{}\n", ids()))?;
+    } else if !ends_line {
+        ui::print("\n")?;
+    }
+    if style.stats {
+        context.ui.say(stats::lines(&answer.stats, engine));
+    }
+    Ok(answer)
+}
+
+/// The prompt text as token ids: through the chat template, or as it is.
+fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> anyhow::Result<Vec<u32>> {
+    let tokenizer = engine.tokenizer().ok_or_else(no_tokenizer)?;
+    let empty = if args.raw { text.is_empty() } else { text.trim().is_empty() };
+    if empty {
+        return Err(Advice::new("the prompt is empty", "give a text with -p TEXT, -f FILE or on stdin").into());
+    }
+    if args.raw {
+        return Ok(tokenizer.encode_prompt(text, true)?);
+    }
+    let Some(template) = engine.chat_template() else {
+        if args.system.is_some() {
+            return Err(no_template("a system message needs one").into());
+        }
+        context.ui.note("note: the file has no chat template: the text is continued as it is, as with --raw");
+        return Ok(tokenizer.encode_prompt(text, true)?);
+    };
+    let mut messages: Vec<Message> = Vec::new();
+    messages.extend(args.system.as_ref().map(|system| Message::new(Role::System, system)));
+    messages.push(Message::new(Role::User, text));
+    Ok(tokenizer.encode(&template.render(&messages, true)?, true)?)
+}
+
+/// The error for text where there are only token ids.
+pub(crate) fn no_tokenizer() -> Advice {
+    Advice::new("the file has no tokenizer, so it takes no text", "--token-ids 1,2,3 takes the prompt as token ids")
+}
+
+/// The error for a chat where there is no format for one.
+pub(crate) fn no_template(why: &str) -> Advice {
+    Advice::new(format!("the file has no chat template, and {why}"), "--raw -p TEXT continues a text as it is")
+}
+
+fn read_input(args: &RunArgs) -> anyhow::Result<Input> {
+    if let Some(list) = &args.token_ids {
+        return tokens::parse(list).map(Input::Ids);
+    }
+    match (&args.prompt, &args.file) {
+        (Some(prompt), _) if prompt == "-" => read_stdin(),
+        (Some(prompt), _) => Ok(Input::Text(prompt.clone())),
+        (None, Some(file)) if file == Path::new("-") => read_stdin(),
+        (None, Some(file)) => {
+            let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            text_of(bytes).with_context(|| format!("cannot read {}", file.display()))
+        }
+        (None, None) if io::stdin().is_terminal() => Ok(Input::Chat),
+        (None, None) => read_stdin(),
+    }
+}
+
+fn read_stdin() -> anyhow::Result<Input> {
+    let mut bytes = Vec::new();
+    io::stdin().lock().read_to_end(&mut bytes).context("cannot read stdin")?;
+    text_of(bytes).context("cannot read stdin")
+}
+
+/// Files and pipes end in a line break that is not part of the prompt.
+fn text_of(bytes: Vec<u8>) -> anyhow::Result<Input> {
+    let mut text = String::from_utf8(bytes).map_err(|error| anyhow::anyhow!("it is not UTF-8 text: {error}"))?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    Ok(Input::Text(text))
+}
+
+fn sampler_options(args: &SamplingArgs) -> SamplerOptions {
+    SamplerOptions {
+        temperature: args.temp,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repeat_penalty: args.repeat_penalty,
+        seed: args.seed.unwrap_or_else(any_seed),
+    }
+}
+
+/// A seed that differs from run to run. Short, so that a person can copy it.
+fn any_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mixed = (since.as_nanos() as u64 ^ u64::from(std::process::id()) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed >> 32
+}
+
+/// The ids of the prompt: what the session holds ahead of the answer.
+fn session_prompt<'s>(session: &'s Session<'_>, answer: &Generation) -> &'s [u32] {
+    let tokens = session.tokens();
+    &tokens[..tokens.len() - answer.stats.generated_tokens.min(tokens.len())]
+}

@@ -1,0 +1,45 @@
+//! Token ids on the command line: `1,2,3`, or `@FILE` with the same in a file.
+
+use anyhow::Context as _;
+
+use crate::report::Advice;
+
+/// Reads a list of token ids; whitespace counts as a separator.
+pub(crate) fn parse(list: &str) -> anyhow::Result<Vec<u32>> {
+    let text = match list.strip_prefix('@') {
+        Some(path) => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
+        None => list.to_owned(),
+    };
+    let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
+    words
+        .map(|word| {
+            word.parse().map_err(|_| {
+                let word: String = word.chars().take(40).collect();
+                Advice::new(format!("{word:?} is no token id"), "write ids as 1,2,3 or put them in a file: @FILE")
+                    .into()
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_and_files_are_read() {
+        assert_eq!(parse("1,2, 3\n").expect("a list"), [1, 2, 3]);
+        assert_eq!(parse("").expect("a list"), [0u32; 0]);
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "7\n8,9").expect("written");
+        assert_eq!(parse(&format!("@{}", file.path().display())).expect("a list"), [7, 8, 9]);
+    }
+
+    #[test]
+    fn what_is_no_id_is_named() {
+        for list in ["1,x", "-1", "4294967296", "1.5"] {
+            assert!(parse(list).is_err(), "{list}");
+        }
+        assert!(parse("@/no/such/file").is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! Everything that is taken from the environment, read in one place.
+//!
+//! The variables of the Hugging Face tools mean here what they mean there, so that one cache and one login serve both.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use st_convert::hub::{DEFAULT_ENDPOINT, Proxy};
+
+/// The environment, as far as it matters.
+#[derive(Debug)]
+pub(crate) struct Env {
+    /// The folder with `models--owner--name` folders.
+    pub(crate) hub_cache: PathBuf,
+    /// Where the token file lies that `hf auth login` leaves.
+    token_path: PathBuf,
+    token: Option<String>,
+    /// Address of the hub.
+    pub(crate) hub_endpoint: String,
+    /// Whether the hub may not be asked.
+    pub(crate) offline: bool,
+    /// Proxy for connections.
+    pub(crate) proxy: Option<Proxy>,
+    /// Whether colours are unwanted.
+    pub(crate) no_color: bool,
+}
+
+impl Env {
+    /// Reads the environment of the process.
+    pub(crate) fn read() -> Self {
+        let mut env = Self::from_vars(|name| env::var_os(name));
+        env.proxy = Proxy::try_from_env();
+        env
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
+        let set = |name: &str| var(name).filter(|value| !value.is_empty());
+        let path = |name: &str| set(name).map(PathBuf::from).map(|path| expand_home(path, set("HOME")));
+        let text = |name: &str| set(name).and_then(|value| value.into_string().ok());
+        let home = PathBuf::from(set("HOME").unwrap_or_else(|| ".".into()));
+        let cache = path("XDG_CACHE_HOME").unwrap_or_else(|| home.join(".cache"));
+        let hf_home = path("HF_HOME").unwrap_or_else(|| cache.join("huggingface"));
+        let hub_cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
+        let endpoint = text("HF_ENDPOINT").map(|endpoint| endpoint.trim_end_matches('/').to_owned());
+        let offline = text("HF_HUB_OFFLINE").or_else(|| text("TRANSFORMERS_OFFLINE"));
+        Self {
+            hub_cache: hub_cache.unwrap_or_else(|| hf_home.join("hub")),
+            token_path: path("HF_TOKEN_PATH").unwrap_or_else(|| hf_home.join("token")),
+            token: clean_token(text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN"))),
+            hub_endpoint: endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
+            offline: offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str())),
+            proxy: None,
+            no_color: set("NO_COLOR").is_some(),
+        }
+    }
+
+    /// The hub token: of the environment, else of the token file.
+    pub(crate) fn hub_token(&self) -> Option<String> {
+        self.token.clone().or_else(|| clean_token(std::fs::read_to_string(&self.token_path).ok()))
+    }
+}
+
+/// Line ends and spaces around a token come from files and copying and are no part of it.
+fn clean_token(token: Option<String>) -> Option<String> {
+    token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty())
+}
+
+fn expand_home(path: PathBuf, home: Option<OsString>) -> PathBuf {
+    match (path.strip_prefix("~"), home) {
+        (Ok(rest), Some(home)) => PathBuf::from(home).join(rest),
+        _ => path,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(vars: &[(&str, &str)]) -> Env {
+        let vars: Vec<(String, OsString)> = vars.iter().map(|(k, v)| ((*k).to_owned(), OsString::from(v))).collect();
+        Env::from_vars(|name| vars.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone()))
+    }
+
+    #[test]
+    fn the_cache_is_where_the_hugging_face_tools_have_it() {
+        let cache = |vars: &[(&str, &str)]| env(vars).hub_cache.display().to_string();
+        assert_eq!(cache(&[("HOME", "/h")]), "/h/.cache/huggingface/hub");
+        assert_eq!(cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), "/x/huggingface/hub");
+        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "/f")]), "/f/hub");
+        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/f")]), "/h/f/hub");
+        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), "/c");
+        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "")]), "/f/hub");
+    }
+
+    #[test]
+    fn switches_and_addresses() {
+        for (value, offline) in [("1", true), ("on", true), ("True", true), ("0", false), ("no", false), ("", false)] {
+            assert_eq!(env(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value}");
+        }
+        assert_eq!(env(&[]).hub_endpoint, "https://huggingface.co");
+        assert_eq!(env(&[("HF_ENDPOINT", "http://localhost:1/")]).hub_endpoint, "http://localhost:1");
+        assert!(env(&[("NO_COLOR", "1")]).no_color && !env(&[("NO_COLOR", "")]).no_color);
+    }
+
+    #[test]
+    fn the_token_of_the_environment_comes_before_the_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("token");
+        std::fs::write(&file, "from-file\n").expect("written");
+        let home = folder.path().to_str().expect("UTF-8");
+        assert_eq!(env(&[("HF_HOME", home)]).hub_token().as_deref(), Some("from-file"));
+        assert_eq!(env(&[("HF_HOME", home), ("HF_TOKEN", " t\n")]).hub_token().as_deref(), Some("t"));
+        assert_eq!(env(&[("HF_HOME", "/nonexistent")]).hub_token(), None);
+    }
+}

@@ -1,0 +1,214 @@
+//! What MODEL means: a name, a file, a folder or a repository, resolved to something that can be opened.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use st_convert::Input;
+use st_convert::hub::{DownloadRequest, Hub, HubConfig, RepoId};
+use st_gguf::GgufFile;
+
+use crate::commands::Context;
+use crate::report::Advice;
+use crate::ui::DownloadBars;
+
+/// The bundled model, as `st-tool quantize --q4_0` makes it from `models/tiny/checkpoint`.
+pub(crate) static TINY: &[u8] = include_bytes!("../models/tiny/tiny-q4_0.gguf");
+
+/// What a MODEL argument names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Model {
+    /// The model inside the binary.
+    Tiny,
+    /// A file.
+    File(PathBuf),
+    /// A folder.
+    Folder(PathBuf),
+    /// A repository on the hub.
+    Hub(RepoId),
+}
+
+impl Model {
+    /// Resolves an argument: first the fixed names, then what is on disk, then repositories.
+    pub(crate) fn resolve(name: &str) -> anyhow::Result<Self> {
+        if name == "tiny" {
+            return Ok(Self::Tiny);
+        }
+        let alias = !name.contains('/');
+        if alias && let Ok(repo) = RepoId::parse(name) {
+            return Ok(Self::Hub(repo));
+        }
+        let path = Path::new(name);
+        if path.is_dir() {
+            return Ok(Self::Folder(path.to_owned()));
+        }
+        // A name that ends in .gguf is a file even where it does not exist: the error should say so.
+        if path.exists() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            return Ok(Self::File(path.to_owned()));
+        }
+        RepoId::parse(name).map(Self::Hub).map_err(|_| {
+            Advice::new(
+                format!("there is no file or folder {name:?}, and it is no model's name"),
+                "a model is `tiny`, a .gguf file, a checkpoint folder, `4b`, `21b`, or `owner/name` on the hub",
+            )
+            .into()
+        })
+    }
+
+    /// Opens the model for running.
+    ///
+    /// A repository stands for the file that `quantize` made of it in the current folder.
+    pub(crate) fn open_gguf(&self, context: &Context) -> anyhow::Result<GgufFile> {
+        match self {
+            Self::Tiny => GgufFile::from_static(TINY).context("the bundled model is damaged"),
+            Self::File(path) => open_file(path),
+            Self::Folder(path) => Err(Advice::new(
+                format!("{} is a folder; a model runs from a GGUF file", path.display()),
+                format!("st-tool quantize {} --q4_0 makes one from a checkpoint", path.display()),
+            )
+            .into()),
+            Self::Hub(repo) => {
+                if let Some(path) = converted(repo) {
+                    context.ui.note(format_args!("note: {repo} is {}", path.display()));
+                    return open_file(&path);
+                }
+                let name = short_name(repo);
+                let there = hub(context)?.cached(repo, "main").ok().flatten().is_some();
+                let (state, download) = match there {
+                    true => ("downloaded, but not converted in this folder", String::new()),
+                    false => ("not downloaded", format!("st-tool download {name} && ")),
+                };
+                Err(Advice::new(
+                    format!("{repo} is {state}"),
+                    format!("{download}st-tool quantize {name} --q4_0, then run the file that it makes"),
+                )
+                .into())
+            }
+        }
+    }
+
+    /// Opens the model as the source of a conversion; a repository that is not in the cache is downloaded if it may be.
+    pub(crate) fn open_source(&self, context: &Context, fetch: Fetch) -> anyhow::Result<Input> {
+        let path = match self {
+            Self::Tiny => {
+                return Err(Advice::new(
+                    "the bundled model is converted already",
+                    "its checkpoint is models/tiny/checkpoint in the source of this program",
+                )
+                .into());
+            }
+            Self::File(path) | Self::Folder(path) => path.clone(),
+            Self::Hub(repo) => snapshot(repo, context, fetch)?,
+        };
+        Ok(Input::open(&path)?)
+    }
+
+    /// The name that a converted file is given.
+    pub(crate) fn file_stem(&self) -> String {
+        let of_path = |path: &Path, strip: bool| {
+            let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+            let name = if strip { full.file_stem() } else { full.file_name() };
+            name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+        };
+        match self {
+            Self::Tiny => "tiny".to_owned(),
+            Self::File(path) => of_path(path, true),
+            Self::Folder(path) => of_path(path, false),
+            Self::Hub(repo) => name_of(repo).to_owned(),
+        }
+    }
+}
+
+/// Whether a command may download what it needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fetch {
+    /// It may, and says how much that is.
+    Allowed,
+    /// It only looks.
+    Never,
+}
+
+/// The checkpoint folder of a repository.
+fn snapshot(repo: &RepoId, context: &Context, fetch: Fetch) -> anyhow::Result<PathBuf> {
+    let hub = hub(context)?;
+    let request = DownloadRequest::new(repo.clone());
+    if let Some(folder) = hub.cached(repo, &request.revision)? {
+        return Ok(folder);
+    }
+    if fetch == Fetch::Never {
+        return Err(Advice::new(
+            format!("{repo} is not downloaded, or not completely"),
+            format!(
+                "st-tool download {name} fetches it; with --dry-run it says how much that is",
+                name = short_name(repo)
+            ),
+        )
+        .into());
+    }
+    // The bars begin with the number of bytes.
+    Ok(hub.download(&request, &DownloadBars::new(context.ui))?)
+}
+
+/// The hub as the environment describes it.
+pub(crate) fn hub(context: &Context) -> anyhow::Result<Hub> {
+    Ok(Hub::new(hub_config(context)))
+}
+
+/// Settings of the hub as the environment gives them.
+pub(crate) fn hub_config(context: &Context) -> HubConfig {
+    let env = &context.env;
+    HubConfig {
+        endpoint: env.hub_endpoint.clone(),
+        token: env.hub_token(),
+        offline: env.offline,
+        proxy: env.proxy.clone(),
+        cancel: context.interrupt.cancel().clone(),
+        ..HubConfig::new(&env.hub_cache)
+    }
+}
+
+fn open_file(path: &Path) -> anyhow::Result<GgufFile> {
+    Ok(GgufFile::open(path)?)
+}
+
+/// A file of this repository that `quantize` wrote here under its default name, the smallest type first.
+fn converted(repo: &RepoId) -> Option<PathBuf> {
+    let types = ["q4_0", "q8_0", "f16", "bf16", "f32"];
+    let names =
+        types.iter().flat_map(|ty| ["", "-offload"].map(|layout| format!("{}-{ty}{layout}.gguf", name_of(repo))));
+    names.map(PathBuf::from).find(|path| path.is_file())
+}
+
+fn name_of(repo: &RepoId) -> &str {
+    repo.as_str().rsplit('/').next().unwrap_or_default()
+}
+
+/// What a person types for a repository.
+fn short_name(repo: &RepoId) -> String {
+    let alias = st_convert::hub::ALIASES.iter().find(|(_, full)| *full == repo.as_str());
+    alias.map_or_else(|| repo.to_string(), |(alias, _)| (*alias).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_resolve_before_paths_and_paths_before_repositories() {
+        assert_eq!(Model::resolve("tiny").expect("known"), Model::Tiny);
+        let Ok(Model::Hub(repo)) = Model::resolve("4b") else { panic!("4b is a repository") };
+        assert_eq!(repo.as_str(), "PowerInfer/SmallThinker-4BA0.6B-Instruct");
+        assert_eq!(Model::resolve("src").expect("a folder"), Model::Folder("src".into()));
+        assert_eq!(Model::resolve("Cargo.toml").expect("a file"), Model::File("Cargo.toml".into()));
+        assert_eq!(Model::resolve("no/where.gguf").expect("a file"), Model::File("no/where.gguf".into()));
+        assert!(matches!(Model::resolve("owner/name"), Ok(Model::Hub(_))));
+        assert!(Model::resolve("/no/such/folder").is_err());
+        assert!(Model::resolve("nothing").is_err());
+    }
+
+    #[test]
+    fn outputs_are_named_after_the_model() {
+        assert_eq!(Model::resolve("4b").expect("known").file_stem(), "SmallThinker-4BA0.6B-Instruct");
+        assert_eq!(Model::File("a/b-f16.gguf".into()).file_stem(), "b-f16");
+        assert_eq!(Model::Folder("src/".into()).file_stem(), "src");
+    }
+}

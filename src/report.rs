@@ -1,0 +1,181 @@
+//! How an error reaches the person: one line with the chain of causes, and what to do about it.
+
+use std::fmt;
+use std::io::{self, Write};
+
+use st_convert::ConvertError;
+use st_convert::hub::HubError;
+use st_gguf::GgufError;
+use st_model::ModelError;
+
+use crate::size::show_size;
+
+/// An error of the command line itself, with advice.
+#[derive(Debug)]
+pub(crate) struct Advice {
+    message: String,
+    hint: String,
+}
+
+impl Advice {
+    /// An error that says `message`, then what to do.
+    pub(crate) fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: hint.into() }
+    }
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Advice {}
+
+/// The work was stopped by a signal.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Standard output could not be written.
+#[derive(Debug)]
+pub(crate) struct OutputError(pub(crate) io::Error);
+
+impl fmt::Display for OutputError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("cannot write to standard output")
+    }
+}
+
+impl std::error::Error for OutputError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+/// Whether whoever read the output has gone: nothing is wrong then, there is only nobody to write for.
+pub(crate) fn is_closed_output(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<OutputError>().is_some_and(|OutputError(cause)| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Whether a signal ended the work.
+pub(crate) fn is_interruption(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<Interrupted>()
+            || matches!(cause.downcast_ref(), Some(ConvertError::Cancelled))
+            || matches!(cause.downcast_ref(), Some(HubError::Cancelled))
+    })
+}
+
+/// Writes `error: …` and, where there is one, `hint: …` to stderr.
+pub(crate) fn print(error: &anyhow::Error, color: bool) {
+    let (red, cyan, off) = if color { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
+    let mut text = format!("{red}error{off}: {}\n", chain(error));
+    if let Some(hint) = error.chain().find_map(hint) {
+        text.push_str(&format!("{cyan}hint{off}: {}\n", one_line(&hint)));
+    }
+    // With stderr gone there is nobody left to tell.
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// The messages of all causes on one line; what a message repeats of its cause is left out.
+fn chain(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let message = one_line(&cause.to_string());
+        if line.is_empty() {
+            line = message;
+        } else if !line.ends_with(&message) {
+            line = format!("{line}: {message}");
+        }
+    }
+    line
+}
+
+/// Control characters come from file names and file contents; they shall not reach the terminal.
+fn one_line(text: &str) -> String {
+    let words: Vec<&str> = text.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect();
+    words.join(" ").chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(advice) = error.downcast_ref::<Advice>() {
+        return Some(advice.hint.clone());
+    }
+    if let Some(error) = error.downcast_ref::<HubError>() {
+        return error.hint();
+    }
+    if let Some(error) = error.downcast_ref::<GgufError>() {
+        return gguf_hint(error);
+    }
+    if let Some(error) = error.downcast_ref::<ConvertError>() {
+        return convert_hint(error);
+    }
+    error.downcast_ref::<ModelError>().and_then(model_hint)
+}
+
+fn gguf_hint(error: &GgufError) -> Option<String> {
+    Some(match error {
+        GgufError::Exists { .. } => "--force replaces it; -o names another file".into(),
+        GgufError::NoSpace { needed, .. } => {
+            format!("free some space or write to another disk; the file takes {}", show_size(*needed))
+        }
+        GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
+        _ => return None,
+    })
+}
+
+fn convert_hint(error: &ConvertError) -> Option<String> {
+    Some(match error {
+        ConvertError::MissingShard { .. } | ConvertError::BadShard { .. } | ConvertError::NoWeights { .. } => {
+            "the checkpoint may not be complete: `st-tool download` fetches what is missing".into()
+        }
+        ConvertError::PackedInput { .. } => "st-tool layout IN.gguf OUT.gguf --to gguf".into(),
+        ConvertError::TooLarge { .. } => "--bf16 and --f32 hold every weight".into(),
+        ConvertError::Gguf(error) => return gguf_hint(error),
+        _ => return None,
+    })
+}
+
+fn model_hint(error: &ModelError) -> Option<String> {
+    Some(match error {
+        ModelError::Budget { minimum, .. } => {
+            format!("--memory {}MiB is the least that works", minimum.div_ceil(1 << 20))
+        }
+        ModelError::ContextFull { .. } => {
+            "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
+        }
+        ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
+        ModelError::Gguf(error) => return gguf_hint(error),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn the_chain_is_one_line_without_repetitions() {
+        let error = io::Error::other("disk\non\x1b[31m fire");
+        let error = Err::<(), _>(error).context("cannot read a").context("cannot read a: cannot read a").unwrap_err();
+        assert_eq!(chain(&error), "cannot read a: cannot read a: disk on\u{fffd}[31m fire");
+    }
+
+    #[test]
+    fn only_a_closed_standard_output_is_no_error() {
+        let pipe = || io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(is_closed_output(&OutputError(pipe()).into()));
+        assert!(!is_closed_output(&pipe().into()));
+        assert!(!is_closed_output(&OutputError(io::ErrorKind::StorageFull.into()).into()));
+    }
+}

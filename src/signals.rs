@@ -1,0 +1,94 @@
+//! Ctrl-C and termination requests as flags that the work looks at.
+//!
+//! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::thread;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use st_convert::Cancel;
+
+/// What the signal thread and the work share.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Interrupt {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// The signal that arrived, 0 for none.
+    signal: AtomicI32,
+    /// Nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
+    idle: AtomicBool,
+    cancel: Cancel,
+    flag: AtomicBool,
+}
+
+impl Interrupt {
+    /// Begins to listen.
+    pub(crate) fn install() -> std::io::Result<Self> {
+        let interrupt = Self::default();
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let shared = Arc::clone(&interrupt.shared);
+        thread::Builder::new().name("signals".into()).spawn(move || {
+            for signal in signals.forever() {
+                shared.receive(signal);
+            }
+        })?;
+        Ok(interrupt)
+    }
+
+    /// Whether the work should stop.
+    pub(crate) fn raised(&self) -> bool {
+        self.shared.flag.load(Ordering::Relaxed)
+    }
+
+    /// The request as conversions and downloads take it.
+    pub(crate) fn cancel(&self) -> &Cancel {
+        &self.shared.cancel
+    }
+
+    /// Exit status of work that was stopped: 130 for Ctrl-C, as shells have it.
+    pub(crate) fn exit_status(&self) -> u8 {
+        match self.shared.signal.load(Ordering::Relaxed) {
+            0 => 128 + SIGINT as u8,
+            signal => 128u8.wrapping_add(signal as u8),
+        }
+    }
+
+    /// Whether the process was asked to end, rather than an answer to stop.
+    pub(crate) fn terminating(&self) -> bool {
+        matches!(self.shared.signal.load(Ordering::Relaxed), SIGTERM | SIGHUP)
+    }
+
+    /// Forgets a Ctrl-C that was acted on.
+    pub(crate) fn clear(&self) {
+        if !self.terminating() {
+            self.shared.signal.store(0, Ordering::Relaxed);
+            self.shared.flag.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Runs `wait`, during which nothing looks at the flags, such as waiting for a line to be typed.
+    pub(crate) fn while_idle<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.shared.idle.store(true, Ordering::Relaxed);
+        let result = wait();
+        self.shared.idle.store(false, Ordering::Relaxed);
+        result
+    }
+}
+
+impl Shared {
+    fn receive(&self, signal: i32) {
+        let before = self.signal.swap(signal, Ordering::Relaxed);
+        let idle = self.idle.load(Ordering::Relaxed);
+        // Work that does not look at the flag, or waits at a prompt, would never end.
+        if before == signal || (idle && signal != SIGINT) {
+            std::process::exit(128 + signal);
+        }
+        self.flag.store(true, Ordering::Relaxed);
+        self.cancel.cancel();
+    }
+}

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::WeightType;
+#[cfg(target_arch = "aarch64")]
+use crate::aarch64;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::experts::HiddenGroup;
@@ -139,6 +141,8 @@ impl Kernels {
             Isa::Avx2 => x86_64::has_avx2().then_some(&x86_64::avx2::TABLE),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => x86_64::has_avx512().then_some(&x86_64::avx512::TABLE),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => aarch64::has_neon_dot().then_some(&aarch64::TABLE),
             _ => None,
         };
         table.map(|table| Self { table })

@@ -8,6 +8,8 @@
 //! the documentation of the kernel fixes.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod activations;
 mod aligned;
 mod attention;

@@ -10,10 +10,12 @@ use crate::kv::{KV_CHUNK, KV_TILE, KvType, key_at, value_at};
 use crate::math::{LANES, exp, reduce_add};
 
 #[inline]
-fn lanes_dot(n: usize, w: impl Fn(usize) -> f32, x: &[f32]) -> f32 {
+fn lanes_dot(w: impl Fn(usize) -> f32, x: &[f32]) -> f32 {
     let mut acc = [0f32; LANES];
-    for (i, &x) in x[..n].iter().enumerate() {
-        acc[i % LANES] = w(i).mul_add(x, acc[i % LANES]);
+    for (c, x) in x.chunks(LANES).enumerate() {
+        for (lane, (acc, &x)) in acc.iter_mut().zip(x).enumerate() {
+            *acc = w(c * LANES + lane).mul_add(x, *acc);
+        }
     }
     reduce_add(&acc)
 }
@@ -22,19 +24,15 @@ pub(crate) fn dots(ty: WeightType, rows: &[u8], x: &[f32], out: &mut [f32]) {
     let row_bytes = x.len() * ty.block_bytes();
     for (row, out) in rows.chunks_exact(row_bytes).zip(out) {
         *out = match ty {
-            WeightType::F16 => lanes_dot(x.len(), |i| f16::from_le_bytes([row[i * 2], row[i * 2 + 1]]).to_f32(), x),
-            WeightType::BF16 => lanes_dot(x.len(), |i| bf16::from_le_bytes([row[i * 2], row[i * 2 + 1]]).to_f32(), x),
-            _ => lanes_dot(
-                x.len(),
-                |i| f32::from_le_bytes([row[i * 4], row[i * 4 + 1], row[i * 4 + 2], row[i * 4 + 3]]),
-                x,
-            ),
+            WeightType::F16 => lanes_dot(|i| f16::from_le_bytes([row[i * 2], row[i * 2 + 1]]).to_f32(), x),
+            WeightType::BF16 => lanes_dot(|i| bf16::from_le_bytes([row[i * 2], row[i * 2 + 1]]).to_f32(), x),
+            _ => lanes_dot(|i| f32::from_le_bytes([row[i * 4], row[i * 4 + 1], row[i * 4 + 2], row[i * 4 + 3]]), x),
         };
     }
 }
 
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let squares = lanes_dot(x.len(), |i| x[i], x);
+    let squares = lanes_dot(|i| x[i], x);
     let scale = 1.0 / (squares / x.len() as f32 + eps).sqrt();
     for ((o, &v), &w) in out.iter_mut().zip(x).zip(weight) {
         *o = v * scale * w;

@@ -1,0 +1,112 @@
+//! One token through one expert: the rows of up that live, and down by its live neurons.
+
+use std::arch::aarch64::*;
+use std::ops::Range;
+
+use super::{add_block, load_f16, nibbles, prefetch, sdot};
+use crate::activations::ActRow;
+use crate::block::BLOCK_LEN;
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::experts::HiddenGroup;
+use crate::live::Live;
+
+/// Rows of up are taken four at a time; lanes are rows.
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    let (scales, qs) = region.split_at(up.scales_bytes);
+    let mut ahead = rows.chunks(4);
+    ahead.next();
+    for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
+        let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
+        let row = quad(rows);
+        let next = ahead.next().map_or(row, quad);
+        let w = row.map(|r| &qs[r * up.row_bytes..][..up.kb * 16]);
+        let s = row.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]);
+        let mut acc = vdupq_n_f32(0.0);
+        for b in 0..up.kb {
+            let q = &a.q[b * BLOCK_LEN..][..BLOCK_LEN];
+            // SAFETY: 32 activations.
+            let (q0, q1) = unsafe { (vld1q_s8(q.as_ptr()), vld1q_s8(q.as_ptr().add(16))) };
+            let sums: [int32x4_t; 4] = std::array::from_fn(|i| {
+                if b % 4 == 0 {
+                    prefetch(qs.as_ptr().wrapping_add(next[i] * up.row_bytes + b * 16));
+                }
+                // SAFETY: the row has 16 bytes in block `b`.
+                let (lo, hi) = nibbles(unsafe { vld1q_u8(w[i][b * 16..][..16].as_ptr()) });
+                sdot(sdot(vdupq_n_s32(0), lo, q0), hi, q1)
+            });
+            let sums = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+            let isum = vaddq_s32(sums, vdupq_n_s32(a.bias[b]));
+            let mut halves = [0u8; 8];
+            for (half, s) in halves.chunks_exact_mut(2).zip(s) {
+                half.copy_from_slice(&s[b * 2..b * 2 + 2]);
+            }
+            // SAFETY: 8 bytes.
+            let d_w = unsafe { load_f16(halves.as_ptr()) };
+            acc = add_block(acc, isum, d_w, vdupq_n_f32(a.d[b]));
+        }
+        let mut sums = [0f32; 4];
+        // SAFETY: sums has 4 floats.
+        unsafe { vst1q_f32(sums.as_mut_ptr(), acc) };
+        out.copy_from_slice(&sums[..out.len()]);
+    }
+}
+
+#[target_feature(enable = "neon,dotprod")]
+pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
+    assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
+    out.fill(0.0);
+    let mut groups = Live::groups(down, region, hidden);
+    let Some(mut live) = groups.next() else { return };
+    loop {
+        let next = groups.next();
+        let d_a = vdupq_n_f32(live.d);
+        for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
+            if let Some(next) = &next {
+                next.request(&chunks, i, prefetch);
+            }
+            // 16 of the chunk's 64 bytes at a time: sums 0..4 are outputs 16v + 4 part.., 4..8 are 64 + 16v + 4 part..
+            for part in 0..4 {
+                let mut sums = [vdupq_n_s32(live.bias); 8];
+                for (rows, &quad) in live.quads() {
+                    let q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+                    // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
+                    let w: [uint8x16_t; 4] =
+                        std::array::from_fn(|i| unsafe { vld1q_u8(live.rows.add(rows[i] + chunk * 64 + part * 16)) });
+                    for (v, w) in interleave(w).into_iter().enumerate() {
+                        let (lo, hi) = nibbles(w);
+                        sums[v] = sdot(sums[v], lo, q);
+                        sums[v + 4] = sdot(sums[v + 4], hi, q);
+                    }
+                }
+                for (v, sum) in sums.into_iter().enumerate() {
+                    let at = v * 16 + part * 4;
+                    // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
+                    unsafe {
+                        let d_w = load_f16(live.scales.add((chunk * OUTPUT_CHUNK + at) * 2));
+                        let p = out.as_mut_ptr().add(at);
+                        vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, d_a));
+                    }
+                }
+            }
+        }
+        match next {
+            Some(next) => live = next,
+            None => return,
+        }
+    }
+}
+
+/// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds byte `4v + i` of each.
+#[inline]
+#[target_feature(enable = "neon")]
+fn interleave(w: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+    let pairs = |a, b| (vreinterpretq_u16_u8(vzip1q_u8(a, b)), vreinterpretq_u16_u8(vzip2q_u8(a, b)));
+    let ((ab_lo, ab_hi), (cd_lo, cd_hi)) = (pairs(w[0], w[1]), pairs(w[2], w[3]));
+    [
+        vreinterpretq_u8_u16(vzip1q_u16(ab_lo, cd_lo)),
+        vreinterpretq_u8_u16(vzip2q_u16(ab_lo, cd_lo)),
+        vreinterpretq_u8_u16(vzip1q_u16(ab_hi, cd_hi)),
+        vreinterpretq_u8_u16(vzip2q_u16(ab_hi, cd_hi)),
+    ]
+}

@@ -65,9 +65,11 @@ pub fn kernel(strength: f64, head_dim: usize, theta: f64) -> Vec<f64> {
     weights.iter().map(|w| w / sum).collect()
 }
 
-/// Finds the knobs for `target`; `slow` is the share of the router input's variance that the topic makes up.
-pub fn calibrate(target: &Routing, head_dim: usize, theta: f64, slow: f64, seed: u64) -> Calibration {
-    let simulation = Simulation::new(target, slow, seed);
+/// Finds the knobs for `target`. `slow` is the share of the router input's variance that the topic makes up; `wobble` how
+/// much the divisor of the norms, and with it the length of a constant key, varies from token to token (standard
+/// deviation over mean): scores are large, so a little of it shows in the attention weights.
+pub fn calibrate(target: &Routing, head_dim: usize, theta: f64, slow: f64, wobble: f64, seed: u64) -> Calibration {
+    let simulation = Simulation::new(target, slow, wobble, seed);
     let (mut low, mut high) = (0.15_f64, 12.0_f64);
     let mut best = simulation.run(low, head_dim, theta);
     for _ in 0..12 {
@@ -82,30 +84,43 @@ pub fn calibrate(target: &Routing, head_dim: usize, theta: f64, slow: f64, seed:
 struct Simulation<'a> {
     target: &'a Routing,
     slow: f64,
+    wobble: f64,
     past: Vec<f32>,
     fresh: Vec<f32>,
+    /// How much longer than the mean each past token's key is, in units of `wobble`.
+    lengths: Vec<f32>,
 }
 
 impl<'a> Simulation<'a> {
-    fn new(target: &'a Routing, slow: f64, seed: u64) -> Self {
+    fn new(target: &'a Routing, slow: f64, wobble: f64, seed: u64) -> Self {
         let normals = Normals::new();
         let mut past = vec![0.0; (TOKENS + REACH) * target.n_experts];
         normals.fill(&mut Rng::for_row(seed, "calibration.past", 0), 1.0, &mut past);
         let mut fresh = vec![0.0; TOKENS * target.n_experts];
         normals.fill(&mut Rng::for_row(seed, "calibration.fresh", 0), 1.0, &mut fresh);
-        Self { target, slow, past, fresh }
+        let mut lengths = vec![0.0; TOKENS + REACH];
+        normals.fill(&mut Rng::for_row(seed, "calibration.lengths", 0), 1.0, &mut lengths);
+        Self { target, slow, wobble, past, fresh, lengths }
     }
 
     fn run(&self, strength: f64, head_dim: usize, theta: f64) -> Calibration {
         let weights = kernel(strength, head_dim, theta);
-        let energy: f64 = weights.iter().map(|w| w * w).sum();
+        let exponent = strength * active_pairs(head_dim, theta).len() as f64 * self.wobble;
+        let attention = |token: usize| -> Vec<f64> {
+            let length = |distance: usize| f64::from(self.lengths[token + REACH - 1 - distance]);
+            let raw: Vec<f64> = weights.iter().enumerate().map(|(d, w)| w * (exponent * length(d)).exp()).collect();
+            let sum: f64 = raw.iter().sum();
+            raw.iter().map(|w| w / sum).collect()
+        };
+        let square = |token| attention(token).iter().map(|w| w * w).sum::<f64>();
+        let energy = (0..TOKENS).map(square).sum::<f64>() / TOKENS as f64;
         let n = self.target.n_experts;
-        let scale = (self.slow / energy).sqrt() as f32;
+        let scale = (self.slow / energy).sqrt();
         let mut logits: Vec<f32> = self.fresh.iter().map(|x| (1.0 - self.slow).sqrt() as f32 * x).collect();
         for (token, row) in logits.chunks_exact_mut(n).enumerate() {
-            for (distance, &w) in weights.iter().enumerate() {
-                let w = scale * w as f32;
-                let start = (token + REACH - distance) * n;
+            for (distance, w) in attention(token).into_iter().enumerate() {
+                let w = (scale * w) as f32;
+                let start = (token + REACH - 1 - distance) * n;
                 for (x, p) in row.iter_mut().zip(&self.past[start..start + n]) {
                     *x += w * p;
                 }
@@ -164,7 +179,7 @@ mod tests {
     fn calibration_reaches_its_targets() {
         for (n_experts, n_used) in [(32, 4), (64, 6)] {
             let target = Routing { n_experts, n_used, n_popular: n_experts / 4, popular_share: 0.6, repeat_share: 0.5 };
-            let found = calibrate(&target, 128, 1.5e6, 0.87, 1);
+            let found = calibrate(&target, 128, 1.5e6, 0.87, 0.016, 1);
             assert!((found.popular_share - 0.6).abs() < 0.01, "{found:?}");
             assert!((found.repeat_share - 0.5).abs() < 0.02, "{found:?}");
         }

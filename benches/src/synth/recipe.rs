@@ -165,7 +165,9 @@ impl Recipe {
             repeat_share: statistics.repeat_share,
         };
         let slow_share = TOPIC / (TOPIC + OWN_SLOW);
-        let calibration = calibrate(&target, shape.head_dim, shape.rope_theta, slow_share, statistics.seed);
+        // A sum of squares of k normals varies by √(2k); the root halves that.
+        let wobble = 0.5 * (2.0 * rest.len() as f64).sqrt() / n as f64;
+        let calibration = calibrate(&target, shape.head_dim, shape.rope_theta, slow_share, wobble, statistics.seed);
         let mut recipe = Self {
             shape,
             vocab,
@@ -228,7 +230,7 @@ impl Recipe {
             let successor = last_rotary == Some(layer);
             let topic = (s.rope[layer] && !(successor && s.n_kv_heads == 1)).then(|| {
                 let variance = if wrote_topic { TOPIC_STEP } else { TOPIC };
-                (variance / self.calibration.kernel_energy).sqrt()
+                (variance / ((1.0 + grown) * self.calibration.kernel_energy)).sqrt()
             });
             let early = layer * 8 < s.n_layers;
             let sparsity = if early { statistics.early_sparsity } else { statistics.sparsity };

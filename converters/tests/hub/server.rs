@@ -201,6 +201,11 @@ impl Server {
         self.shared.faults.lock().unwrap().entry(file.to_owned()).or_default().push_back(fault);
     }
 
+    /// Drops the faults that were not met.
+    pub(crate) fn heal(&self) {
+        self.shared.faults.lock().unwrap().clear();
+    }
+
     pub(crate) fn change(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.shared.settings.lock().unwrap());
     }

@@ -1,7 +1,7 @@
 //! One arithmetic: the same bits whatever the way of computing.
 
 use st_convert::{Layout, WeightType};
-use st_model::{Isa, KvType, LoadOptions};
+use st_model::{Engine, IoMode, Isa, KvType, LoadOptions, ModelError, Session, StoreError};
 
 use crate::common;
 
@@ -47,6 +47,54 @@ fn pieces_of_a_prompt_change_no_token() {
                     "{} {kv_type:?} {piece}",
                     golden.name
                 );
+            }
+        }
+    }
+}
+
+/// A conversation: a prompt longer than the window that touches more experts than the cache holds, some tokens, a second
+/// turn, some more tokens.
+fn conversation(engine: &Engine, first: &[u32], second: &[u32]) -> Vec<u32> {
+    let mut session = Session::new(engine).expect("a session");
+    let mut tokens = Vec::new();
+    for turn in [first, second] {
+        session.forward(turn).expect("a forward pass");
+        for _ in 0..24 {
+            let best = common::argmax(session.logits());
+            tokens.push(best);
+            session.forward(&[best]).expect("a forward pass");
+        }
+    }
+    tokens
+}
+
+/// Streamed equals resident, token for token: both layouts, from the fewest slots to one for every expert, 1 and 2 threads,
+/// direct and buffered reads, with prefetch and without.
+#[test]
+fn streaming_changes_no_token() {
+    let goldens = common::goldens();
+    let golden = |name: &str| goldens.iter().find(|golden| golden.name == name).expect(name);
+    let (long, short) = (golden("long_mixed"), golden("chat_sum"));
+    let resident = common::engine(long.gguf(WeightType::Q4_0, Layout::Gguf), &LoadOptions::default());
+    let expected = conversation(&resident, &long.ids, &short.ids);
+    assert!(expected.iter().any(|id| *id != expected[0]), "a constant answer");
+    let c = resident.config();
+    let (fewest, all) = (2 * c.n_experts_used, c.n_experts * c.n_layers);
+    for layout in [Layout::Gguf, Layout::Offload] {
+        for slots in [fewest, fewest + 1, c.n_layers * c.n_experts_used, all - 1, all] {
+            for (threads, prefetch) in [(1, true), (2, true), (2, false)] {
+                for io in [IoMode::Direct, IoMode::Buffered] {
+                    let options = LoadOptions { threads, prefetch, io, slots: Some(slots), ..LoadOptions::default() };
+                    let engine = match Engine::load(long.gguf(WeightType::Q4_0, layout), &options) {
+                        Ok(engine) => engine,
+                        // A file system without direct I/O, as tmpfs.
+                        Err(ModelError::Experts(StoreError::DirectRefused { .. })) => continue,
+                        Err(error) => panic!("{error}"),
+                    };
+                    let got = conversation(&engine, &long.ids, &short.ids);
+                    assert_eq!(got, expected, "{layout:?} {slots} slots {threads} threads {prefetch} {io:?}");
+                    assert!(engine.store_stats().evictions > 0 || slots >= all - 1, "{slots} slots and no eviction");
+                }
             }
         }
     }

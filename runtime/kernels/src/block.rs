@@ -55,8 +55,8 @@ impl BlockQ4_0 {
     /// Quantizes 32 floats as ggml's reference does.
     #[inline]
     pub fn quantize(x: &[f32; BLOCK_LEN]) -> Self {
-        // Where all are zero the sign of the first one decides the sign of the scale, as in the reference vectors.
-        let (mut amax, mut max) = (0f32, if x[0] == 0.0 { x[0] } else { 0.0 });
+        // Where all are zero, of whatever sign, `max` stays +0 and the scale is -0, as in ggml's C code.
+        let (mut amax, mut max) = (0f32, 0f32);
         for &v in x {
             if amax < v.abs() {
                 amax = v.abs();
@@ -277,7 +277,11 @@ mod tests {
             let Some(case) = name.strip_suffix(".input") else { continue };
             let x = floats(tensors.tensor(name).unwrap().data());
             for (ty, key) in [(WeightType::Q4_0, "q4_0"), (WeightType::Q8_0, "q8_0")] {
-                let want = tensors.tensor(&format!("{case}.{key}")).unwrap().data().to_vec();
+                let mut want = tensors.tensor(&format!("{case}.{key}")).unwrap().data().to_vec();
+                if (case, ty) == ("negative_zeros", WeightType::Q4_0) {
+                    // The one known difference of the vectors (gguf-py's) from ggml's C code, which is followed.
+                    want.chunks_exact_mut(18).for_each(|block| block[..2].copy_from_slice(&0x8000_u16.to_le_bytes()));
+                }
                 let mut got = vec![0; ty.row_bytes(x.len()).unwrap()];
                 match ty {
                     WeightType::Q4_0 => quantize_row_q4_0(&x, &mut got),
@@ -289,7 +293,7 @@ mod tests {
                 dequantize_row(ty, &got, &mut values);
                 for (i, (a, b)) in values.iter().zip(&want).enumerate() {
                     assert!(
-                        a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()),
+                        a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()) || (*a == 0.0 && *b == 0.0),
                         "{case}.{key}[{i}]: got {a}, expected {b}"
                     );
                 }

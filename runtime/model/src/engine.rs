@@ -29,6 +29,8 @@ pub struct LoadOptions {
     pub kv_type: KvType,
     /// The most memory that the process may use, in bytes.
     pub memory: Option<u64>,
+    /// At most this many experts in the cache, whatever the memory allows; `None` takes what the plan gives.
+    pub slots: Option<usize>,
     /// How experts are read.
     pub io: IoMode,
     /// Whether reads of chosen experts start before attention.
@@ -46,6 +48,7 @@ impl Default for LoadOptions {
             ctx: None,
             kv_type: KvType::F16,
             memory: None,
+            slots: None,
             io: IoMode::Auto,
             prefetch: true,
             io_threads: None,

@@ -35,5 +35,5 @@ pub use plan::MemoryPlan;
 pub use reference::{LayerTrace, Reference};
 pub use router::Routing;
 pub use session::{Session, Work};
-pub use st_experts::{IoMode, StoreStats};
+pub use st_experts::{IoMode, StoreError, StoreStats};
 pub use st_kernels::{Isa, KvType};

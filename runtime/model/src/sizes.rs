@@ -94,10 +94,12 @@ pub(crate) fn plan(
         max_ctx: config.context_length,
         ctx_step: POSITION_STEP,
     };
-    match options.memory {
+    let mut plan = match options.memory {
         None => MemoryPlan::unlimited(fixed, variable, shape, options.ctx),
         Some(budget) => MemoryPlan::for_budget(budget, fixed, variable, shape, options.ctx),
-    }
+    }?;
+    plan.n_slots = plan.n_slots.min(options.slots.unwrap_or(usize::MAX));
+    Ok(plan)
 }
 
 /// Everything but the experts, as it lies in memory.

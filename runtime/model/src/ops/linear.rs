@@ -71,7 +71,7 @@ impl Linear {
             true => r16::packed_bytes(ty, n_out, n_in),
             false => row_bytes.checked_mul(n_out),
         };
-        let mut data = AlignedBuf::zeroed(bytes.ok_or_else(|| shape_error(&parts[0].0))?);
+        let mut data = AlignedBuf::zeroed_beside(bytes.ok_or_else(|| shape_error(&parts[0].0))?);
         let chunk_bytes =
             if ty.is_quantized() { r16::packed_bytes(ty, LOAD_ROWS, n_in) } else { row_bytes.checked_mul(LOAD_ROWS) };
         let failed = Mutex::new(None);

@@ -71,7 +71,8 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
         for (i, &v) in v.iter().enumerate() {
             is_max |= (_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(abs(v), amax)) as u32) << (8 * i);
         }
-        let max = x.get(is_max.trailing_zeros() as usize).copied().unwrap_or(0.0);
+        // Adding +0 makes a negative zero positive and changes nothing else.
+        let max = x.get(is_max.trailing_zeros() as usize).copied().unwrap_or(0.0) + 0.0;
         let d = max / -8.0;
         let id = _mm256_set1_ps(if d != 0.0 { 1.0 / d } else { 0.0 });
         let levels = v.map(|v| _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(v, id), _mm256_set1_ps(8.5))));

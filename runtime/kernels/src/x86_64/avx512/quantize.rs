@@ -55,7 +55,8 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
         let amax = _mm512_set1_ps(abs_max(v0, v1));
         let is_max = u32::from(_mm512_cmpeq_ps_mask(_mm512_abs_ps(v0), amax))
             | u32::from(_mm512_cmpeq_ps_mask(_mm512_abs_ps(v1), amax)) << 16;
-        let max = x.get(is_max.trailing_zeros() as usize).copied().unwrap_or(0.0);
+        // Adding +0 makes a negative zero positive and changes nothing else.
+        let max = x.get(is_max.trailing_zeros() as usize).copied().unwrap_or(0.0) + 0.0;
         let d = max / -8.0;
         let id = _mm512_set1_ps(if d != 0.0 { 1.0 / d } else { 0.0 });
         let level = |v| _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(v, id), offset));

@@ -73,13 +73,13 @@ impl Model {
                 }
                 let name = short_name(repo);
                 let there = hub(context)?.cached(repo, "main").ok().flatten().is_some();
-                let (state, download) = match there {
-                    true => ("downloaded, but not converted in this folder", String::new()),
-                    false => ("not downloaded", format!("st-tool download {name} && ")),
+                let (state, does) = match there {
+                    true => ("is downloaded, but not converted in this folder", "converts"),
+                    false => ("is no file here, and not downloaded", "downloads and converts"),
                 };
                 Err(Advice::new(
-                    format!("{repo} is {state}"),
-                    format!("{download}st-tool quantize {name} --q4_0, then run the file that it makes"),
+                    format!("{repo} {state}"),
+                    format!("st-tool quantize {name} --q4_0 {does} it; then run the file that it makes"),
                 )
                 .into())
             }

@@ -2,8 +2,9 @@
 //!
 //! The file is written beside its final name and renamed when it is complete; until then nothing stands there.
 
+use std::fs::Permissions;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use serde_json::{Map, json};
@@ -49,8 +50,7 @@ impl TensorFile {
             *place += start;
         }
 
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".st-tool-").suffix(".partial").tempfile_in(folder)?;
+        let mut file = beside(path)?;
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         file.as_file().set_len(start + offset)?;
@@ -83,6 +83,14 @@ impl TensorFile {
         };
         Ok(())
     }
+}
+
+/// A file next to the one it is to become, with the permissions that a new file has. Dropping it removes it.
+pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".st-tool-").suffix(".partial").permissions(Permissions::from_mode(0o666));
+    builder.tempfile_in(folder)
 }
 
 #[cfg(test)]

@@ -1,1 +1,9 @@
-//! Integration tests.
+//! Integration tests of the whole program, in one binary.
+
+mod cli;
+mod common;
+mod golden;
+mod identity;
+mod program;
+mod regression;
+mod reject;

@@ -19,6 +19,7 @@ use super::run::{Style, answer, no_template, no_tokenizer};
 use super::{Context, stats};
 use crate::cli::RunArgs;
 use crate::report::{self, Interrupted, is_closed_output};
+use crate::tensor_file::beside;
 
 const HELP: &str = "\
 /help          this list
@@ -259,8 +260,7 @@ fn read_saved(path: &Path) -> anyhow::Result<Saved> {
 
 /// Writes beside the final name first, so that no half conversation ever stands under it.
 fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    let mut file = beside(path)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     file.persist(path)?;

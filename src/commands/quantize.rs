@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use st_convert::{ConvertOptions, ConvertPlan, compare, convert, plan};
-use st_gguf::Layout;
+use st_gguf::{GgufError, Layout};
 
 use super::Context;
 use crate::cli::QuantizeArgs;
@@ -23,6 +23,11 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         search: false,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
+    let writes = !args.dry_run && args.compare.is_none();
+    if writes && !args.force && output.exists() {
+        // Said before anything is downloaded; the writer has the last word.
+        return Err(GgufError::Exists { path: output }.into());
+    }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;
     let warn = |plan: &ConvertPlan| {

@@ -1,0 +1,403 @@
+//! The contract of the command line: what goes where, exit statuses, names of models, every option that does something.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use tempfile::tempdir;
+
+use crate::common::repo;
+use crate::program::{Run, arg, names, program, run};
+
+const QUESTION: &str = "What is 27 + 45?";
+const ANSWER: &str = "27 + 45 = 72";
+
+fn checkpoint() -> String {
+    repo("models/tiny/checkpoint").display().to_string()
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Greedy, with nothing on stderr.
+fn quiet<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    [&["run", "-q", "--temp", "0"], args].concat()
+}
+
+#[test]
+fn help_and_version_are_output() {
+    assert!(run(["--version"]).ok().starts_with("st-tool "));
+    for command in ["download", "quantize", "layout", "run", "bench", "logits", "inspect", "perplexity"] {
+        assert!(run(["--help"]).ok().contains(command));
+        assert!(run([command, "--help"]).ok().contains("Usage: st-tool"));
+    }
+}
+
+#[test]
+fn wrong_arguments_are_exit_status_2() {
+    run::<&str>([]).misused("Usage");
+    run(["nonsense"]).misused("unrecognized subcommand");
+    run(["quantize", "x"]).misused("--q4_0");
+    run(["quantize", "x", "--q4_0", "--f16"]).misused("cannot be used with");
+    run(["quantize", "x", "--q4_0", "--layout", "x"]).misused("invalid value");
+    run(["quantize", "x", "--q4_0", "--compare", "y", "-o", "z"]).misused("cannot be used with");
+    run(["layout", "x", "y"]).misused("--to");
+    run(["run", "--memory", "1GB"]).misused("1GiB");
+    run(["run", "--threads", "0"]).misused("at least 1");
+    run(["run", "--ctx", "0"]).misused("at least 1");
+    run(["run", "-p", "x", "-f", "y"]).misused("cannot be used with");
+    run(["run", "--raw", "--system", "x"]).misused("cannot be used with");
+    run(["run", "--kv-type", "q5"]).misused("invalid value");
+    run(["logits", "tiny", "--token-ids", "1"]).misused("--output");
+    run(["download"]).misused("MODEL");
+    run(["perplexity", "tiny"]).misused("--file");
+}
+
+#[test]
+fn settings_outside_their_range_are_errors() {
+    run(["run", "-p", "x", "--temp", "nan"]).fails(&["temperature is NaN"]);
+    run(["run", "-p", "x", "--top-p", "0"]).fails(&["top-p is 0", "above 0"]);
+    run(["run", "-p", "x", "--min-p", "2"]).fails(&["min-p is 2"]);
+    run(["run", "-p", "x", "--repeat-penalty", "0"]).fails(&["repeat penalty is 0"]);
+}
+
+#[test]
+fn an_answer_is_output_and_everything_else_is_not() {
+    let plain = run(["run", "-p", QUESTION, "--temp", "0", "--stats"]);
+    assert_eq!(plain.stdout, format!("{ANSWER}\n"));
+    assert!(plain.stderr.contains("note: no MODEL is given"));
+    for word in ["prompt: ", "generation: ", "tokens/s", "GB/s", "resident"] {
+        assert!(plain.stderr.contains(word), "{}", plain.stderr);
+    }
+    let quiet = run(["run", "tiny", "-p", QUESTION, "--temp", "0", "--quiet"]);
+    assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), (plain.stdout.as_str(), ""));
+}
+
+#[test]
+fn prompts_come_from_arguments_files_pipes_and_ids() {
+    let expected = format!("{ANSWER}\n");
+    let folder = tempdir().expect("a folder");
+    let file = folder.path().join("prompt.txt");
+    fs::write(&file, format!("{QUESTION}\n")).expect("written");
+    assert_eq!(run(quiet(&["-f", arg(&file)])).ok(), expected);
+
+    let piped = |args: &[&str]| {
+        let mut command = program();
+        command.args(quiet(args)).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        writeln!(stdin, "{QUESTION}").expect("written");
+        drop(stdin);
+        Run::checked(child.wait_with_output().expect("it ends")).ok()
+    };
+    assert_eq!(piped(&[]), expected);
+    assert_eq!(piped(&["-f", "-"]), expected);
+    assert_eq!(piped(&["-p", "-"]), expected);
+
+    let answer = json(&run(quiet(&["-p", QUESTION, "--json"])).ok());
+    let ids: Vec<String> = answer["prompt_ids"].as_array().expect("ids").iter().map(Value::to_string).collect();
+    assert_eq!(run(quiet(&["--token-ids", &ids.join(",")])).ok(), expected);
+    fs::write(&file, ids.join("\n")).expect("written");
+    assert_eq!(run(quiet(&["--token-ids", &format!("@{}", file.display())])).ok(), expected);
+}
+
+#[test]
+fn json_is_one_object_with_everything() {
+    let text = run(quiet(&["-p", QUESTION, "--json", "--memory", "60MiB"])).ok();
+    assert_eq!(text.lines().count(), 1);
+    let answer = json(&text);
+    assert_eq!(answer["text"], ANSWER);
+    assert_eq!(answer["finish_reason"], "stop");
+    // The end token is the last id, and not part of the text.
+    assert_eq!(answer["ids"].as_array().and_then(|ids| ids.last()).expect("ids"), 2047);
+    let stats = &answer["stats"];
+    assert_eq!(stats["prompt_tokens"], answer["prompt_ids"].as_array().expect("ids").len());
+    assert!(stats["peak_resident_bytes"].as_u64().expect("bytes") < 60 << 20);
+    assert!(stats["experts"]["hit_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate)));
+}
+
+#[test]
+fn answers_end_where_they_are_told_to() {
+    let answer = |args: &[&str]| json(&run(quiet(&[&["-p", "Tell me a story.", "--json"], args].concat())).ok());
+    let whole = answer(&[]);
+    assert_eq!(whole["finish_reason"], "stop");
+    let text = whole["text"].as_str().expect("text");
+
+    let five = answer(&["-n", "5"]);
+    assert_eq!(five["ids"].as_array().expect("ids").len(), 5);
+    assert_eq!(five["finish_reason"], "length");
+    assert!(text.starts_with(five["text"].as_str().expect("text")));
+
+    let stop: String = text.chars().skip(20).take(4).collect();
+    let stopped = answer(&["--stop", "@@never@@", &stop]);
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["text"].as_str().expect("text"), text.split(&stop).next().expect("a part"));
+
+    // Through the end token and until the context is full.
+    let full = answer(&["--ctx", "32"]);
+    assert_eq!(full["finish_reason"], "length");
+    assert_eq!(full["stats"]["ctx"], 32);
+}
+
+#[test]
+fn seeds_repeat_and_differ() {
+    let story =
+        |seed: &str| run(["run", "-q", "-p", "Tell me a story.", "-n", "40", "--temp", "1", "--seed", seed]).ok();
+    assert_eq!(story("1"), story("1"));
+    assert_ne!(story("1"), story("2"));
+}
+
+#[test]
+fn raw_text_goes_past_the_template() {
+    let text = "<|im_start|>user\nWhat is 27 + 45?<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(run(quiet(&["--raw", "-p", text])).ok(), format!("{ANSWER}\n"));
+    let ids = |args: &[&str]| json(&run(quiet(&[args, &["--json", "-n", "1"]].concat())).ok())["prompt_ids"].clone();
+    let with_system = ids(&["-p", "Hi", "--system", "Be kind."]);
+    let text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(with_system, ids(&["--raw", "-p", text]));
+}
+
+#[test]
+fn streamed_text_is_the_text_of_the_object() {
+    let prompt = "用中文写一个小故事。";
+    let object = json(&run(quiet(&["-p", prompt, "--json"])).ok());
+    assert_eq!(run(quiet(&["-p", prompt])).ok(), format!("{}\n", object["text"].as_str().expect("text")));
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut command = program();
+    command.args(quiet(&["--raw", "-p", "Once", "-n", "1500", "--stop", "@@never@@"]));
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+    let mut byte = [0];
+    let mut stdout = child.stdout.take().expect("a pipe");
+    stdout.read_exact(&mut byte).expect("a first byte");
+    drop(stdout);
+    let run = Run::checked(child.wait_with_output().expect("it ends"));
+    assert_eq!((run.status, run.stderr.as_str()), (0, ""));
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let output = program().args(quiet(&["-p", QUESTION])).stdout(full).output().expect("the program starts");
+    Run::checked(output).fails(&["cannot write to standard output"]);
+}
+
+#[test]
+fn signals_end_the_work_cleanly() {
+    for (signal, status) in [("INT", 130), ("TERM", 143)] {
+        let mut command = program();
+        command.args(["bench", "-p", "0", "-n", "2000", "-r", "100000"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
+        std::thread::sleep(Duration::from_millis(700));
+        let killed = Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status();
+        assert!(killed.expect("kill runs").success());
+        let run = Run::checked(child.wait_with_output().expect("it ends"));
+        assert_eq!((run.status, run.stderr.as_str(), run.stdout.as_str()), (status, "error: interrupted\n", ""));
+    }
+}
+
+#[test]
+fn a_budget_that_is_too_small_names_one_that_works() {
+    let refused = run(["run", "tiny", "-p", QUESTION, "--temp", "0", "--memory", "1MiB"]).fails(&["not enough"]);
+    let hint = refused.hint().to_owned();
+    let size = hint.split_whitespace().find(|word| word.ends_with("MiB")).expect("a size");
+    let answered = run(["run", "tiny", "-p", QUESTION, "--temp", "0", "--memory", size]);
+    assert!(answered.stderr.contains("memory: "), "the plan is shown: {}", answered.stderr);
+    assert_eq!(answered.ok(), format!("{ANSWER}\n"));
+}
+
+#[test]
+fn models_are_named_found_and_explained() {
+    let file = repo("models/tiny/tiny-q4_0.gguf");
+    assert_eq!(run(quiet(&[arg(&file), "-p", QUESTION])).ok(), format!("{ANSWER}\n"));
+    run(["run", "no/such.gguf", "-p", "x"]).fails(&["no/such.gguf"]);
+    run(["run", "nonsense", "-p", "x"]).fails(&["nonsense"]);
+    let folder = run(["run", &checkpoint(), "-p", "x"]).fails(&["is a folder"]);
+    assert!(folder.hint().contains("st-tool quantize"));
+    let missing = run(["run", "4b", "-p", "x"]).fails(&["PowerInfer/SmallThinker-4BA0.6B-Instruct"]);
+    assert!(missing.hint().contains("st-tool quantize 4b --q4_0"));
+    run(["quantize", "21b", "--q4_0"]).fails(&["offline", "SmallThinker-21BA3B-Instruct"]).hint();
+    let looked = run(["quantize", "21b", "--q4_0", "--dry-run"]).fails(&["not downloaded"]);
+    assert!(looked.hint().contains("st-tool download 21b"));
+    run(["quantize", "tiny", "--q4_0"]).fails(&["converted already"]);
+}
+
+/// A hub cache with the mini checkpoint as `owner/mini`.
+fn cache(folder: &Path) -> std::path::PathBuf {
+    let repo_folder = folder.join("hub/models--owner--mini");
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let snapshot = repo_folder.join("snapshots").join(commit);
+    fs::create_dir_all(&snapshot).expect("a folder");
+    fs::create_dir_all(repo_folder.join("refs")).expect("a folder");
+    fs::write(repo_folder.join("refs/main"), commit).expect("written");
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(repo("tests/golden/mini-4b").join(name), snapshot.join(name)).expect("copied");
+    }
+    snapshot
+}
+
+#[test]
+fn the_shared_hub_cache_is_used() {
+    let folder = tempdir().expect("a folder");
+    let snapshot = cache(folder.path());
+    let work = tempdir().expect("a folder");
+    let here = |args: &[&str]| Run::of(program().env("HF_HOME", folder.path()).current_dir(work.path()).args(args));
+
+    assert_eq!(here(&["download", "owner/mini", "--offline"]).ok(), format!("{}\n", snapshot.display()));
+    let hint = here(&["run", "owner/mini", "--token-ids", "1"]).fails(&["owner/mini is downloaded, but not converted"]);
+    assert!(hint.hint().starts_with("st-tool quantize owner/mini --q4_0"));
+    assert_eq!(here(&["quantize", "owner/mini", "--q4_0"]).ok(), "");
+    assert_eq!(names(work.path()), ["mini-q4_0.gguf"]);
+
+    // A file without a tokenizer takes and gives ids.
+    let ids = here(&["run", "owner/mini", "--token-ids", "1,2,3", "-n", "4", "--temp", "0", "-q"]).ok();
+    let ids: Vec<u32> = ids.trim_end().split(',').map(|id| id.parse().expect("an id")).collect();
+    assert_eq!(ids.len(), 4);
+    here(&["run", "owner/mini", "-p", "x"]).fails(&["no tokenizer"]).hint();
+    here(&["download", "owner/other", "--offline"]).fails(&["owner/other"]).hint();
+    here(&["download", "not a name"]).fails(&["not a name"]).hint();
+}
+
+#[test]
+fn quantize_writes_the_same_bytes_and_never_over_a_file_unasked() {
+    let folder = tempdir().expect("a folder");
+    let here = |args: &[&str]| Run::of(program().current_dir(folder.path()).args(args));
+    let tiny = fs::read(repo("models/tiny/tiny-q4_0.gguf")).expect("the bundled model");
+
+    assert_eq!(here(&["quantize", &checkpoint(), "--q4_0", "--threads", "1", "-o", "a.gguf"]).ok(), "");
+    assert_eq!(here(&["quantize", &checkpoint(), "--q4_0", "--threads", "2"]).ok(), "");
+    assert_eq!(names(folder.path()), ["a.gguf", "checkpoint-q4_0.gguf"]);
+    for name in names(folder.path()) {
+        assert!(fs::read(folder.path().join(name)).expect("read") == tiny, "the bundled model is another");
+    }
+
+    fs::write(folder.path().join("a.gguf"), "mine").expect("written");
+    let refused = here(&["quantize", &checkpoint(), "--q4_0", "-o", "a.gguf"]).fails(&["a.gguf", "exists"]);
+    assert!(refused.hint().contains("--force"));
+    assert_eq!(fs::read(folder.path().join("a.gguf")).expect("read"), b"mine");
+    here(&["quantize", &checkpoint(), "--q4_0", "-o", "a.gguf", "--force"]).ok();
+    assert!(fs::read(folder.path().join("a.gguf")).expect("read") == tiny);
+
+    here(&["quantize", &checkpoint(), "--q4_0", "-o", "no/such/folder.gguf"]).fails(&["no/such"]);
+    assert_eq!(names(folder.path()), ["a.gguf", "checkpoint-q4_0.gguf"]);
+}
+
+#[test]
+fn quantize_dry_run_and_compare_write_nothing() {
+    let folder = tempdir().expect("a folder");
+    let here = |args: &[&str]| Run::of(program().current_dir(folder.path()).args(args));
+    let table = here(&["quantize", &checkpoint(), "--q4_0", "--output-type", "q8_0", "--dry-run"]).ok();
+    assert!(table.lines().any(|line| line.starts_with("token_embd.weight") && line.contains("Q8_0")), "{table}");
+    assert!(table.lines().any(|line| line.starts_with("blk.7.ffn_down_exps.weight") && line.contains("64 x 192 x 16")));
+    let tiny = repo("models/tiny/tiny-q4_0.gguf");
+    assert_eq!(here(&["quantize", &checkpoint(), "--q4_0", "--compare", arg(&tiny)]).ok(), "");
+    let other = here(&["quantize", &checkpoint(), "--q8_0", "--compare", arg(&tiny)]);
+    assert_eq!(other.status, 1);
+    assert!(other.stdout.contains("token_embd.weight: type Q4_0, expected Q8_0"), "{}", other.stdout);
+    assert_eq!(names(folder.path()), [""; 0]);
+}
+
+#[test]
+fn layouts_turn_into_each_other_bit_for_bit_and_answer_alike() {
+    let folder = tempdir().expect("a folder");
+    let here = |args: &[&str]| Run::of(program().current_dir(folder.path()).args(args));
+    let tiny = repo("models/tiny/tiny-q4_0.gguf");
+    here(&["layout", arg(&tiny), "o.gguf", "--to", "offload"]).ok();
+    here(&["layout", "o.gguf", "g.gguf", "--to", "gguf"]).ok();
+    here(&["quantize", &checkpoint(), "--q4_0", "--layout", "offload"]).ok();
+    let read = |name: &str| fs::read(folder.path().join(name)).expect("read");
+    assert!(read("g.gguf") == fs::read(&tiny).expect("read"));
+    assert!(read("checkpoint-q4_0-offload.gguf") == read("o.gguf"));
+    here(&["layout", arg(&tiny), "o.gguf", "--to", "offload"]).fails(&["exists"]).hint();
+
+    let answer = |args: &[&str]| {
+        let all = [&["run", "o.gguf", "-q", "--temp", "0", "-p", "Tell me a story."], args].concat();
+        here(&all).ok()
+    };
+    let expected = run(quiet(&["-p", "Tell me a story."])).ok();
+    for args in [&[] as &[&str], &["--memory", "40MiB"], &["--memory", "40MiB", "--no-prefetch", "--io", "buffered"]] {
+        assert_eq!(answer(args), expected, "{args:?}");
+    }
+}
+
+#[test]
+fn logits_are_a_safetensors_file() {
+    let folder = tempdir().expect("a folder");
+    let here = |args: &[&str]| Run::of(program().current_dir(folder.path()).args(args));
+    here(&["logits", "tiny", "--token-ids", "1,2,3", "-o", "a.safetensors", "--layers"]).ok();
+    here(&["logits", "tiny", "--token-ids", "1,2,3", "-o", "b.safetensors", "--layers", "--reference"]).ok();
+    let read = |name: &str| fs::read(folder.path().join(name)).expect("read");
+    let (fast, reference) = (read("a.safetensors"), read("b.safetensors"));
+    let (fast, reference) =
+        (SafeTensors::deserialize(&fast).expect("valid"), SafeTensors::deserialize(&reference).expect("valid"));
+    let logits = |file: &SafeTensors<'_>| {
+        let logits = file.tensor("logits").expect("logits");
+        assert_eq!((logits.dtype(), logits.shape()), (Dtype::F32, &[3, 2048][..]));
+        crate::common::f32s(file, "logits")
+    };
+    let furthest = logits(&fast).iter().zip(logits(&reference)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(furthest < 2.0, "{furthest}");
+    for file in [&fast, &reference] {
+        assert_eq!(file.len(), 1 + 3 * 8);
+        assert_eq!(file.tensor("layer.7.output").expect("there").shape(), [3, 192]);
+        assert_eq!(file.tensor("layer.7.topk_ids").expect("there").dtype(), Dtype::I32);
+        let weights = crate::common::f32s(file, "layer.0.topk_weights");
+        assert!((weights[..4].iter().sum::<f32>() - 1.0).abs() < 1e-5);
+    }
+
+    here(&["logits", "tiny", "--token-ids", "1", "-o", "a.safetensors"]).fails(&["exists"]).hint();
+    here(&["logits", "tiny", "--token-ids", "1", "-o", "a.safetensors", "--force"]).ok();
+    here(&["logits", "tiny", "--token-ids", "", "-o", "c.safetensors"]).fails(&["no token ids"]);
+    here(&["logits", "tiny", "--token-ids", "2048", "-o", "c.safetensors"]).fails(&["2048"]);
+    assert_eq!(names(folder.path()), ["a.safetensors", "b.safetensors"]);
+}
+
+#[test]
+fn inspect_shows_a_file() {
+    let table = run(["inspect", "tiny", "--tensors"]).ok();
+    for part in ["smallthinker.block_count", "layout gguf", "Q4_0     57 tensors", "blk.7.ffn_down_exps.weight"] {
+        assert!(table.contains(part), "{table}");
+    }
+    assert!(!run(["inspect", "tiny"]).ok().contains("blk.7"));
+    let object = json(&run(["inspect", "tiny", "--json", "--tensors"]).ok());
+    assert_eq!(object["metadata"]["general.architecture"], "smallthinker");
+    assert_eq!(object["layout"], "gguf");
+    assert_eq!(object["tensors"].as_array().expect("tensors").len(), 82);
+}
+
+#[test]
+fn perplexity_of_a_text_the_model_knows_is_low() {
+    let folder = tempdir().expect("a folder");
+    let file = folder.path().join("text.txt");
+    let text = fs::read_to_string(repo("models/tiny/heldout.txt")).expect("read");
+    fs::write(&file, text.chars().take(6000).collect::<String>()).expect("written");
+    let line = run(["perplexity", "tiny", "-f", arg(&file), "--ctx", "256", "-q"]).ok();
+    assert!(line.starts_with("perplexity ") && line.contains(" ± "), "{line}");
+    let object = json(&run(["perplexity", "tiny", "-f", arg(&file), "--ctx", "256", "--json"]).ok());
+    let perplexity = object["perplexity"].as_f64().expect("a number");
+    assert!((1.0..5.0).contains(&perplexity), "{perplexity}");
+    fs::write(&file, "a").expect("written");
+    run(["perplexity", "tiny", "-f", arg(&file)]).fails(&["none can be scored"]);
+}
+
+#[test]
+fn bench_measures_both_kinds_of_work() {
+    let object = json(&run(["bench", "-p", "32", "-n", "8", "-d", "16", "-r", "2", "-o", "json"]).ok());
+    let tests = object["tests"].as_array().expect("tests");
+    assert_eq!(tests.len(), 2);
+    for test in tests {
+        let speed = |key: &str| test["tokens_per_second"][key].as_f64().expect("a number");
+        assert!(0.0 < speed("min") && speed("min") <= speed("median") && speed("median") <= speed("max"));
+    }
+    let table = run(["bench", "tiny", "-p", "0", "-n", "8", "-r", "1", "--memory", "64MiB"]).ok();
+    assert!(table.contains("| generation 8 |") && table.contains("experts: "), "{table}");
+    run(["bench", "-p", "0", "-n", "0"]).fails(&["nothing to measure"]);
+    run(["bench", "-p", "4000"]).fails(&["4000", "2048"]);
+}

@@ -1,0 +1,102 @@
+//! Running the program as a person would, and what every run must keep to.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// The program, in a clean environment: nothing of the machine's hub cache, no network.
+pub(crate) fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_st-tool"));
+    for name in ["HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "NO_COLOR", "XDG_CACHE_HOME"] {
+        command.env_remove(name);
+    }
+    command.env("HF_HOME", "/nonexistent/hf").env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
+    command
+}
+
+/// Runs the program and checks what holds for every run: it ended by itself, without a panic, and coloured nothing
+/// that is not a terminal.
+pub(crate) fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
+    Run::of(program().args(args))
+}
+
+/// What a run left behind.
+#[derive(Debug)]
+pub(crate) struct Run {
+    /// Exit status.
+    pub(crate) status: i32,
+    /// Standard output.
+    pub(crate) stdout: String,
+    /// Standard error.
+    pub(crate) stderr: String,
+}
+
+impl Run {
+    /// Runs a prepared command.
+    pub(crate) fn of(command: &mut Command) -> Self {
+        Self::checked(command.output().expect("the program starts"))
+    }
+
+    /// Checks what a run gave.
+    pub(crate) fn checked(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+        let status = output.status.code().unwrap_or_else(|| panic!("ended by a signal: {}\n{stderr}", output.status));
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        assert!(!stderr.contains('\x1b') && !stdout.contains('\x1b'), "colours without a terminal: {stderr}");
+        Self { status, stdout, stderr }
+    }
+
+    /// It worked; the output.
+    #[track_caller]
+    pub(crate) fn ok(self) -> String {
+        assert_eq!(self.status, 0, "{}", self.stderr);
+        self.stdout
+    }
+
+    /// It failed with exit status 1, one line of error that contains all of `parts`, perhaps one hint, and no output.
+    #[track_caller]
+    pub(crate) fn fails(self, parts: &[&str]) -> Self {
+        assert_eq!(self.status, 1, "{}{}", self.stdout, self.stderr);
+        let errors: Vec<&str> = self.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        let [error] = errors.as_slice() else { panic!("not one error:\n{}", self.stderr) };
+        for line in self.stderr.lines() {
+            let known = ["error: ", "hint: ", "note: ", "memory: "].iter().any(|prefix| line.starts_with(prefix));
+            assert!(known, "{line:?}");
+        }
+        for part in parts {
+            assert!(error.contains(part), "{error:?} lacks {part:?}");
+        }
+        assert_eq!(self.stdout, "", "an error is no output");
+        self
+    }
+
+    /// The arguments were wrong: exit status 2 and clap's message.
+    #[track_caller]
+    pub(crate) fn misused(self, part: &str) {
+        assert_eq!(self.status, 2, "{}{}", self.stdout, self.stderr);
+        assert!(self.stderr.contains(part), "{:?} lacks {part:?}", self.stderr);
+        assert_eq!(self.stdout, "");
+    }
+
+    /// The hint.
+    #[track_caller]
+    pub(crate) fn hint(&self) -> &str {
+        let hint = self.stderr.lines().find_map(|line| line.strip_prefix("hint: "));
+        hint.unwrap_or_else(|| panic!("no hint: {}", self.stderr))
+    }
+}
+
+/// The names in a folder, sorted, hidden ones too.
+pub(crate) fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// A path as an argument.
+pub(crate) fn arg(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}

@@ -2,7 +2,7 @@
 """st-tool under a memory budget, inside a memory cgroup of exactly that size where this machine has one.
 
     python3 scripts/bench_memory.py --st-tool target/release/st-tool MODEL.gguf [MODEL-offload.gguf …] \\
-        [--memory 1GiB] [-n 64] [-p 64] [--rounds 3] [--survive 20] [--llama-bin BUILD/bin]
+        [--memory 1GiB] [-n 64] [-p 0] [--rounds 3] [--survive 20] [--llama-bin BUILD/bin]
 
 For every file: generation speed with prefetch and without, with direct and with buffered reads; hit rate, bytes read per
 token, seconds stalled, the share of read time hidden behind compute, and the peak of resident memory measured from
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--st-tool", required=True)
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("-n", type=int, default=64, help="tokens to generate")
-    parser.add_argument("-p", type=int, default=64, help="prompt tokens")
+    parser.add_argument("-p", type=int, default=0, help="prompt tokens; what they read counts into the reads per token")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--survive", type=int, default=0)
@@ -142,7 +142,7 @@ def main():
             peak = max(r["peak"] for r in runs)
             rows.append([
                 os.path.basename(file), name, f"{speed:.2f}",
-                f"{procs.median([t['tokens_per_second']['median'] for t in prompt]):.1f}",
+                f"{procs.median([t['tokens_per_second']['median'] for t in prompt]):.1f}" if prompt else "–",
                 f"{100 * procs.median([e['hit_rate'] for e in experts]):.1f} %", f"{read / 1e6:.0f}",
                 f"{disk / read:.2f}" if read else "–",
                 f"{100 * procs.median([e['hidden_share'] for e in experts]):.0f} %",

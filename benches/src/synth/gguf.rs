@@ -17,6 +17,8 @@ use super::shape::Shape;
 use super::stream::{Encoding, Part, encode_rows, parts, pipeline};
 use super::vocab::{CHAT_TEMPLATE, Pieces};
 
+/// Tensors start on pages.
+const ALIGNMENT: u64 = 4096;
 /// Experts whose records are made at a time.
 const RECORDS: usize = 8;
 /// Expert matrices in file order.
@@ -56,7 +58,7 @@ pub fn write_gguf(
             metadata.insert(layout_keys::CRC32C, vec![0_u32; shape.n_layers * shape.n_experts]);
         }
     }
-    let options = WriteOptions { overwrite, ..WriteOptions::default() };
+    let options = WriteOptions { overwrite, alignment: ALIGNMENT };
     let mut writer = GgufWriter::create(path, &metadata, &specs, options)?;
     let mut checksums: Vec<u32> = Vec::new();
     let make = |item: Item<'_>, buffer: &mut Vec<u8>| {
@@ -229,5 +231,7 @@ fn metadata(recipe: &Recipe) -> Result<Metadata> {
     out.insert("tokenizer.ggml.eos_token_ids", vec![vocab.turn_end() as u32, vocab.end_of_text() as u32]);
     out.insert("tokenizer.ggml.add_bos_token", false);
     out.insert("tokenizer.chat_template", CHAT_TEMPLATE);
+    // Stated here so that it comes before the layout's keys, as where an existing file is rearranged.
+    out.insert("general.alignment", ALIGNMENT as u32);
     Ok(out)
 }

@@ -14,11 +14,11 @@ use crate::size::parse_size;
 #[command(name = "st-tool", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Cli {
     /// No progress and no notes; errors are still shown.
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, display_order = 900)]
     pub(crate) quiet: bool,
 
     /// Log what happens inside to stderr; twice for more.
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 901, action = ArgAction::Count)]
     pub(crate) verbose: u8,
 
     #[command(subcommand)]

@@ -138,7 +138,10 @@ fn answers_end_where_they_are_told_to() {
     assert_eq!(stopped["finish_reason"], "stop");
     assert_eq!(stopped["text"].as_str().expect("text"), text.split(&stop).next().expect("a part"));
 
-    // Through the end token and until the context is full.
+    let swallowed = run(["run", "-p", "x", "--stop", "END", "tiny"]).fails(&["\"tiny\" is taken as a text for --stop"]);
+    assert!(swallowed.hint().contains("MODEL first"));
+
+    // Until the context is full.
     let full = answer(&["--ctx", "32"]);
     assert_eq!(full["finish_reason"], "length");
     assert_eq!(full["stats"]["ctx"], 32);

@@ -3,6 +3,7 @@
 mod cli;
 mod common;
 mod golden;
+mod hub;
 mod identity;
 mod program;
 mod regression;

@@ -13,7 +13,7 @@ use st_model::{Engine, Session, Work};
 use super::stats::experts_json;
 use super::{Context, engine};
 use crate::cli::{BenchArgs, BenchFormat};
-use crate::machine::{peak_resident, read_bandwidth};
+use crate::machine::{peak_resident, read_bandwidth, reset_peak_resident};
 use crate::models::Model;
 use crate::report::{Advice, Interrupted};
 use crate::size::show_size;
@@ -78,6 +78,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let threads = engine::threads(&args.engine);
     // Measured before the model is loaded, with little memory: both must fit the budget.
     let bandwidth = read_bandwidth(threads, args.engine.memory);
+    reset_peak_resident();
     // Generation begins after one token that it goes on from.
     let ctx = args.depth + args.prompt_tokens.max(args.generated_tokens + 1);
     let engine = engine::load_file(file, &args.engine, Some(ctx), engine::DEFAULT_KV, context)?;

@@ -27,6 +27,7 @@ enum Input {
 }
 
 pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    check_swallowed_model(args)?;
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
     let mut sampler = Sampler::new(options)?;
@@ -48,6 +49,18 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
         return Err(Interrupted.into());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `--stop` takes several texts, so a MODEL written after them would be one of them, and another model would answer.
+fn check_swallowed_model(args: &RunArgs) -> anyhow::Result<()> {
+    let is_model = |text: &&String| text.ends_with(".gguf") || ["tiny", "4b", "21b"].contains(&text.as_str());
+    match args.stop.last().filter(is_model) {
+        Some(text) if args.model.is_none() => {
+            let message = format!("{text:?} is taken as a text for --stop, and no MODEL is given");
+            Err(Advice::new(message, "write the MODEL first: st-tool run MODEL --stop TEXT").into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// How an answer is given out.

@@ -176,12 +176,13 @@ fn a_file_without_a_tokenizer_is_fine() {
 
 #[test]
 fn damaged_metadata_is_refused() {
-    let refused = |change: &dyn Fn(&mut Metadata)| {
+    type Change = dyn Fn(&mut Metadata);
+    let refused = |change: &Change| {
         let mut metadata = metadata();
         change(&mut metadata);
         Tokenizer::from_metadata(&metadata).expect_err("it is damaged").to_string()
     };
-    let cases: [(&dyn Fn(&mut Metadata), &str); 12] = [
+    let cases: [(&Change, &str); 12] = [
         (&|m| drop(m.insert(KEY_MODEL, "llama")), "`tokenizer.ggml.model` is `llama`, expected `gpt2`"),
         (&|m| drop(m.insert(KEY_PRE, "llama-bpe")), "`tokenizer.ggml.pre` is `llama-bpe`, expected `qwen2`"),
         (&|m| drop(m.remove(KEY_PRE)), "`tokenizer.ggml.pre` is `(absent)`"),

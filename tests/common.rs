@@ -11,22 +11,22 @@ use st_model::{Engine, LoadOptions, Session};
 use tempfile::TempDir;
 
 /// A file below the repository's root.
-pub fn repo(path: &str) -> PathBuf {
+pub(crate) fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 /// One golden: a prompt, and what the published code makes of it.
-pub struct Golden {
+pub(crate) struct Golden {
     /// For messages.
-    pub name: String,
+    pub(crate) name: String,
     /// The safetensors file.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The checkpoint it was computed with.
-    pub checkpoint: PathBuf,
+    pub(crate) checkpoint: PathBuf,
     /// The prompt.
-    pub ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     /// The 64 tokens that follow greedily.
-    pub greedy_ids: Vec<u32>,
+    pub(crate) greedy_ids: Vec<u32>,
 }
 
 impl Golden {
@@ -45,19 +45,19 @@ impl Golden {
     }
 
     /// The logits of every position, row by row.
-    pub fn logits(&self) -> Vec<f32> {
+    pub(crate) fn logits(&self) -> Vec<f32> {
         let bytes = std::fs::read(&self.path).expect("a golden");
         f32s(&SafeTensors::deserialize(&bytes).expect("safetensors"), "logits")
     }
 
     /// The golden's checkpoint as a GGUF file.
-    pub fn gguf(&self, ty: WeightType, layout: Layout) -> GgufFile {
+    pub(crate) fn gguf(&self, ty: WeightType, layout: Layout) -> GgufFile {
         GgufFile::open(converted(&self.checkpoint, ty, layout)).expect("a converted checkpoint")
     }
 }
 
 /// All goldens.
-pub fn goldens() -> Vec<Golden> {
+pub(crate) fn goldens() -> Vec<Golden> {
     let tiny = "models/tiny/checkpoint";
     [
         ("tiny/chat_story.safetensors", tiny),
@@ -75,12 +75,12 @@ pub fn goldens() -> Vec<Golden> {
 }
 
 /// A tensor of a golden as f32.
-pub fn f32s(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+pub(crate) fn f32s(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
     values(tensors, name, f32::from_le_bytes)
 }
 
 /// A tensor of a golden as i32.
-pub fn i32s(tensors: &SafeTensors<'_>, name: &str) -> Vec<i32> {
+pub(crate) fn i32s(tensors: &SafeTensors<'_>, name: &str) -> Vec<i32> {
     values(tensors, name, i32::from_le_bytes)
 }
 
@@ -91,7 +91,7 @@ fn values<T>(tensors: &SafeTensors<'_>, name: &str, from: fn([u8; 4]) -> T) -> V
 }
 
 /// The index of the largest value, the first where several are.
-pub fn argmax(row: &[f32]) -> u32 {
+pub(crate) fn argmax(row: &[f32]) -> u32 {
     let mut best = 0;
     for (i, value) in row.iter().enumerate() {
         if *value > row[best] {
@@ -102,7 +102,7 @@ pub fn argmax(row: &[f32]) -> u32 {
 }
 
 /// A checkpoint converted to `ty` and `layout`, once per test process.
-pub fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> PathBuf {
+pub(crate) fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> PathBuf {
     static DONE: LazyLock<Mutex<(TempDir, HashMap<String, PathBuf>)>> = LazyLock::new(|| {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary folder");
         Mutex::new((dir, HashMap::new()))
@@ -121,12 +121,12 @@ pub fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> PathBuf {
 }
 
 /// A loaded model.
-pub fn engine(file: GgufFile, options: &LoadOptions) -> Engine {
+pub(crate) fn engine(file: GgufFile, options: &LoadOptions) -> Engine {
     Engine::load(file, options).expect("a model")
 }
 
 /// The logits of every position of `ids`, row by row.
-pub fn all_logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
+pub(crate) fn all_logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
     let mut session = Session::new(engine).expect("a session");
     session
@@ -139,7 +139,7 @@ pub fn all_logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
 }
 
 /// `n` greedy tokens after `ids`, the prompt fed in pieces of `piece`.
-pub fn greedy(engine: &Engine, ids: &[u32], piece: usize, n: usize) -> Vec<u32> {
+pub(crate) fn greedy(engine: &Engine, ids: &[u32], piece: usize, n: usize) -> Vec<u32> {
     let mut session = Session::new(engine).expect("a session");
     for piece in ids.chunks(piece) {
         session.forward(piece).expect("a forward pass");

@@ -96,6 +96,14 @@ pub enum ModelError {
         /// The context length that the minimum is for.
         ctx: usize,
     },
+    /// A weight that is no number.
+    #[error("tensor `{name}` holds {got}: the file is damaged")]
+    NotFinite {
+        /// GGUF name.
+        name: String,
+        /// The value.
+        got: f32,
+    },
     /// A row that is not whole blocks of its type.
     #[error("tensor `{name}`: rows of {n_in} are not whole blocks of {ty}")]
     Blocks {

@@ -273,8 +273,10 @@ fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, ModelError> 
     Ok((x.broadcast_mul(cos)? + turned.broadcast_mul(sin)?)?)
 }
 
-/// The chosen experts of each token and their weights, best logit first.
-fn choose(c: &ModelConfig, logits: &Tensor) -> Result<(Vec<Vec<u32>>, Vec<Vec<f32>>), ModelError> {
+/// For each token, best logit first: the chosen experts, and their weights.
+type Choices = (Vec<Vec<u32>>, Vec<Vec<f32>>);
+
+fn choose(c: &ModelConfig, logits: &Tensor) -> Result<Choices, ModelError> {
     let mut ids = Vec::new();
     let mut weights = Vec::new();
     for row in logits.to_dtype(DType::F32)?.to_vec2::<f32>()? {

@@ -64,6 +64,9 @@ pub(crate) struct Buffers {
     batch: Option<Activations>,
 }
 
+/// A look at each layer: its number, the residual stream after it (`[tokens, n_embd]`) and its routing.
+pub type OnLayer<'a> = dyn FnMut(usize, &[f32], &Routing) -> Result<(), ModelError> + 'a;
+
 /// A conversation: the tokens so far and their KV cache.
 pub struct Session<'e> {
     engine: &'e Engine,
@@ -198,7 +201,7 @@ impl<'e> Session<'e> {
     pub fn forward_traced(
         &mut self,
         tokens: &[u32],
-        on_layer: &mut dyn FnMut(usize, &[f32], &Routing) -> Result<(), ModelError>,
+        on_layer: &mut OnLayer<'_>,
         mut on_logits: impl FnMut(usize, &[f32]) -> Result<(), ModelError>,
     ) -> Result<(), ModelError> {
         self.check(tokens)?;

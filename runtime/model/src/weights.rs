@@ -131,7 +131,12 @@ impl<'a> TensorSource<'a> {
 
     /// A vector in f32.
     pub(crate) fn vector_f32(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        self.matrix_f32(name, 1, len)
+        let values = self.matrix_f32(name, 1, len)?;
+        // Quantized activations would hide it: a NaN becomes a 0.
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(&got) => Err(ModelError::NotFinite { name: name.to_owned(), got }),
+            None => Ok(values),
+        }
     }
 
     /// A matrix in f32, row by row.

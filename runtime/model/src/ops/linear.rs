@@ -80,7 +80,8 @@ impl Linear {
             let rows = LOAD_ROWS.min(n_out - first);
             let mut read = || -> Result<(), ModelError> {
                 if !ty.is_quantized() {
-                    return read_rows(source, parts, row_bytes, first, out);
+                    read_rows(source, parts, row_bytes, first, out)?;
+                    return check_finite(ty, &parts[0].0, out);
                 }
                 let mut canonical = vec![0; rows * row_bytes];
                 read_rows(source, parts, row_bytes, first, &mut canonical)?;
@@ -170,6 +171,18 @@ pub(crate) fn embed(embedding: &Linear, tokens: &[u32], x: &Tensor) -> Result<()
         }
     }
     Ok(x.inplace_op1(&Embed(embedding, tokens))?)
+}
+
+/// Refuses f32 weights that are no numbers: a router's would only show as strange choices.
+fn check_finite(ty: WeightType, name: &str, bytes: &[u8]) -> Result<(), ModelError> {
+    if ty != WeightType::F32 {
+        return Ok(());
+    }
+    let mut values = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+    match values.find(|value| !value.is_finite()) {
+        Some(got) => Err(ModelError::NotFinite { name: name.to_owned(), got }),
+        None => Ok(()),
+    }
 }
 
 /// Rows from `first` on of `parts` one below the other, as many as `out` holds.

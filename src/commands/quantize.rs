@@ -20,7 +20,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         output_type: args.output_type.map(Into::into),
         layout: args.layout.into(),
         threads: args.threads.unwrap_or_else(available_threads),
-        search: false,
+        search: args.search,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
     let writes = !args.dry_run && args.compare.is_none();

@@ -97,8 +97,8 @@ struct Budget {
 const F32_KERNELS: Budget = Budget { median: 1e-5, flips: 0.0 };
 /// Activations are rounded to 8 bits in blocks of 32 before each product; a trained model.
 const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
-/// The same on random weights, where half of the router's choices are near ties and every other choice of an expert
-/// goes through to the logits.
+/// The same on random weights, which do not forgive rounding as trained ones do: set from what was observed (median up to
+/// 0.093, best token other at up to 22.5 % of positions), where float weights on the same code stay within 2.1e-6.
 const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
 
 fn within(name: &str, got: &[f32], expected: &[f32], n_vocab: usize, budget: &Budget) {

@@ -58,7 +58,6 @@ impl Linear {
         let types = parts.iter().map(|(name, _)| source.weight_type(name)).collect::<Result<Vec<_>, _>>()?;
         let ty = types[0];
         let n_out = parts.iter().map(|(_, rows)| rows).sum();
-        let shape_error = |name: &str| ModelError::Blocks { name: name.to_owned(), ty: ty.name(), n_in };
         if let Some(i) = types.iter().position(|&other| other != ty) {
             return Err(ModelError::TensorType {
                 name: parts[i].0.clone(),
@@ -66,16 +65,14 @@ impl Linear {
                 expected: "the type of the other projections of its layer",
             });
         }
-        let row_bytes = ty.row_bytes(n_in).ok_or_else(|| shape_error(&parts[0].0))?;
-        let bytes = match ty.is_quantized() {
-            true => r16::packed_bytes(ty, n_out, n_in),
-            false => row_bytes.checked_mul(n_out),
+        let size = |bytes: Option<usize>| {
+            bytes.ok_or_else(|| ModelError::Blocks { name: parts[0].0.clone(), ty: ty.name(), n_in })
         };
-        let mut data = AlignedBuf::zeroed_beside(bytes.ok_or_else(|| shape_error(&parts[0].0))?);
-        let chunk_bytes =
-            if ty.is_quantized() { r16::packed_bytes(ty, LOAD_ROWS, n_in) } else { row_bytes.checked_mul(LOAD_ROWS) };
+        let row_bytes = size(ty.row_bytes(n_in))?;
+        let chunk_bytes = size(Self::bytes_for(ty, LOAD_ROWS, n_in))?;
+        let mut data = AlignedBuf::zeroed_beside(size(Self::bytes_for(ty, n_out, n_in))?);
         let failed = Mutex::new(None);
-        cx.pool.run_chunks(&mut data, chunk_bytes.ok_or_else(|| shape_error(&parts[0].0))?, &|chunk, out| {
+        cx.pool.run_chunks(&mut data, chunk_bytes, &|chunk, out| {
             let first = chunk * LOAD_ROWS;
             let rows = LOAD_ROWS.min(n_out - first);
             let mut read = || -> Result<(), ModelError> {

@@ -97,9 +97,19 @@ pub(crate) fn plan(
     let mut plan = match options.memory {
         None => MemoryPlan::unlimited(fixed, variable, shape, options.ctx),
         Some(budget) => MemoryPlan::for_budget(budget, fixed, variable, shape, options.ctx),
-    }?;
+    }
+    .map_err(with_slack)?;
     plan.n_slots = plan.n_slots.min(options.slots.unwrap_or(usize::MAX));
     Ok(plan)
+}
+
+/// The process is measured anew at every start and differs a little: the smallest budget that is named has to work then, too.
+fn with_slack(error: ModelError) -> ModelError {
+    const SLACK: u64 = 1 << 20;
+    match error {
+        ModelError::Budget { budget, minimum, ctx } => ModelError::Budget { budget, minimum: minimum + SLACK, ctx },
+        other => other,
+    }
 }
 
 /// Everything but the experts, as it lies in memory.

@@ -50,6 +50,8 @@ pub(crate) fn load_file(
         memory: args.memory,
         io: args.io.into(),
         prefetch: !args.no_prefetch,
+        guess: !args.no_guess,
+        io_threads: Some(usize::from(args.reads)),
         ..LoadOptions::default()
     };
     let engine = Engine::load_with(file, &options, &mut |plan| show_plan(plan, context))?;

@@ -38,7 +38,14 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
 }
 
 fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
-    let engine_args = EngineArgs { memory: args.memory, threads: args.threads, no_prefetch: false, io: IoName::Auto };
+    let engine_args = EngineArgs {
+        memory: args.memory,
+        threads: args.threads,
+        no_prefetch: false,
+        no_guess: false,
+        reads: 4,
+        io: IoName::Auto,
+    };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), engine::DEFAULT_KV, context)?;
     let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
     let mut session = Session::new(&engine)?;

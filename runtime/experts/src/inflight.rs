@@ -133,6 +133,11 @@ impl Load {
         wanted
     }
 
+    /// Whether no piece was taken by a thread yet.
+    pub(crate) fn is_untouched(&self, pieces: &Pieces) -> bool {
+        self.todo == pieces.all()
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         self.todo == 0 && self.reading == 0
     }
@@ -183,6 +188,21 @@ impl Queue {
             queue.push_back(Job { slot, key, piece, verify, generation });
         }
         todo.count_ones() as usize
+    }
+
+    /// Pieces in the slow lane, void ones included.
+    pub(crate) fn n_guesses(&self) -> usize {
+        self.guesses.len()
+    }
+
+    /// Takes the first piece out of the slow lane, void or not.
+    pub(crate) fn pop_guess(&mut self) -> Option<Job> {
+        self.guesses.pop_front()
+    }
+
+    /// Puts a piece back at the end of the slow lane.
+    pub(crate) fn push_guess(&mut self, job: Job) {
+        self.guesses.push_back(job);
     }
 
     /// The next piece to read: the first that `take` accepts; what it refuses is void and forgotten.

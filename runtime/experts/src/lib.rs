@@ -19,12 +19,14 @@ mod error;
 mod eviction;
 #[cfg(test)]
 mod fixture;
+mod guess;
 mod inflight;
 pub mod io;
 mod lease;
 mod list;
 mod options;
 mod reader;
+mod sched;
 mod slots;
 mod stats;
 mod store;

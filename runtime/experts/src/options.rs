@@ -36,7 +36,7 @@ pub struct StoreOptions {
     pub prefetch: bool,
     /// Who goes first.
     pub policy: Policy,
-    /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache.
+    /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache; 0 for no guesses.
     pub guess_slots: usize,
     /// Read a record of the `offload` layout in one piece and not matrix by matrix.
     pub whole_records: bool,

@@ -24,6 +24,10 @@ pub struct StoreStats {
     pub guess_issued: u64,
     /// Of those, experts that were then acquired or prefetched before they were evicted.
     pub guess_useful: u64,
+    /// Experts that were guessed while they were missing, whether or not they were then read, once the router had chosen.
+    pub guess_judged: u64,
+    /// Of those, experts that the router chose.
+    pub guess_right: u64,
     /// Bytes that reads have delivered, the rest of covering pages and repeated reads included.
     pub bytes_read: u64,
     /// Reads that were issued (a piece read in two parts counts once).
@@ -78,6 +82,8 @@ impl StoreStats {
             prefetch_dropped: self.prefetch_dropped - earlier.prefetch_dropped,
             guess_issued: self.guess_issued - earlier.guess_issued,
             guess_useful: self.guess_useful - earlier.guess_useful,
+            guess_judged: self.guess_judged - earlier.guess_judged,
+            guess_right: self.guess_right - earlier.guess_right,
             bytes_read: self.bytes_read - earlier.bytes_read,
             reads: self.reads - earlier.reads,
             retries: self.retries - earlier.retries,

@@ -7,19 +7,27 @@
 use crate::SlotFormat;
 use crate::buffer::AlignedBuf;
 use crate::error::StoreError;
+use crate::guess::GuessGate;
 use crate::inflight::Job;
 use crate::io::{self, ExpertIo, Measured};
 use crate::lease::Lease;
 use crate::options::{MAX_IO_THREADS, MAX_LEASE, StoreMemory, StoreOptions, count_experts};
 use crate::reader::{Cost, Reader};
+use crate::sched;
 use crate::slots::Slab;
 use crate::stats::StoreStats;
 use crate::table::{Blocked, Certainty, Finish, Held, Table, Use};
 use st_gguf::{ExpertIndex, Layout, Matrix, ReadAt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a computing thread watches for an expert before it sleeps. A processor that went to sleep takes tens of
+/// microseconds to come back, in a virtual machine more, and that for every layer of every token; threads that have work
+/// get the processor meanwhile.
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// The experts of one model file, as many in memory as there are slots. Shared by all sessions of an engine.
 #[derive(Debug)]
@@ -29,6 +37,7 @@ pub struct ExpertStore {
     n_slots: usize,
     capacity: usize,
     prefetch: bool,
+    guesses: bool,
     measured: Option<Measured>,
     memory: StoreMemory,
 }
@@ -42,12 +51,15 @@ pub(crate) struct Shared {
     work: Condvar,
     /// Signalled when a piece has landed and somebody waits.
     landed: Condvar,
+    /// Counts what `landed` signals; changed under the lock, watched without it.
+    events: AtomicU64,
 }
 
 /// Everything the mutex guards.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) table: Table,
+    gate: GuessGate,
     closing: bool,
     /// I/O threads asleep on `work`.
     idle: usize,
@@ -114,8 +126,11 @@ impl ExpertStore {
         } else {
             Vec::new()
         };
+        let index_layers = index.n_layers();
         let reader = Reader::new(io, index, format, options.whole_records, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
+        let guesses = guess_slots > 0;
+        let gate = GuessGate::new(index_layers);
         let table = Table::new(
             n_slots,
             n_keys,
@@ -126,6 +141,7 @@ impl ExpertStore {
         );
         let state = State {
             table,
+            gate,
             closing: false,
             idle: 0,
             waiting: 0,
@@ -134,10 +150,16 @@ impl ExpertStore {
             reading_since: None,
             spare: Vec::new(),
         };
-        let shared =
-            Arc::new(Shared { reader, state: Mutex::new(state), work: Condvar::new(), landed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            reader,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            landed: Condvar::new(),
+            events: AtomicU64::new(0),
+        });
         let prefetch = options.prefetch;
-        let mut store = Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, measured: None, memory };
+        let mut store =
+            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, guesses, measured: None, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
         let bytes = store.memory.io_buffer_bytes;
         let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
@@ -153,24 +175,40 @@ impl ExpertStore {
     /// request that follows. Advisory: it never waits, never fails, and changes no byte that anybody gets to see. What
     /// finds no slot is dropped.
     pub fn prefetch(&self, layer: usize, ids: &[u32]) {
-        self.prefetch_with(layer, ids, Certainty::Chosen);
+        if let Some(keys) = self.prefetchable(layer, ids) {
+            let mut state = self.shared.lock();
+            let verdicts = state.gate.reveal(layer, |key| keys.clone().any(|chosen| chosen == key));
+            state.table.stats.guess_judged += verdicts.judged;
+            state.table.stats.guess_right += verdicts.right;
+            let queued = state.table.prefetch(keys, Certainty::Chosen);
+            self.shared.wake_readers(state, queued);
+        }
     }
 
     /// As [`ExpertStore::prefetch`] for experts that are only guessed: read after everything that is certain, into the
-    /// slots set aside for guesses, never evicting what was used.
+    /// slots set aside for guesses, and only in layers where guesses were mostly right lately. A guess replaces the one
+    /// before it, as far as nothing was read for that.
     pub fn prefetch_guess(&self, layer: usize, ids: &[u32]) {
-        self.prefetch_with(layer, ids, Certainty::Guess);
+        if let (true, Some(keys)) = (self.guesses(), self.prefetchable(layer, ids)) {
+            let mut state = self.shared.lock();
+            let State { table, gate, .. } = &mut *state;
+            if gate.guess(layer, keys.clone().filter(|&key| !table.is_cached(key))) {
+                let queued = table.prefetch(keys, Certainty::Guess);
+                self.shared.wake_readers(state, queued);
+            }
+        }
     }
 
-    fn prefetch_with(&self, layer: usize, ids: &[u32], certainty: Certainty) {
+    /// Whether [`ExpertStore::prefetch_guess`] can do anything.
+    pub fn guesses(&self) -> bool {
+        self.prefetch && self.guesses && !self.is_resident()
+    }
+
+    /// The keys of those of `ids` that exist, where prefetching is on.
+    fn prefetchable(&self, layer: usize, ids: &[u32]) -> Option<impl Iterator<Item = u32> + Clone> {
         let (n_layers, n_experts) = (self.index().n_layers(), self.index().n_experts());
-        if !self.prefetch || layer >= n_layers {
-            return;
-        }
-        let known = ids.iter().filter(|&&id| (id as usize) < n_experts);
-        let mut state = self.shared.lock();
-        let queued = state.table.prefetch(known.map(|&id| (layer * n_experts) as u32 + id), certainty);
-        self.shared.wake_readers(state, queued);
+        let known = ids.iter().filter(move |&&id| (id as usize) < n_experts);
+        (self.prefetch && layer < n_layers).then(|| known.map(move |&id| (layer * n_experts) as u32 + id))
     }
 
     /// Pins the experts `ids` (distinct, at most [`ExpertStore::capacity`]) of `layer` and begins to read what is missing.
@@ -308,12 +346,12 @@ impl Shared {
     }
 
     /// Sleeps until something has landed. The time in which anybody sleeps here is the stall.
-    pub(crate) fn wait_for_landing<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    pub(crate) fn wait_for_landing<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         if state.waiting == 0 {
             state.waiting_since = Some(Instant::now());
         }
         state.waiting += 1;
-        state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state = self.watch(state);
         state.waiting -= 1;
         if state.waiting == 0
             && let Some(since) = state.waiting_since.take()
@@ -323,11 +361,30 @@ impl Shared {
         state
     }
 
+    /// Returns when something has happened since `state` was locked, or perhaps a little earlier.
+    fn watch<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let seen = self.events.load(Ordering::Relaxed);
+        drop(state);
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
+            if self.events.load(Ordering::Relaxed) != seen {
+                return self.lock();
+            }
+            std::thread::yield_now();
+        }
+        let state = self.lock();
+        if self.events.load(Ordering::Relaxed) != seen {
+            return state;
+        }
+        self.landed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Unpins a lease's experts.
     pub(crate) fn release(&self, mut held: Vec<Held>) {
         let mut state = self.lock();
         state.table.release_all(&mut held);
         state.spare.push(held);
+        self.events.fetch_add(1, Ordering::Relaxed);
         if state.waiting > 0 {
             // A request may be waiting for slots.
             drop(state);
@@ -378,6 +435,7 @@ impl Shared {
                 }
             }
             (0..more).for_each(|_| self.work.notify_one());
+            self.events.fetch_add(1, Ordering::Relaxed);
             if state.waiting > 0 {
                 self.landed.notify_all();
             }
@@ -406,7 +464,10 @@ fn spawn_io_thread(shared: &Arc<Shared>, i: usize, bounce: AlignedBuf) -> Result
     let shared = Arc::clone(shared);
     std::thread::Builder::new()
         .name(format!("expert-io-{i}"))
-        .spawn(move || shared.serve(bounce))
+        .spawn(move || {
+            sched::prefer_this_thread();
+            shared.serve(bounce);
+        })
         .map_err(|e| StoreError::Thread { cause: Arc::new(e) })
 }
 

@@ -207,14 +207,45 @@ impl<E: Eviction> Table<E> {
 
     /// Begins reading the experts that are missing, as far as slots can be had without taking what is in use, promised, or
     /// (for guesses) anything beyond the guesses' share. Returns how many pieces were queued.
-    pub(crate) fn prefetch(&mut self, keys: impl Iterator<Item = u32>, certainty: Certainty) -> usize {
-        keys.map(|key| self.prefetch_one(key, certainty)).sum()
+    pub(crate) fn prefetch(&mut self, keys: impl Iterator<Item = u32> + Clone, certainty: Certainty) -> usize {
+        let mut queued = 0;
+        match certainty {
+            // What is here first, so that it does not give way to what is missing.
+            Certainty::Chosen => {
+                for key in keys.clone() {
+                    let at = self.slot_of[key as usize];
+                    if at != NONE {
+                        queued += self.promise_cached(at);
+                    }
+                }
+            }
+            Certainty::Guess => self.drop_stale_guesses(),
+        }
+        queued + keys.map(|key| self.prefetch_missing(key, certainty)).sum::<usize>()
     }
 
-    fn prefetch_one(&mut self, key: u32, certainty: Certainty) -> usize {
-        let at = self.slot_of[key as usize];
-        if at != NONE {
-            return if certainty == Certainty::Chosen { self.promise_cached(at) } else { 0 };
+    /// Gives up the guesses of which nothing was read yet: whoever guesses anew knows better.
+    fn drop_stale_guesses(&mut self) {
+        for _ in 0..self.queue.n_guesses() {
+            let Some(job) = self.queue.pop_guess() else { break };
+            let slot = &mut self.slots[job.slot as usize];
+            if !slot.load.wants(&job) {
+                continue;
+            }
+            if slot.intent == Intent::Guess && slot.load.is_untouched(&self.pieces) {
+                // Makes its other pieces in the queue void, too.
+                slot.load.todo = 0;
+                self.slot_of[slot.key as usize] = NONE;
+                self.clear(job.slot);
+            } else {
+                self.queue.push_guess(job);
+            }
+        }
+    }
+
+    fn prefetch_missing(&mut self, key: u32, certainty: Certainty) -> usize {
+        if self.slot_of[key as usize] != NONE {
+            return 0;
         }
         let slot = match certainty {
             Certainty::Chosen => self.vacate_for_prefetch(),
@@ -519,18 +550,18 @@ impl<E: Eviction> Table<E> {
         Some(self.evict(at))
     }
 
-    /// A slot for a guess: beyond the guesses' share only the place of an older guess.
+    /// A slot for a guess: the place of an older guess that nobody came for, or one within the guesses' share.
     fn vacate_for_guess(&mut self) -> Option<u32> {
-        if self.n_guesses < self.max_guesses {
-            if let Some(at) = self.free.pop() {
-                return Some(at);
-            }
-            if let Some(at) = self.policy.evict() {
-                return Some(self.evict(at));
-            }
+        if let Some(at) = self.guessed.pop_front() {
+            return Some(self.evict(at));
         }
-        let at = self.guessed.pop_front()?;
-        Some(self.evict(at))
+        if self.n_guesses >= self.max_guesses {
+            return None;
+        }
+        self.free.pop().or_else(|| {
+            let at = self.policy.evict()?;
+            Some(self.evict(at))
+        })
     }
 
     /// Forgets the expert in a slot that was just taken out of its list.

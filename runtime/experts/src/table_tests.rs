@@ -129,11 +129,14 @@ impl World {
     fn apply(&mut self, op: &Op) {
         match op {
             Op::Prefetch(key, certainty) => {
-                let before = self.table.slots.iter().map(|slot| (slot.key, slot.place)).collect::<Vec<_>>();
+                let stale = |slot: &Slot| slot.intent == Intent::Guess && slot.load.is_untouched(&self.table.pieces);
+                let before =
+                    self.table.slots.iter().map(|slot| (slot.key, slot.place, stale(slot))).collect::<Vec<_>>();
                 self.table.prefetch(std::iter::once(*key), *certainty);
-                // A prefetch takes nothing that is in use or promised, and a guess nothing warm beyond its share.
-                for (at, (_, place)) in before.iter().enumerate() {
-                    let unchanged = self.table.slots[at].key == before[at].0;
+                // A prefetch takes nothing that is in use or promised, and a guess nothing warm beyond its share. An older
+                // guess of which nothing was read yet gives way to a newer one.
+                for (at, &(key, place, stale)) in before.iter().enumerate() {
+                    let unchanged = self.table.slots[at].key == key || *certainty == Certainty::Guess && stale;
                     let taken = matches!(place, Place::Pinned | Place::Loading | Place::Failed | Place::Promised);
                     assert!(unchanged || !taken, "{op:?} took a slot that is {place:?}");
                 }

@@ -35,6 +35,8 @@ pub struct LoadOptions {
     pub io: IoMode,
     /// Whether reads of chosen experts start before attention.
     pub prefetch: bool,
+    /// Whether the next layer's experts are guessed and read ahead, where guesses prove right.
+    pub guess: bool,
     /// Expert reads in flight at once; `None` lets the store choose.
     pub io_threads: Option<usize>,
     /// Kernels to use; `None` takes the best that the CPU has.
@@ -51,6 +53,7 @@ impl Default for LoadOptions {
             slots: None,
             io: IoMode::Auto,
             prefetch: true,
+            guess: true,
             io_threads: None,
             isa: None,
         }
@@ -122,7 +125,12 @@ impl Engine {
             Arc::clone(&file.source),
             source.experts().clone(),
             sizes::slot_format(&source, Kernels::detect()),
-            StoreOptions { n_slots: plan.n_slots, top_k: config.n_experts_used, ..options.store() },
+            StoreOptions {
+                n_slots: plan.n_slots,
+                top_k: config.n_experts_used,
+                guess_slots: if options.guess { 2 * config.n_experts_used } else { 0 },
+                ..options.store()
+            },
         )?;
         let model = Model::load(&source, config, store, options)?;
         Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type: options.kv_type })

@@ -108,7 +108,7 @@ impl Model {
         buffers: &mut Buffers,
     ) -> Result<(), ModelError> {
         let (layer, cx) = (&self.layers[n], &self.compute);
-        let Buffers { scratch, moe, routing, rope, work, .. } = buffers;
+        let Buffers { scratch, moe, routing, guess, rope, work, .. } = buffers;
 
         layer.router.forward(cx, &mut scratch.acts, &a.x, &a.router)?;
         ops::with_slice(&a.router, |logits| {
@@ -125,6 +125,16 @@ impl Model {
         Attention { config: &self.config, position, kv }.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
         layer.attn_output.forward(cx, &mut scratch.acts, &a.attn, &a.delta)?;
         ops::add(&a.x, &a.delta)?;
+
+        // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
+        if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(routing)) {
+            next.router.forward(cx, &mut scratch.acts, &a.x, &a.router)?;
+            ops::with_slice(&a.router, |logits| {
+                guess.choose(&self.config, logits);
+                Ok(())
+            })?;
+            self.moe.store().prefetch_guess(n + 1, guess.ids());
+        }
 
         layer.ffn_norm.forward(cx, &a.x, &a.normed)?;
         work.add(self.moe.forward(n, cx, &mut scratch.acts, moe, experts, routing, &a.normed, &a.x)?);

@@ -80,6 +80,11 @@ impl Moe {
         &self.store
     }
 
+    /// Whether the next layer's choice should be guessed: for one token, where not every expert has a slot.
+    pub(crate) fn guesses(&self, routing: &Routing) -> bool {
+        routing.n_tokens() == 1 && self.store.guesses()
+    }
+
     /// Bytes of scratch for a batch of `tokens`.
     pub(crate) fn scratch_bytes(config: &ModelConfig, tokens: usize) -> usize {
         let pairs = tokens * config.n_experts_used;

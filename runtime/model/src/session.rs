@@ -53,6 +53,8 @@ pub(crate) struct Buffers {
     pub(crate) scratch: Scratch,
     pub(crate) moe: MoeScratch,
     pub(crate) routing: Routing,
+    /// What the next layer's router would choose by this layer's residual stream.
+    pub(crate) guess: Routing,
     pub(crate) rope: Rope,
     /// The normed residual stream of the token whose logits are computed; `[n_embd]`.
     pub(crate) head_input: Vec<f32>,
@@ -89,6 +91,7 @@ impl<'e> Session<'e> {
             scratch: Scratch::default(),
             moe: MoeScratch::default(),
             routing: Routing::default(),
+            guess: Routing::default(),
             rope: Rope::new(config),
             head_input: vec![0.0; config.n_embd],
             logits: vec![0.0; engine.n_vocab()],

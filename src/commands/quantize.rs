@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use st_convert::{ConvertOptions, ConvertPlan, SearchGain, SquaredErrors, compare, convert, plan};
-use st_gguf::{GgufError, Layout};
+use st_gguf::{Layout, check_output};
 
 use super::Context;
 use crate::cli::QuantizeArgs;
@@ -24,9 +24,9 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
     let writes = !args.dry_run && args.compare.is_none();
-    if writes && !args.force && output.exists() {
-        // Said before anything is downloaded; the writer has the last word.
-        return Err(GgufError::Exists { path: output }.into());
+    if writes {
+        // Said before anything is downloaded.
+        check_output(&output, args.force)?;
     }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;

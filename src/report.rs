@@ -118,12 +118,17 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = error.downcast_ref::<ConvertError>() {
         return convert_hint(error);
     }
-    error.downcast_ref::<ModelError>().and_then(model_hint)
+    if let Some(error) = error.downcast_ref::<ModelError>() {
+        return model_hint(error);
+    }
+    let too_large = error.downcast_ref::<io::Error>()?.kind() == io::ErrorKind::FileTooLarge;
+    too_large.then(|| "the file system, or a limit of this session (`ulimit -f`), allows no file of this size".into())
 }
 
 fn gguf_hint(error: &GgufError) -> Option<String> {
     Some(match error {
         GgufError::Exists { .. } => "--force replaces it; -o names another file".into(),
+        GgufError::NoFolder { folder, .. } => format!("`mkdir -p {}` makes it", folder.display()),
         GgufError::NoSpace { needed, .. } => {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))
         }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use st_convert::Cancel;
 
@@ -30,6 +31,8 @@ impl Interrupt {
     /// Begins to listen.
     pub(crate) fn install() -> std::io::Result<Self> {
         let interrupt = Self::default();
+        // Where it is listened to, a write past the largest size that files may have is an error like any other.
+        flag::register(SIGXFSZ, Arc::default())?;
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
         let shared = Arc::clone(&interrupt.shared);
         thread::Builder::new().name("signals".into()).spawn(move || {

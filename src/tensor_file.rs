@@ -90,7 +90,11 @@ pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     builder.prefix(".st-tool-").suffix(".partial").permissions(Permissions::from_mode(0o666));
-    builder.tempfile_in(folder)
+    builder.tempfile_in(folder).map_err(|error| match folder.try_exists() {
+        // The system's words would name a file that nobody has heard of.
+        Ok(false) => io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display())),
+        _ => error,
+    })
 }
 
 #[cfg(test)]

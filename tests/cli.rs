@@ -288,7 +288,16 @@ fn quantize_writes_the_same_bytes_and_never_over_a_file_unasked() {
     here(&["quantize", &checkpoint(), "--q4_0", "-o", "a.gguf", "--force"]).ok();
     assert!(fs::read(folder.path().join("a.gguf")).expect("read") == tiny);
 
-    here(&["quantize", &checkpoint(), "--q4_0", "-o", "no/such/folder.gguf"]).fails(&["no/such"]);
+    for command in [
+        &["quantize", &checkpoint(), "--q4_0", "-o", "no/such/x.gguf"][..],
+        // Before anything is downloaded.
+        &["quantize", "4b", "--q4_0", "-o", "no/such/x.gguf"],
+        &["layout", "a.gguf", "no/such/x.gguf", "--to", "offload"],
+        &["logits", "tiny", "--token-ids", "1", "-o", "no/such/x.gguf"],
+    ] {
+        let refused = here(command).fails(&["no/such/x.gguf", "the folder no/such does not exist"]);
+        assert_eq!(refused.hint(), "`mkdir -p no/such` makes it");
+    }
     assert_eq!(names(folder.path()), ["a.gguf", "checkpoint-q4_0.gguf"]);
 }
 

@@ -3,11 +3,12 @@
 //! Owns memory and speed: input pages are asked for ahead of their use and let go after it, results in flight are
 //! bounded by bytes, and the bytes written are a function of input and options alone.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
 use st_gguf::{GgufFile, GgufWriter, Layout, Metadata, TensorSpec, WriteOptions, layout_keys};
-use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
+use st_kernels::{ExpertFormat, Kernels, Matrix, SquaredErrors, WeightType};
 
 use crate::compare::{Comparison, Difference};
 use crate::error::ConvertError;
@@ -17,6 +18,7 @@ use crate::metadata;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
 use crate::quantize::{Scratch, convert_weights};
+use crate::tensor_map::Tensor;
 
 /// Most bytes of finished output that wait to be written.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
@@ -69,6 +71,26 @@ pub struct ConvertPlan {
     pub warnings: Vec<String>,
 }
 
+/// What a conversion wrote.
+#[derive(Clone, Debug)]
+pub struct Converted {
+    /// The file.
+    pub plan: ConvertPlan,
+    /// What the search for scales gained, one entry per kind of matrix; without a search, none.
+    pub gains: Vec<SearchGain>,
+}
+
+/// What a search for scales gained on all matrices of one kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SearchGain {
+    /// The kind.
+    pub tensor: Tensor,
+    /// Weights of all such matrices.
+    pub weights: u64,
+    /// Sums over those weights.
+    pub errors: SquaredErrors,
+}
+
 /// Everything that a conversion derives from input and options before it reads a weight.
 struct Job<'a> {
     input: &'a Input,
@@ -86,6 +108,8 @@ struct Done {
     input_bytes: u64,
     /// Checksum of a packed record.
     crc32c: Option<u32>,
+    /// Of each matrix, where scales are searched for.
+    gains: Vec<SearchGain>,
 }
 
 /// Lays out the output without reading a weight or touching the disk.
@@ -108,7 +132,7 @@ pub fn convert(
     overwrite: bool,
     progress: &dyn Progress,
     cancel: &Cancel,
-) -> Result<ConvertPlan, ConvertError> {
+) -> Result<Converted, ConvertError> {
     let job = Job::new(input, options)?;
     let plan = job.plan()?;
     cancel.check()?;
@@ -116,9 +140,17 @@ pub fn convert(
     let mut writer = GgufWriter::create(out, &job.metadata, &job.layout.tensors, write_options)?;
     progress.start(job.input_bytes);
     let mut checksums = Vec::new();
+    let mut gains = BTreeMap::new();
     job.run(options.threads, cancel, |_, bytes, done| {
         writer.write(bytes)?;
         checksums.extend(done.crc32c);
+        // Added in the order of the file, so that not even the last digit depends on threads.
+        for gain in done.gains {
+            let SearchGain { weights, errors, .. } =
+                gains.entry(gain.tensor).or_insert(SearchGain { weights: 0, errors: SquaredErrors::default(), ..gain });
+            *weights += gain.weights;
+            *errors += gain.errors;
+        }
         progress.advance(done.input_bytes);
         Ok(())
     })?;
@@ -130,7 +162,7 @@ pub fn convert(
     }
     writer.finish()?;
     progress.finish();
-    Ok(plan)
+    Ok(Converted { plan, gains: gains.into_values().collect() })
 }
 
 /// Converts `input` in memory and compares the result with the GGUF file `with`, tensor by tensor: names, shapes, types
@@ -248,16 +280,20 @@ impl<'a> Job<'a> {
     fn produce(&self, worker: &mut Worker, unit: &Unit, out: &mut Vec<u8>) -> Result<Done, ConvertError> {
         let sources = self.sources(unit)?;
         out.resize(self.layout.unit_bytes(unit), 0);
-        let mut crc32c = None;
+        let (mut crc32c, mut gains) = (None, Vec::new());
         match unit {
-            Unit::Weights { slot, first, target, .. } => {
+            Unit::Weights { slot, first, count, target } => {
                 let (file, range) = &sources[0];
                 let bytes = &self.input.files[*file].bytes()[range.clone()];
-                convert_weights(self.input.tensor(*slot)?, *first, bytes, *target, &mut worker.scratch, out)?;
+                let source = self.input.tensor(*slot)?;
+                let errors = convert_weights(source, *first, bytes, *target, &mut worker.scratch, out)?;
+                if target.search {
+                    gains.push(SearchGain { tensor: slot.0, weights: *count as u64, errors });
+                }
             }
             Unit::Record { layer, expert } => {
                 if let Some(format) = &self.layout.packing {
-                    self.pack(worker, format, (*layer, *expert), &sources, out)?;
+                    gains = self.pack(worker, format, (*layer, *expert), &sources, out)?;
                     crc32c = Some(crc32c::crc32c(out));
                 }
             }
@@ -267,7 +303,7 @@ impl<'a> Job<'a> {
             input_bytes += range.len() as u64;
             self.input.files[file].release(range);
         }
-        Ok(Done { input_bytes, crc32c })
+        Ok(Done { input_bytes, crc32c, gains })
     }
 
     /// Converts the three matrices of an expert and packs them into one record.
@@ -278,7 +314,8 @@ impl<'a> Job<'a> {
         (layer, expert): (usize, usize),
         sources: &[(usize, Range<usize>)],
         record: &mut [u8],
-    ) -> Result<(), ConvertError> {
+    ) -> Result<Vec<SearchGain>, ConvertError> {
+        let mut gains = Vec::new();
         // Buffers come back from other units: what no region covers must not depend on them.
         record.fill(0);
         let matrices = EXPERT_TENSORS.into_iter().zip([Matrix::Gate, Matrix::Up, Matrix::Down]);
@@ -287,10 +324,14 @@ impl<'a> Job<'a> {
             let bytes = &self.input.files[*file].bytes()[range.clone()];
             worker.canonical.resize(format.canonical_bytes(matrix), 0);
             let target = self.layout.expert_target;
-            convert_weights(source, 0, bytes, target, &mut worker.scratch, &mut worker.canonical)?;
+            let errors = convert_weights(source, 0, bytes, target, &mut worker.scratch, &mut worker.canonical)?;
+            if target.search {
+                let weights = (format.n_embd() * format.n_ff()) as u64;
+                gains.push(SearchGain { tensor, weights, errors });
+            }
             worker.kernels.pack_expert(format, matrix, &worker.canonical, &mut record[format.region(matrix)]);
         }
-        Ok(())
+        Ok(gains)
     }
 }
 

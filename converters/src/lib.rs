@@ -24,10 +24,10 @@ mod tokenizer;
 
 pub use compare::{Difference, DifferenceKind};
 pub use config::ModelConfig;
-pub use convert::{ConvertOptions, ConvertPlan, PlannedTensor, compare, convert, plan};
+pub use convert::{ConvertOptions, ConvertPlan, Converted, PlannedTensor, SearchGain, compare, convert, plan};
 pub use error::ConvertError;
 pub use input::{Input, SourceType};
 pub use progress::{Cancel, NoProgress, Progress};
 pub use relayout::{RelayoutOptions, relayout};
 pub use st_gguf::Layout;
-pub use st_kernels::WeightType;
+pub use st_kernels::{SquaredErrors, WeightType};

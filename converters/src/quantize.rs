@@ -5,7 +5,7 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use st_kernels::{Kernels, WeightType, dequantize_row, quantize_row_q4_0_search, quantize_row_q8_0};
+use st_kernels::{Kernels, SquaredErrors, WeightType, dequantize_row, quantize_row_q8_0};
 
 use crate::error::ConvertError;
 use crate::input::{SourceTensor, SourceType};
@@ -50,7 +50,7 @@ impl Target {
 }
 
 /// Converts the weights in `bytes`, which start at weight `first` of `source`, and fills `out`.
-/// Both lengths are those of the same number of whole blocks.
+/// Both lengths are those of the same number of whole blocks. Returns the errors, where scales are searched for; else zeros.
 pub(crate) fn convert_weights(
     source: &SourceTensor,
     first: usize,
@@ -58,12 +58,13 @@ pub(crate) fn convert_weights(
     target: Target,
     scratch: &mut Scratch,
     out: &mut [u8],
-) -> Result<(), ConvertError> {
+) -> Result<SquaredErrors, ConvertError> {
+    let mut errors = SquaredErrors::default();
     if source.ty == SourceType::Q8_0 {
         check_scales(source, first, bytes)?;
         if target.ty == WeightType::Q8_0 {
             out.copy_from_slice(bytes);
-            return Ok(());
+            return Ok(errors);
         }
     }
     let in_chunks = bytes.chunks(source.ty.bytes(CHUNK));
@@ -78,10 +79,10 @@ pub(crate) fn convert_weights(
         if same_type(source.ty, target.ty) {
             out.copy_from_slice(bytes);
         } else {
-            encode(scratch.kernels, floats, target, &mut scratch.halves[..n], out);
+            errors += encode(scratch.kernels, floats, target, &mut scratch.halves[..n], out);
         }
     }
-    Ok(())
+    Ok(errors)
 }
 
 fn same_type(source: SourceType, target: WeightType) -> bool {
@@ -136,9 +137,9 @@ fn largest_half(stored: &[[u8; 2]]) -> u16 {
     stored.iter().fold(0, |largest: i16, &bytes| largest.max((u16::from_le_bytes(bytes) & 0x7fff) as i16)) as u16
 }
 
-fn encode(kernels: Kernels, floats: &[f32], target: Target, halves: &mut [f16], out: &mut [u8]) {
+fn encode(kernels: Kernels, floats: &[f32], target: Target, halves: &mut [f16], out: &mut [u8]) -> SquaredErrors {
     match target.ty {
-        WeightType::Q4_0 if target.search => quantize_row_q4_0_search(floats, out),
+        WeightType::Q4_0 if target.search => return kernels.quantize_row_q4_0_search(floats, out),
         WeightType::Q4_0 => kernels.quantize_row_q4_0(floats, out),
         WeightType::Q8_0 => quantize_row_q8_0(floats, out),
         WeightType::F32 => {
@@ -161,6 +162,7 @@ fn encode(kernels: Kernels, floats: &[f32], target: Target, halves: &mut [f16], 
             }
         }
     }
+    SquaredErrors::default()
 }
 
 /// Whether a weight of this magnitude is a number that `ty` can hold.

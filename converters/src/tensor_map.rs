@@ -160,6 +160,11 @@ impl Rule {
         self.gguf.replace("{L}", &layer.to_string())
     }
 
+    /// The GGUF name without layer and suffix, such as `attn_q`.
+    pub fn kind_name(&self) -> &'static str {
+        self.gguf.trim_start_matches("blk.{L}.").trim_end_matches(".weight")
+    }
+
     /// Rows of one matrix (1 for a vector).
     pub fn rows(&self, config: &ModelConfig) -> usize {
         self.rows.of(config)

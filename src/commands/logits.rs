@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use st_gguf::GgufFile;
+use st_gguf::{GgufFile, check_output};
 use st_model::{ModelConfig, ModelError, Reference, Session};
 
 use super::{Context, engine, tokens};
@@ -20,10 +20,7 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
     if ids.is_empty() {
         return Err(Advice::new("there are no token ids", "--token-ids 1,2,3 or --token-ids @FILE").into());
     }
-    if args.output.exists() && !args.force {
-        let message = format!("{}: the file exists already", args.output.display());
-        return Err(Advice::new(message, "--force replaces it").into());
-    }
+    check_output(&args.output, args.force)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let config = ModelConfig::from_metadata(&file.header.metadata)?;
     if ids.len() > config.context_length {

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use st_convert::{ConvertOptions, ConvertPlan, compare, convert, plan};
-use st_gguf::{GgufError, Layout};
+use st_convert::{ConvertOptions, ConvertPlan, SearchGain, SquaredErrors, compare, convert, plan};
+use st_gguf::{Layout, check_output};
 
 use super::Context;
 use crate::cli::QuantizeArgs;
@@ -24,9 +24,9 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
     let writes = !args.dry_run && args.compare.is_none();
-    if writes && !args.force && output.exists() {
-        // Said before anything is downloaded; the writer has the last word.
-        return Err(GgufError::Exists { path: output }.into());
+    if writes {
+        // Said before anything is downloaded.
+        check_output(&output, args.force)?;
     }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;
@@ -56,8 +56,11 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
     let bar = ConvertBar::new(context.ui, "converting");
     let written = convert(&input, &options, &output, args.force, &bar, context.interrupt.cancel())?;
     drop(bar);
-    warn(&written);
-    context.ui.note(format_args!("{}: {}", output.display(), show_size(written.output_bytes)));
+    warn(&written.plan);
+    if args.search {
+        context.ui.note(gains_table(&written.gains).trim_end());
+    }
+    context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -97,4 +100,44 @@ pub(crate) fn table(plan: &ConvertPlan) -> String {
     }
     out.push_str(&format!("{} tensors, {} in the file\n", plan.tensors.len(), show_size(plan.output_bytes)));
     out
+}
+
+/// Mean squared error of the weights with the reference's scales and with those found, per kind of matrix and over all.
+fn gains_table(gains: &[SearchGain]) -> String {
+    let mut out = format!("{:14}  {:>9}  {:>9}  mean squared error\n", "", "default", "--search");
+    let (mut weights, mut errors) = (0, SquaredErrors::default());
+    let mut row = |name: &str, weights: u64, errors: SquaredErrors| {
+        let mean = |sum: f64| sum / weights.max(1) as f64;
+        let change = if errors.reference > 0.0 { 100.0 * (errors.chosen / errors.reference - 1.0) } else { 0.0 };
+        let (before, after) = (mean(errors.reference), mean(errors.chosen));
+        out.push_str(&format!("{name:14}  {before:>9.3e}  {after:>9.3e}  {change:+.1} %\n"));
+    };
+    for gain in gains {
+        row(gain.tensor.rule().kind_name(), gain.weights, gain.errors);
+        weights += gain.weights;
+        errors += gain.errors;
+    }
+    row("all", weights, errors);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use st_convert::tensor_map::Tensor;
+
+    use super::*;
+
+    #[test]
+    fn gains_are_means_and_percentages() {
+        let gain = |tensor, weights, reference, chosen| {
+            let errors = SquaredErrors { reference, chosen };
+            SearchGain { tensor, weights, errors }
+        };
+        let gains = [gain(Tensor::AttnQ, 100, 0.25, 0.2), gain(Tensor::FfnUpExps, 300, 0.0, 0.0)];
+        let expected = "                  default   --search  mean squared error\n\
+                        attn_q           2.500e-3   2.000e-3  -20.0 %\n\
+                        ffn_up_exps       0.000e0    0.000e0  +0.0 %\n\
+                        all              6.250e-4   5.000e-4  -20.0 %\n";
+        assert_eq!(gains_table(&gains), expected);
+    }
 }

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use st_bench::synth::checkpoint::write_checkpoint;
 use st_bench::synth::gguf::write_gguf;
-use st_bench::synth::measure::{Measured, measure};
-use st_bench::synth::recipe::{Recipe, Statistics};
+use st_bench::synth::measure::{Shares, measure};
+use st_bench::synth::recipe::{Recipe, Statistics, first_eighth};
 use st_bench::synth::shape::Shape;
 use st_gguf::Layout;
 
@@ -41,9 +41,39 @@ struct Measure {
     threads: usize,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// One line per layer as well.
+    #[command(flatten)]
+    asked: StatisticsArgs,
+}
+
+/// What a model is to show; `measure` prints it beside what the model does.
+#[derive(Args)]
+#[command(next_help_heading = "Statistics")]
+struct StatisticsArgs {
+    /// Share of neurons inside chosen experts that are zero.
+    #[arg(long, default_value_t = 0.65)]
+    sparsity: f64,
+    /// The same for the first eighth of the layers (default: 0.92, or SPARSITY where that is more; 0 where SPARSITY is).
     #[arg(long)]
-    layers: bool,
+    early_sparsity: Option<f64>,
+    /// Share of choices that the popular quarter of a layer's experts takes.
+    #[arg(long, default_value_t = 0.6)]
+    popular_share: f64,
+    /// Share of its predecessor's experts that a token repeats.
+    #[arg(long, default_value_t = 0.5)]
+    repeat_share: f64,
+}
+
+impl StatisticsArgs {
+    fn with_seed(&self, seed: u64) -> Statistics {
+        let early = if self.sparsity > 0.0 { 0.92_f64.max(self.sparsity) } else { 0.0 };
+        Statistics {
+            sparsity: self.sparsity,
+            early_sparsity: self.early_sparsity.unwrap_or(early),
+            popular_share: self.popular_share,
+            repeat_share: self.repeat_share,
+            seed,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -77,18 +107,8 @@ struct Make {
     preset: Preset,
     #[command(flatten)]
     shape: ShapeArgs,
-    /// Share of neurons inside chosen experts that are zero.
-    #[arg(long, default_value_t = 0.65)]
-    sparsity: f64,
-    /// The same for the first eighth of the layers (default: 0.92, or SPARSITY where that is more; 0 where SPARSITY is).
-    #[arg(long)]
-    early_sparsity: Option<f64>,
-    /// Share of choices that the popular quarter of a layer's experts takes.
-    #[arg(long, default_value_t = 0.6)]
-    popular_share: f64,
-    /// Share of its predecessor's experts that a token repeats.
-    #[arg(long, default_value_t = 0.5)]
-    repeat_share: f64,
+    #[command(flatten)]
+    statistics: StatisticsArgs,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Tensor bytes per safetensors shard, in MiB.
@@ -175,41 +195,44 @@ fn main() -> Result<()> {
 }
 
 fn report(args: &Measure) -> Result<()> {
+    let asked = args.asked.with_seed(args.seed);
     let runs = measure(&args.model, args.tokens, args.threads, args.seed)?;
     for (what, run) in ["scattered tokens", "greedy text"].into_iter().zip(runs) {
-        println!(
-            "{what}: {:.1} % of choices to the most chosen quarter of experts, {:.1} % of experts repeated, {:.1} % of \
-             neurons zero ({} tokens, {} different)",
-            100.0 * Measured::mean(&run.popular_share),
-            100.0 * Measured::mean(&run.repeat_share),
-            100.0 * run.zero_share,
-            run.tokens,
-            run.distinct,
-        );
-        if args.layers {
-            for (layer, (popular, repeat)) in run.popular_share.iter().zip(&run.repeat_share).enumerate() {
-                println!("  layer {layer:2}: {:.1} % popular, {:.1} % repeated", 100.0 * popular, 100.0 * repeat);
+        let n_layers = run.layers.len();
+        let early = first_eighth(n_layers);
+        println!("{what}: {} tokens, {} different", run.tokens, run.distinct);
+        println!("{:14}{:>16}{:>20}{:>16}", "", "neurons zero", "popular quarter", "repeated");
+        println!("{:14}{:>7}{:>9}{:>11}{:>9}{:>7}{:>9}", "", "asked", "is", "asked", "is", "asked", "is");
+        let row = |name: String, sparsity: f64, shares: Shares| {
+            let [zeros, popular, repeated] = [shares.zeros, shares.popular, shares.repeated].map(percent);
+            let [sparsity, asked_popular, asked_repeated] =
+                [sparsity, asked.popular_share, asked.repeat_share].map(percent);
+            println!("{name:14}{sparsity:>7}{zeros:>9}{asked_popular:>11}{popular:>9}{asked_repeated:>7}{repeated:>9}");
+        };
+        let sparsity = |layer: usize| if layer < early { asked.early_sparsity } else { asked.sparsity };
+        for (layer, &shares) in run.layers.iter().enumerate() {
+            row(format!("layer {layer}"), sparsity(layer), shares);
+        }
+        for (name, layers) in [("first eighth", 0..early), ("the rest", early..n_layers), ("all", 0..n_layers)] {
+            if let Some(shares) = run.mean(layers.clone()) {
+                let mean = layers.clone().map(sparsity).sum::<f64>() / layers.len() as f64;
+                row(name.to_owned(), mean, shares);
             }
         }
+        println!();
     }
     Ok(())
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }
 
 fn make(args: Make) -> Result<()> {
     if args.threads > 0 {
         rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot start the threads")?;
     }
-    let statistics = Statistics {
-        sparsity: args.sparsity,
-        early_sparsity: args.early_sparsity.unwrap_or(if args.sparsity > 0.0 {
-            0.92_f64.max(args.sparsity)
-        } else {
-            0.0
-        }),
-        popular_share: args.popular_share,
-        repeat_share: args.repeat_share,
-        seed: args.seed,
-    };
+    let statistics = args.statistics.with_seed(args.seed);
     let recipe = Recipe::new(args.shape.apply(args.preset), &statistics)?;
     let plan = recipe.calibration();
     println!(

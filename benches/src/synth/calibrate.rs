@@ -6,12 +6,16 @@
 //! how many experts a token shares with its predecessor. The other knob is the head start that popular experts have.
 //! Both are found here by bisection on a simulated router; what the weights then really do is measured on the model.
 
+use std::ops::Range;
+
 use super::rng::{Normals, Rng};
 
 /// Rotary pairs faster than this (radians per token) stay silent, or the past would fade within one token.
 const FASTEST: f64 = 0.45;
 /// Rotary pairs slower than this never turn within a context and would only add a constant.
 const SLOWEST: f64 = 2e-4;
+/// Rotary pairs slower than this hardly tell a position from the next.
+const SLOWEST_OF_SELF: f64 = 0.05;
 /// Distances the simulated kernel reaches; the real one has faded long before.
 const REACH: usize = 96;
 /// Simulated tokens.
@@ -19,8 +23,18 @@ const TOKENS: usize = 3000;
 
 /// Which rotary pairs of a head a topic head uses.
 pub fn active_pairs(head_dim: usize, theta: f64) -> Vec<usize> {
-    let frequency = |i: &usize| theta.powf(-2.0 * *i as f64 / head_dim as f64);
-    (0..head_dim / 2).filter(|i| (SLOWEST..FASTEST).contains(&frequency(i))).collect()
+    pairs(head_dim, theta, SLOWEST..FASTEST)
+}
+
+/// Which rotary pairs a head uses that looks at its own position only: those that turn visibly from one token to the next.
+/// Slower ones would add to every score alike, and more than the next position takes away as soon as keys differ in length.
+pub fn fast_pairs(head_dim: usize, theta: f64) -> Vec<usize> {
+    pairs(head_dim, theta, SLOWEST_OF_SELF..f64::INFINITY)
+}
+
+/// Rotary pairs that turn by so many radians per token.
+fn pairs(head_dim: usize, theta: f64, speeds: Range<f64>) -> Vec<usize> {
+    (0..head_dim / 2).filter(|i| speeds.contains(&theta.powf(-2.0 * *i as f64 / head_dim as f64))).collect()
 }
 
 /// What the chosen routing should look like.

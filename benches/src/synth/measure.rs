@@ -1,6 +1,7 @@
 //! Measures on the running model what a synthetic checkpoint was made to show: which experts tokens choose and how many
 //! neurons stay silent.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -14,20 +15,33 @@ use super::rng::Rng;
 pub struct Measured {
     /// Tokens run.
     pub tokens: usize,
-    /// Per layer: share of choices that went to the layer's most chosen quarter of experts.
-    pub popular_share: Vec<f64>,
-    /// Per layer: share of a token's experts that its predecessor also chose.
-    pub repeat_share: Vec<f64>,
-    /// Share of neurons inside chosen experts whose activation was zero, over all layers.
-    pub zero_share: f64,
-    /// Different tokens among those run.
+    /// Different tokens among them.
     pub distinct: usize,
+    /// What each layer did.
+    pub layers: Vec<Shares>,
+}
+
+/// What one layer did, or several on average.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shares {
+    /// Share of neurons inside chosen experts whose activation was zero.
+    pub zeros: f64,
+    /// Share of choices that went to the layer's most chosen quarter of experts.
+    pub popular: f64,
+    /// Share of a token's experts that its predecessor also chose.
+    pub repeated: f64,
 }
 
 impl Measured {
-    /// Mean over layers.
-    pub fn mean(values: &[f64]) -> f64 {
-        values.iter().sum::<f64>() / values.len().max(1) as f64
+    /// Mean over some layers, `None` for none.
+    pub fn mean(&self, layers: Range<usize>) -> Option<Shares> {
+        let layers = &self.layers[layers];
+        let mean = |share: fn(&Shares) -> f64| layers.iter().map(share).sum::<f64>() / layers.len() as f64;
+        (!layers.is_empty()).then(|| Shares {
+            zeros: mean(|layer| layer.zeros),
+            popular: mean(|layer| layer.popular),
+            repeated: mean(|layer| layer.repeated),
+        })
     }
 }
 
@@ -44,23 +58,21 @@ pub fn measure(path: &Path, n: usize, threads: usize, seed: u64) -> Result<[Meas
     let mut rng = Rng::for_row(seed, "measure.tokens", 0);
     let prompt: Vec<u32> = (0..n).map(|_| rng.below(engine.n_vocab()) as u32).collect();
 
-    let mut before = session.work();
     let mut next = 0;
-    let mut choices = Choices::new(&engine);
+    let mut counts = Counts::new(&session);
     for &token in &prompt {
-        next = argmax(&run_one(&mut session, token, &mut |layer, ids| choices.add(layer, ids))?);
+        next = argmax(&run_one(&mut session, token, &mut |layer, ids| counts.add(layer, ids))?);
     }
-    let random = choices.summarize(&engine, &prompt, session.work().since(&before));
+    let scattered = counts.summarize(&session, &prompt);
 
-    before = session.work();
-    choices = Choices::new(&engine);
+    counts = Counts::new(&session);
     let mut generated = Vec::with_capacity(n);
     for _ in 0..n {
         generated.push(next);
-        next = argmax(&run_one(&mut session, next, &mut |layer, ids| choices.add(layer, ids))?);
+        next = argmax(&run_one(&mut session, next, &mut |layer, ids| counts.add(layer, ids))?);
     }
-    let greedy = choices.summarize(&engine, &generated, session.work().since(&before));
-    Ok([random, greedy])
+    let greedy = counts.summarize(&session, &generated);
+    Ok([scattered, greedy])
 }
 
 /// Runs one token (batches do not count their neurons); returns its logits.
@@ -81,30 +93,39 @@ fn argmax(logits: &[f32]) -> u32 {
     best.map_or(0, |(id, _)| id as u32)
 }
 
-/// Chosen experts of each layer, token after token.
-struct Choices(Vec<Vec<u32>>);
+/// What is counted of one run.
+struct Counts {
+    /// Chosen experts of each layer, token after token.
+    choices: Vec<Vec<u32>>,
+    /// What the layers had done before.
+    before: Vec<Work>,
+}
 
-impl Choices {
-    fn new(engine: &Engine) -> Self {
-        Self(vec![Vec::new(); engine.config().n_layers])
+impl Counts {
+    fn new(session: &Session<'_>) -> Self {
+        let before = session.layer_work().to_vec();
+        Self { choices: vec![Vec::new(); before.len()], before }
     }
 
     fn add(&mut self, layer: usize, ids: &[u32]) {
-        self.0[layer].extend_from_slice(ids);
+        self.choices[layer].extend_from_slice(ids);
     }
 
-    fn summarize(&self, engine: &Engine, tokens: &[u32], work: Work) -> Measured {
-        let config = engine.config();
+    fn summarize(&self, session: &Session<'_>, tokens: &[u32]) -> Measured {
+        let config = session.engine().config();
         let mut distinct = tokens.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
-        Measured {
-            tokens: tokens.len(),
-            popular_share: self.0.iter().map(|ids| popular_share(ids, config.n_experts)).collect(),
-            repeat_share: self.0.iter().map(|ids| repeat_share(ids, config.n_experts_used)).collect(),
-            zero_share: 1.0 - work.live_neurons as f64 / work.neurons.max(1) as f64,
-            distinct: distinct.len(),
-        }
+        let layers = self.choices.iter().zip(session.layer_work().iter().zip(&self.before));
+        let shares = |(ids, (after, before)): (&Vec<u32>, (&Work, &Work))| {
+            let work = after.since(before);
+            Shares {
+                zeros: 1.0 - work.live_neurons as f64 / work.neurons.max(1) as f64,
+                popular: popular_share(ids, config.n_experts),
+                repeated: repeat_share(ids, config.n_experts_used),
+            }
+        };
+        Measured { tokens: tokens.len(), distinct: distinct.len(), layers: layers.map(shares).collect() }
     }
 }
 
@@ -138,9 +159,8 @@ mod tests {
         assert!((popular_share(&ids, 4) - 3.0 / 8.0).abs() < 1e-12);
     }
 
-    /// A small model in both layouts does what it was made for, and the same in each.
-    #[test]
-    fn a_synthetic_model_runs_as_planned() {
+    /// Makes a small model and measures it.
+    fn run(statistics: &Statistics, layout: Layout) -> [Measured; 2] {
         let mut shape = Shape {
             n_layers: 8,
             n_embd: 256,
@@ -153,23 +173,39 @@ mod tests {
             ..Shape::preset_4b()
         };
         shape.set_period(0);
-        let statistics =
-            Statistics { sparsity: 0.65, early_sparsity: 0.92, popular_share: 0.6, repeat_share: 0.5, seed: 5 };
-        let recipe = Recipe::new(shape, &statistics).unwrap();
+        let recipe = Recipe::new(shape, statistics).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let run = |layout: Layout| {
-            let path = dir.path().join(layout.name());
-            write_gguf(&recipe, layout, &path, false, &|_| ()).unwrap();
-            measure(&path, 200, 1, 1).unwrap()
-        };
-        let [random, greedy] = run(Layout::Gguf);
-        // Layer 0 sees no topic yet, so nothing there is repeated but by popularity.
-        let later = |m: &Measured| Measured::mean(&m.repeat_share[1..]);
-        assert!((later(&random) - 0.5).abs() < 0.1, "{random:?}");
-        assert!((Measured::mean(&random.popular_share) - 0.6).abs() < 0.1, "{random:?}");
-        assert!((random.zero_share - (0.92 + 7.0 * 0.65) / 8.0).abs() < 0.04, "{random:?}");
-        assert!(greedy.distinct > 20, "{greedy:?}");
-        let offload = run(Layout::Offload);
-        assert_eq!(format!("{offload:?}"), format!("{:?}", [random, greedy]));
+        let path = dir.path().join("model.gguf");
+        write_gguf(&recipe, layout, &path, false, &|_| ()).unwrap();
+        measure(&path, 200, 1, 1).unwrap()
+    }
+
+    const STATISTICS: Statistics =
+        Statistics { sparsity: 0.65, early_sparsity: 0.92, popular_share: 0.6, repeat_share: 0.5, seed: 5 };
+
+    #[test]
+    fn a_model_made_without_zeros_has_none() {
+        for measured in run(&Statistics { sparsity: 0.0, early_sparsity: 0.0, ..STATISTICS }, Layout::Gguf) {
+            assert!(measured.layers.iter().all(|layer| layer.zeros < 0.001), "{measured:?}");
+        }
+    }
+
+    /// A small model in both layouts does what it was made for, and the same in each.
+    #[test]
+    fn a_synthetic_model_runs_as_planned() {
+        let [scattered, greedy] = run(&STATISTICS, Layout::Gguf);
+        for (what, measured) in [("scattered", &scattered), ("greedy", &greedy)] {
+            let (early, later) = (measured.mean(0..1).unwrap(), measured.mean(1..8).unwrap());
+            assert!((early.zeros - 0.92).abs() < 0.03, "{what}: {measured:?}");
+            assert!((later.zeros - 0.65).abs() < 0.04, "{what}: {measured:?}");
+            assert!((later.popular - 0.6).abs() < 0.1, "{what}: {measured:?}");
+            assert!((later.repeated - 0.5).abs() < 0.1, "{what}: {measured:?}");
+        }
+        // Before the first attention there is only the token itself, which repeats nothing where tokens are scattered.
+        assert!(scattered.layers[0].repeated < 0.3, "{scattered:?}");
+        assert!(greedy.layers[0].repeated > 0.35, "{greedy:?}");
+        assert!(greedy.distinct > 100, "{greedy:?}");
+        let offload = run(&STATISTICS, Layout::Offload);
+        assert_eq!(format!("{offload:?}"), format!("{:?}", [scattered, greedy]));
     }
 }

@@ -4,7 +4,10 @@
 //! - *constant*: the same value for every token, written by the embedding and by nobody else. Gate rows lean against it,
 //!   which sets the neuron sparsity; router rows lean on it, which sets the popularity of experts; topic heads make
 //!   their constant queries and keys of it.
-//! - *slow*: a little of the token itself, and in rotary layers the topic (see [`super::calibrate`]). The routers read it.
+//! - *slow*: a little of the token itself, and in rotary layers the topic (see [`super::calibrate`]). The routers read it. The
+//!   tokens' own part fades along the model's own text as the topic does: before the first topic is written, a router sees
+//!   nothing else, and only so can it repeat experts. (For tokens in any other order, those routers repeat no more than
+//!   popularity makes them.)
 //! - *code*: what makes the next token (see [`super::successor`]).
 //! - *rest*: random embeddings, and what attention and experts add.
 //!
@@ -15,7 +18,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::calibrate::{Calibration, Routing, active_pairs, calibrate};
+use super::calibrate::{Calibration, Routing, active_pairs, calibrate, fast_pairs, kernel};
 use super::rng::{Normals, Rng, normal_cdf, normal_pdf, normal_quantile};
 use super::shape::Shape;
 use super::successor::Codes;
@@ -24,7 +27,7 @@ use super::vocab::Vocab;
 /// Value of the constant subspace.
 const CONSTANT: f64 = 2.0;
 /// Variance of the token's own part in the slow subspace, and of the first topic written beside it.
-const OWN_SLOW: f64 = 0.12;
+const OWN_SLOW: f64 = 0.04;
 const TOPIC: f64 = 1.0;
 /// What each later layer adds to the topic: two layers' routers agree mostly, not wholly.
 const TOPIC_STEP: f64 = 0.05;
@@ -39,7 +42,7 @@ const THRESHOLD_SPREAD: f64 = 0.5;
 const LOGIT_SCALE: f64 = 1.5;
 const POPULARITY_SPREAD: f32 = 0.1;
 /// Strength of the head that looks only at its own position.
-const SELF_STRENGTH: f64 = 4.0;
+const SELF_STRENGTH: f64 = 8.0;
 /// What the successor head adds of the next token's code and takes of this one's.
 const NEXT_CODE: f32 = 1.5;
 const OLD_CODE: f32 = 0.75;
@@ -60,6 +63,11 @@ pub struct Statistics {
     pub repeat_share: f64,
     /// Seed of every weight.
     pub seed: u64,
+}
+
+/// How many layers the first eighth of `n_layers` is.
+pub fn first_eighth(n_layers: usize) -> usize {
+    n_layers.div_ceil(8)
 }
 
 /// Which weight a tensor is.
@@ -126,6 +134,8 @@ pub struct Recipe {
     normals: Normals,
     codes: Option<Codes>,
     calibration: Calibration,
+    /// How much a token's own slow part has of each token before it in the model's own text, itself first.
+    trail: Vec<f32>,
     constant: Range<usize>,
     slow: Range<usize>,
     code: Range<usize>,
@@ -168,6 +178,7 @@ impl Recipe {
         // A sum of squares of k normals varies by √(2k); the root halves that.
         let wobble = 0.5 * (2.0 * rest.len() as f64).sqrt() / n as f64;
         let calibration = calibrate(&target, shape.head_dim, shape.rope_theta, slow_share, wobble, statistics.seed);
+        let trail = trail(&kernel(calibration.strength, shape.head_dim, shape.rope_theta));
         let mut recipe = Self {
             shape,
             vocab,
@@ -175,6 +186,7 @@ impl Recipe {
             normals: Normals::new(),
             codes,
             calibration,
+            trail,
             constant,
             slow,
             code,
@@ -232,7 +244,7 @@ impl Recipe {
                 let variance = if wrote_topic { TOPIC_STEP } else { TOPIC };
                 (variance / ((1.0 + grown) * self.calibration.kernel_energy)).sqrt()
             });
-            let early = layer * 8 < s.n_layers;
+            let early = layer < first_eighth(s.n_layers);
             let sparsity = if early { statistics.early_sparsity } else { statistics.sparsity };
             // Nothing sparse: every threshold far below every input.
             let (mean, spread) =
@@ -354,7 +366,7 @@ impl Recipe {
 
     fn embedding_row(&self, token: usize, rng: &mut Rng, out: &mut [f32]) {
         out[self.constant.clone()].fill(CONSTANT as f32);
-        self.normals.fill(rng, OWN_SLOW.sqrt() as f32, &mut out[self.slow.clone()]);
+        self.own_slow(token, &mut out[self.slow.clone()]);
         out[self.code.clone()].fill(0.0);
         if let Some(codes) = &self.codes {
             codes.write(token, &mut out[self.code.clone()]);
@@ -362,27 +374,37 @@ impl Recipe {
         self.normals.fill(rng, 1.0, &mut out[self.rest.clone()]);
     }
 
-    /// Strength of the constant-query head that key/value group `group` is in this layer, if it is one.
-    fn constant_head(&self, plan: &LayerPlan, group: usize) -> Option<f64> {
-        if plan.successor && group == self.shape.n_kv_heads - 1 {
-            return Some(SELF_STRENGTH);
+    /// The token's own part of the slow subspace: a fading sum over the steps that lead to it in the model's own text.
+    fn own_slow(&self, token: usize, out: &mut [f32]) {
+        let place = self.codes.as_ref().map_or(token, |codes| codes.step_of(token));
+        let mut step = vec![0.0; out.len()];
+        out.fill(0.0);
+        for (distance, &weight) in self.trail.iter().enumerate() {
+            let mut rng = Rng::for_row(self.seed, "slow", (place + self.trail.len() - distance) as u64);
+            self.normals.fill(&mut rng, weight * OWN_SLOW.sqrt() as f32, &mut step);
+            out.iter_mut().zip(&step).for_each(|(x, s)| *x += s);
         }
-        (plan.topic.is_some() && group == 0).then_some(self.calibration.strength)
+    }
+
+    /// Strength and rotary pairs of the constant-query head that key/value group `group` is in this layer, if it is one.
+    fn constant_head(&self, plan: &LayerPlan, group: usize) -> Option<(f64, Vec<usize>)> {
+        let (head_dim, theta) = (self.shape.head_dim, self.shape.rope_theta);
+        if plan.successor && group == self.shape.n_kv_heads - 1 {
+            return Some((SELF_STRENGTH, fast_pairs(head_dim, theta)));
+        }
+        (plan.topic.is_some() && group == 0).then(|| (self.calibration.strength, active_pairs(head_dim, theta)))
     }
 
     fn query_or_key_row(&self, tensor: &Tensor, row: usize, plan: &LayerPlan, rng: &mut Rng, out: &mut [f32]) {
         let hd = self.shape.head_dim;
         let per_group = if tensor.kind == Kind::Query { self.shape.n_heads / self.shape.n_kv_heads } else { 1 };
-        let Some(strength) = self.constant_head(plan, row / hd / per_group) else {
+        let Some((strength, pairs)) = self.constant_head(plan, row / hd / per_group) else {
             self.normals.fill(rng, (self.shape.n_embd as f32).sqrt().recip(), out);
             out[self.constant.clone()].fill(0.0);
             return;
         };
         out.fill(0.0);
-        let pair = row % hd;
-        let all_pairs = plan.successor && strength == SELF_STRENGTH;
-        let used = pair < hd / 2 && (all_pairs || active_pairs(hd, self.shape.rope_theta).contains(&pair));
-        if used {
+        if pairs.contains(&(row % hd)) {
             // The query times the key of one pair is strength·√head_dim, before attention divides by √head_dim.
             let amplitude = (strength * (hd as f64).sqrt()).sqrt();
             let seen = self.constant.len() as f64 * CONSTANT / plan.rms;
@@ -427,6 +449,14 @@ impl Recipe {
             self.normals.fill(rng, sigma as f32, out);
         }
     }
+}
+
+/// Attention weights as those of a sum with variance 1, without the faint end.
+fn trail(kernel: &[f64]) -> Vec<f32> {
+    let faint = 0.02 * kernel[0];
+    let kept = kernel.iter().rposition(|&weight| weight > faint).map_or(1, |last| last + 1);
+    let energy: f64 = kernel[..kept].iter().map(|weight| weight * weight).sum();
+    kernel[..kept].iter().map(|weight| (weight / energy.sqrt()) as f32).collect()
 }
 
 /// Rounds to the nearest BF16, ties to even; finite input only.

@@ -44,17 +44,21 @@ impl Codes {
 
     /// Writes the code of `token` into the first [`Self::len`] values of `out`.
     pub fn write(&self, token: usize, out: &mut [f32]) {
-        let step = if token < self.n_regular {
-            (token as u128 * self.multiplier as u128 % self.n_regular as u128) as usize
-        } else {
-            token + 1
-        };
+        let step = self.step_of(token);
         let mut at = 0;
         for (signs, &p) in self.signs.iter().zip(self.cycles) {
             for i in 0..p {
                 out[at + i] = signs[(i + step) % p];
             }
             at += p;
+        }
+    }
+
+    /// How many steps a token is from the one where the walk begins.
+    pub fn step_of(&self, token: usize) -> usize {
+        match token < self.n_regular {
+            true => (token as u128 * self.multiplier as u128 % self.n_regular as u128) as usize,
+            false => token + 1,
         }
     }
 

@@ -26,7 +26,7 @@ pub(crate) fn options(ty: WeightType, layout: Layout) -> ConvertOptions {
 }
 
 pub(crate) fn run(input: &Path, options: &ConvertOptions, out: &Path) -> Result<ConvertPlan, ConvertError> {
-    convert(&Input::open(input)?, options, out, false, &NoProgress, &Cancel::new())
+    convert(&Input::open(input)?, options, out, false, &NoProgress, &Cancel::new()).map(|converted| converted.plan)
 }
 
 /// Converts and returns the file's bytes.

@@ -1,7 +1,11 @@
 //! What is written is what was read: every tensor, every type, both layouts, any number of threads.
 
+use std::path::Path;
+
 use crate::common::{Checkpoint, LAYOUTS, TYPES, bytes, mini, options, repository, run, tiny};
-use st_convert::{Cancel, ConvertOptions, DifferenceKind, Input, Layout, NoProgress, WeightType, compare, plan};
+use st_convert::{
+    Cancel, ConvertOptions, DifferenceKind, Input, Layout, NoProgress, WeightType, compare, convert, plan,
+};
 use st_gguf::{GgmlType, GgufFile};
 use st_kernels::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
 
@@ -84,15 +88,72 @@ fn sources(gguf: &str) -> Vec<String> {
     }
 }
 
+/// Each output of `input` is the same at 1, 2 and 5 threads; returns the outputs.
+fn same_at_any_number_of_threads(input: &Path, name: &str) -> Vec<Vec<u8>> {
+    let types = TYPES.into_iter().map(|ty| (ty, false)).chain([(WeightType::Q4_0, true)]);
+    let each = types.flat_map(|(ty, search)| LAYOUTS.map(|layout| ConvertOptions { search, ..options(ty, layout) }));
+    let same = |options: ConvertOptions| {
+        let one = bytes(input, &ConvertOptions { threads: 1, ..options });
+        for threads in [2, 5] {
+            let many = bytes(input, &ConvertOptions { threads, ..options });
+            assert!(one == many, "{name} as {options:?} at {threads} threads");
+        }
+        one
+    };
+    each.map(same).collect()
+}
+
+/// A checkpoint of two shards and the same in one file, whose embedding is cut into many units of work.
 #[test]
-fn the_number_of_threads_changes_no_byte() {
+fn neither_threads_nor_shards_change_a_byte() {
+    let sharded = same_at_any_number_of_threads(&mini("mini-21b"), "two shards");
+    let dir = tempfile::tempdir().unwrap();
+    let mut whole = Checkpoint::load(&mini("mini-21b"));
+    whole.save(dir.path());
+    assert!(same_at_any_number_of_threads(dir.path(), "one file") == sharded);
+
+    let rows = 10_001;
+    whole.config["vocab_size"] = rows.into();
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let tensor = whole.tensor(name);
+        let again = tensor.data.iter().copied().cycle();
+        (tensor.shape[0], tensor.data) = (rows, again.take(rows * tensor.shape[1] * 2).collect());
+    }
+    whole.save(dir.path());
+    same_at_any_number_of_threads(dir.path(), "a large embedding");
+}
+
+#[test]
+fn threads_change_no_byte_of_what_a_gguf_becomes() {
+    let dir = tempfile::tempdir().unwrap();
+    for ty in [WeightType::F32, WeightType::F16, WeightType::BF16, WeightType::Q8_0] {
+        let input = dir.path().join(format!("{ty}.gguf"));
+        run(&mini("mini-21b"), &options(ty, Layout::Gguf), &input).unwrap();
+        same_at_any_number_of_threads(&input, ty.name());
+    }
+}
+
+#[test]
+fn what_a_search_gains_is_told_for_each_kind_of_matrix() {
+    let input = Input::open(&mini("mini-21b")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let gains = |layout, threads, search| {
+        let options = ConvertOptions { threads, search, ..options(WeightType::Q4_0, layout) };
+        let out = dir.path().join(format!("{}-{threads}.gguf", layout.name()));
+        convert(&input, &options, &out, true, &NoProgress, &Cancel::new()).unwrap().gains
+    };
+    assert_eq!(gains(Layout::Gguf, 1, false), []);
     for layout in LAYOUTS {
-        for ty in TYPES {
-            let one = bytes(&mini("mini-21b"), &ConvertOptions { threads: 1, ..options(ty, layout) });
-            for threads in [2, 5] {
-                let many = bytes(&mini("mini-21b"), &ConvertOptions { threads, ..options(ty, layout) });
-                assert!(one == many, "{ty} {layout:?} at {threads} threads");
-            }
+        let gains = [1, 2, 5].map(|threads| gains(layout, threads, true));
+        assert!(gains[0] == gains[1] && gains[0] == gains[2], "{gains:?}");
+        let names: Vec<&str> = gains[0].iter().map(|gain| gain.tensor.rule().kind_name()).collect();
+        let expected = "token_embd output attn_q attn_k attn_v attn_output ffn_gate_exps ffn_up_exps ffn_down_exps";
+        assert_eq!(names.join(" "), expected);
+        for gain in &gains[0] {
+            let rule = gain.tensor.rule();
+            let instances = rule.instances(input.config()).count();
+            assert_eq!(gain.weights as usize, instances * rule.rows(input.config()) * rule.cols(input.config()));
+            assert!(0.0 < gain.errors.chosen && gain.errors.chosen < 0.95 * gain.errors.reference, "{gain:?}");
         }
     }
 }

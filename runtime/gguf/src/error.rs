@@ -173,6 +173,14 @@ pub enum GgufError {
         /// The output.
         path: PathBuf,
     },
+    /// The output would lie in a folder that does not exist.
+    #[error("{}: the folder {} does not exist", path.display(), folder.display())]
+    NoFolder {
+        /// The output.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
+    },
     /// Another process is writing the same output.
     #[error("{}: another process is writing this file (it holds {})", path.display(), partial.display())]
     Busy {

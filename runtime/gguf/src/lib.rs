@@ -30,7 +30,7 @@ pub use metadata::Metadata;
 pub use reader::GgufFile;
 pub use source::{FileSource, ReadAt, StaticSource};
 pub use value::{Array, StringArray, Value};
-pub use writer::{GgufWriter, WriteOptions, available_space};
+pub use writer::{GgufWriter, WriteOptions, available_space, check_output};
 
 /// Caps on what a header may claim, far above any real file, far below what would hurt.
 pub mod limits {

@@ -54,11 +54,11 @@ impl GgufWriter {
     /// `general.alignment` is set to `options.alignment`.
     ///
     /// # Errors
-    /// As [`plan`](crate::plan()); [`GgufError::Exists`], [`GgufError::NotAFile`], [`GgufError::Busy`],
-    /// [`GgufError::NoSpace`] before the first byte is written; [`GgufError::Io`].
+    /// As [`plan`](crate::plan()) and [`check_output`]; [`GgufError::Busy`], [`GgufError::NoSpace`] before the first byte is
+    /// written; [`GgufError::Io`].
     pub fn create(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], options: WriteOptions) -> Result<Self> {
         let (header, plan) = encode(metadata, tensors, options.alignment)?;
-        check_replaceable(path, options.overwrite)?;
+        check_output(path, options.overwrite)?;
         let partial = partial_path(path)?;
         let file = claim_partial(path, &partial)?;
         let mut writer = Self {
@@ -167,7 +167,7 @@ impl GgufWriter {
     fn publish(&self) -> Result<()> {
         let fail = |source| GgufError::io(self.path.display(), "give the file its final name", source);
         if self.options.overwrite {
-            check_replaceable(&self.path, true)?;
+            check_output(&self.path, true)?;
             return std::fs::rename(&self.partial, &self.path).map_err(fail);
         }
         match rename_exclusive(&self.partial, &self.path) {
@@ -304,20 +304,28 @@ fn partial_path(path: &Path) -> Result<PathBuf> {
     Ok(path.with_file_name(partial))
 }
 
-/// Fails unless `path` is free, or a regular file that may be replaced.
-fn check_replaceable(path: &Path, overwrite: bool) -> Result<()> {
+/// Whether `path` can become an output: it is free, or a regular file that may be replaced, in a folder that exists. Whoever
+/// has much to do before writing asks first; the writer has the last word.
+///
+/// # Errors
+/// [`GgufError::Exists`], [`GgufError::NotAFile`], [`GgufError::NoFolder`], [`GgufError::Io`].
+pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
     match std::fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => Err(GgufError::NotAFile { file: path.display().to_string() }),
         Ok(_) if !overwrite => Err(GgufError::Exists { path: path.to_owned() }),
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match parent_of(path).try_exists() {
+            Ok(false) => Err(GgufError::NoFolder { path: path.to_owned(), folder: parent_of(path).to_owned() }),
+            _ => Ok(()),
+        },
         Err(source) => Err(GgufError::io(path.display(), "look at the output", source)),
     }
 }
 
 /// Opens, locks and empties the partial file.
 fn claim_partial(path: &Path, partial: &Path) -> Result<File> {
-    let fail = |source| GgufError::io(partial.display(), "create the file", source);
+    let name = partial.file_name().unwrap_or_default().display();
+    let fail = |source| GgufError::io(path.display(), format!("create {name} beside it"), source);
     loop {
         let file = OpenOptions::new()
             .read(true)

@@ -178,6 +178,9 @@ fn linear(b: &mut Bench) {
     b.run("quantize_row_q4_0_1thread", Work::Bytes(x.len() * 4), |kernels, _| {
         kernels.quantize_row_q4_0(&x, &mut blocks);
     });
+    b.run("quantize_row_q4_0_search_1thread", Work::Bytes(x.len() * 4), |kernels, _| {
+        kernels.quantize_row_q4_0_search(&x, &mut blocks);
+    });
     let router: Vec<u8> = x[..32 * k].iter().flat_map(|v| v.to_le_bytes()).collect();
     let mut router = Cold::new(&router);
     let mut out = vec![0.0; 32];

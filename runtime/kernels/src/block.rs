@@ -68,50 +68,11 @@ impl BlockQ4_0 {
         Self { d: f16::from_f32(d).to_bits(), qs: nibbles(x, id) }
     }
 
-    /// Quantizes 32 floats to the block with the least squared error among a fixed set of scales around the reference one.
-    ///
-    /// Same format, never worse than [`Self::quantize`], about 20 times slower.
-    pub fn quantize_search(x: &[f32; BLOCK_LEN]) -> Self {
-        let mut best = Self::quantize(x);
-        let mut best_error = best.squared_error(x);
-        let d0 = f16::from_bits(best.d).to_f32();
-        if d0 == 0.0 || !best_error.is_finite() {
-            return best;
-        }
-        // ±15 % around the reference scale, both signs: the sign decides which side gets the sixteenth level.
-        for step in -9i32..=6 {
-            for sign in [1.0f32, -1.0] {
-                let trial = sign * d0 * (1.0 + step as f32 * 0.016);
-                let qs = nibbles(x, 1.0 / trial);
-                // Given the levels, the scale that minimises the error is a ratio of sums.
-                let (mut xq, mut qq) = (0f32, 0f32);
-                for (i, &v) in x.iter().enumerate() {
-                    let q = level(&qs, i) as f32;
-                    xq += v * q;
-                    qq += q * q;
-                }
-                if qq == 0.0 {
-                    continue;
-                }
-                let candidate = Self { d: f16::from_f32(xq / qq).to_bits(), qs };
-                let error = candidate.squared_error(x);
-                if error < best_error {
-                    (best, best_error) = (candidate, error);
-                }
-            }
-        }
-        best
-    }
-
     /// The 32 weights of this block.
     #[inline]
     pub fn dequantize(&self) -> [f32; BLOCK_LEN] {
         let d = f16::from_bits(self.d).to_f32();
         std::array::from_fn(|i| level(&self.qs, i) as f32 * d)
-    }
-
-    fn squared_error(&self, x: &[f32; BLOCK_LEN]) -> f32 {
-        self.dequantize().iter().zip(x).map(|(a, b)| (a - b) * (a - b)).sum()
     }
 }
 
@@ -193,17 +154,6 @@ pub fn quantize_row_q4_0(x: &[f32], out: &mut [u8]) {
     check_row("quantize_row_q4_0", x.len(), out.len(), WeightType::Q4_0);
     for (x, out) in x.chunks_exact(BLOCK_LEN).zip(out.chunks_exact_mut(18)) {
         out.copy_from_slice(&BlockQ4_0::quantize(block(x)).to_bytes());
-    }
-}
-
-/// Like [`quantize_row_q4_0`], but each block takes the scale with the least squared error ([`BlockQ4_0::quantize_search`]).
-///
-/// # Panics
-/// As [`quantize_row_q4_0`].
-pub fn quantize_row_q4_0_search(x: &[f32], out: &mut [u8]) {
-    check_row("quantize_row_q4_0_search", x.len(), out.len(), WeightType::Q4_0);
-    for (x, out) in x.chunks_exact(BLOCK_LEN).zip(out.chunks_exact_mut(18)) {
-        out.copy_from_slice(&BlockQ4_0::quantize_search(block(x)).to_bytes());
     }
 }
 
@@ -301,22 +251,6 @@ mod tests {
             }
         }
         assert!(seen >= 30, "only {seen} golden cases");
-    }
-
-    #[test]
-    fn search_is_never_worse_and_usually_better() {
-        let file = golden();
-        let tensors = SafeTensors::deserialize(&file).unwrap();
-        let x = floats(tensors.tensor("tiny_q.input").unwrap().data());
-        let (mut plain, mut searched) = (0f64, 0f64);
-        for x in x.chunks_exact(BLOCK_LEN) {
-            let a = BlockQ4_0::quantize(block(x)).squared_error(block(x));
-            let b = BlockQ4_0::quantize_search(block(x)).squared_error(block(x));
-            assert!(b <= a);
-            plain += f64::from(a);
-            searched += f64::from(b);
-        }
-        assert!(searched < 0.9 * plain, "search gained too little: {searched} against {plain}");
     }
 
     #[test]

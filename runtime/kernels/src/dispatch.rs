@@ -11,6 +11,7 @@ use crate::expert_format::{DownLayout, UpLayout};
 use crate::experts::HiddenGroup;
 use crate::kv::KvType;
 use crate::scalar;
+use crate::search::SquaredErrors;
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64;
 
@@ -72,6 +73,8 @@ pub(crate) struct Table {
     pub quantize_q8: unsafe fn(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]),
     /// Floats to Q4_0 bytes.
     pub quantize_q4_0: unsafe fn(x: &[f32], out: &mut [u8]),
+    /// Better scales for the Q4_0 bytes that `quantize_q4_0` made of `x`.
+    pub improve_q4_0: unsafe fn(x: &[f32], out: &mut [u8]) -> SquaredErrors,
     /// Canonical rows (a multiple of 16) of `kb` blocks to tiles.
     pub pack_r16: unsafe fn(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]),
     /// One group of 32 neurons of a down region; `canonical` is the whole matrix of `n_embd` rows.

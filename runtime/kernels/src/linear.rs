@@ -9,6 +9,7 @@ use crate::out::ColumnsMut;
 use crate::pool::Pool;
 use crate::r16::{R16, R16_ROWS, packed_bytes};
 use crate::scratch::with_bytes;
+use crate::search::SquaredErrors;
 
 /// Weight rows per task when a pool shares a matrix product: enough bytes to stream, little enough to balance.
 const ROWS_PER_TASK: usize = 64;
@@ -238,6 +239,17 @@ impl Kernels {
         assert_eq!(WeightType::Q4_0.row_bytes(x.len()), Some(out.len()), "quantize_row_q4_0: lengths");
         // SAFETY: the table is of this CPU; `out` has 18 bytes for each 32 floats.
         unsafe { (self.table.quantize_q4_0)(x, out) };
+    }
+
+    /// [`Self::quantize_row_q4_0`], then for each block the scale of least squared error, where it beats the reference's: never
+    /// worse for any block. Returns what the errors were and are.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn quantize_row_q4_0_search(self, x: &[f32], out: &mut [u8]) -> SquaredErrors {
+        self.quantize_row_q4_0(x, out);
+        // SAFETY: the table is of this CPU; `out` has the 18 bytes of each 32 floats.
+        unsafe { (self.table.improve_q4_0)(x, out) }
     }
 
     /// [`crate::r16::pack`], faster: the same bytes.

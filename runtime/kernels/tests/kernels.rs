@@ -90,6 +90,63 @@ fn quantized(kernels: Kernels, x: &[f32], k: usize) -> Q8Acts {
     acts
 }
 
+/// The error of a block, exact but for the rounding of f64.
+fn squared_error(x: &[f32], block: &[u8]) -> f64 {
+    let mut back = [0.0; 32];
+    dequantize_row(WeightType::Q4_0, block, &mut back);
+    x.iter().zip(back).map(|(a, b)| (f64::from(*a) - f64::from(b)).powi(2)).sum()
+}
+
+/// The search as one would write it for one block, which holds the reference's bytes.
+fn search_plainly(x: &[f32], block: &mut [u8]) {
+    let max = x.iter().fold(0f32, |max, v| if v.abs() > max.abs() { *v } else { max });
+    let levels =
+        |inverse: f32| -> Vec<f32> { x.iter().map(|v| (v * inverse).clamp(-8.0, 7.0).round_ties_even()).collect() };
+    let mut best = (0.0, 0.0, 0.0);
+    let steps = |first: f32| (0..9).map(move |i| first + 0.25 * i as f32);
+    for at in steps(7.0).map(|at| -at).chain(steps(6.5)) {
+        try_scale(x, &levels(at / max), at / max, &mut best);
+    }
+    let (_, inverse, scale) = best;
+    let scale = half::f16::from_f32(scale);
+    let error = |q: &dyn Fn(usize) -> f32, scale: half::f16| {
+        x.iter().enumerate().fold(0f32, |sum, (i, v)| sum + (v - q(i) * scale.to_f32()).powi(2))
+    };
+    let nibble = |block: &[u8], i: usize| block[2 + i % 16] >> (i / 16 * 4) & 15;
+    let before = error(&|i| f32::from(nibble(block, i)) - 8.0, half::f16::from_le_bytes([block[0], block[1]]));
+    let q = levels(inverse);
+    if error(&|i| q[i], scale) < before * (1.0 - 1e-5) {
+        block[..2].copy_from_slice(&scale.to_le_bytes());
+        for j in 0..16 {
+            block[2 + j] = (q[j] + 8.0) as u8 | ((q[j + 16] + 8.0) as u8) << 4;
+        }
+    }
+}
+
+/// Keeps gain, factor and scale of the better of two.
+fn try_scale(x: &[f32], q: &[f32], inverse: f32, best: &mut (f32, f32, f32)) {
+    let (mut xq, mut qq) = (0f32, 0f32);
+    for (x, q) in x.iter().zip(q) {
+        xq += x * q;
+        qq += q * q;
+    }
+    let scale = xq / qq;
+    if xq * scale > best.0 {
+        *best = (xq * scale, inverse, scale);
+    }
+}
+
+#[test]
+fn searching_scales_gains_a_tenth_on_real_weights() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/quant_vectors.safetensors");
+    let file = std::fs::read(path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let bytes = tensors.tensor("tiny_q.input").unwrap().data();
+    let x: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let errors = Kernels::detect().quantize_row_q4_0_search(&x, &mut vec![0; x.len() / 32 * 18]);
+    assert!(errors.chosen < 0.9 * errors.reference, "{errors:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
@@ -110,6 +167,39 @@ proptest! {
             kernels.quantize_row_q4_0(&x, &mut got);
             prop_assert!(got == want, "{kernels:?}");
         }
+    }
+
+    #[test]
+    fn searched_scales_agree_and_are_never_worse(
+        blocks in 1usize..40, scale in -45i32..18, zeros in 0usize..40, seed in 1u64..,
+    ) {
+        let mut rng = Rng(seed);
+        let mut x = rng.floats(blocks * 32);
+        x.iter_mut().for_each(|v| *v *= 2f32.powi(scale));
+        x[32 * blocks - zeros.min(32 * blocks)..].fill(0.0);
+        let mut plain = vec![0; blocks * 18];
+        quantize_row_q4_0(&x, &mut plain);
+        let mut want = plain.clone();
+        for (x, block) in x.chunks_exact(32).zip(want.chunks_exact_mut(18)) {
+            search_plainly(x, block);
+        }
+        let mut errors = None;
+        for kernels in isas() {
+            let mut got = vec![0; blocks * 18];
+            let new = kernels.quantize_row_q4_0_search(&x, &mut got);
+            prop_assert!(got == want, "{kernels:?}");
+            prop_assert_eq!(*errors.get_or_insert(new), new, "{:?}", kernels);
+        }
+        let (mut before, mut after) = (0.0, 0.0);
+        let blocks = plain.chunks_exact(18).zip(want.chunks_exact(18));
+        for (x, (plain, chosen)) in x.chunks_exact(32).zip(blocks) {
+            let (plain, chosen) = (squared_error(x, plain), squared_error(x, chosen));
+            prop_assert!(chosen <= plain, "{chosen} after {plain}");
+            (before, after) = (before + plain, after + chosen);
+        }
+        let errors = errors.unwrap();
+        prop_assert!((errors.reference - before).abs() <= 1e-5 * before, "{errors:?}, {before} before");
+        prop_assert!((errors.chosen - after).abs() <= 1e-5 * after, "{errors:?}, {after} after");
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub struct Session<'e> {
     kv: Vec<LayerKv>,
     tokens: Vec<u32>,
     buffers: Buffers,
+    /// The part of each layer in [`Buffers::work`].
+    layer_work: Vec<Work>,
 }
 
 impl<'e> Session<'e> {
@@ -99,7 +101,8 @@ impl<'e> Session<'e> {
             one: Activations::new(config, 1)?,
             batch: None,
         };
-        Ok(Self { engine, kv, tokens: Vec::with_capacity(engine.ctx().min(1 << 16)), buffers })
+        let layer_work = vec![Work::default(); config.n_layers];
+        Ok(Self { engine, kv, tokens: Vec::with_capacity(engine.ctx().min(1 << 16)), buffers, layer_work })
     }
 
     /// The engine that this is a conversation with.
@@ -130,6 +133,11 @@ impl<'e> Session<'e> {
     /// What was computed so far.
     pub fn work(&self) -> Work {
         self.buffers.work
+    }
+
+    /// What of it was computed in each layer.
+    pub fn layer_work(&self) -> &[Work] {
+        &self.layer_work
     }
 
     /// Logits of the token run last; `[n_vocab]`.
@@ -249,7 +257,9 @@ impl<'e> Session<'e> {
         model.embed(batch, &activations)?;
         self.buffers.rope.prepare(self.tokens.len(), batch.len());
         for (n, kv) in self.kv.iter_mut().enumerate() {
+            let before = self.buffers.work;
             model.layer(n, self.tokens.len(), &activations, kv, &mut self.buffers)?;
+            self.layer_work[n].add(self.buffers.work.since(&before));
             on_layer(n, &activations, &self.buffers.routing)?;
         }
         if head {

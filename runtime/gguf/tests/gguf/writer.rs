@@ -66,8 +66,10 @@ fn folders_and_devices_are_no_outputs() {
         assert!(matches!(error, GgufError::NotAFile { .. }), "{error}");
     }
     let error = create(&dir.path().join("no/such/folder.gguf"), false).unwrap_err();
-    assert!(error.to_string().contains("no/such/.folder.gguf.partial"), "{error}");
+    assert!(matches!(&error, GgufError::NoFolder { folder, .. } if *folder == dir.path().join("no/such")), "{error}");
     assert!(create(std::path::Path::new("/"), true).is_err());
+    fs::write(dir.path().join("file"), "").unwrap();
+    assert!(create(&dir.path().join("file/out.gguf"), true).unwrap_err().to_string().contains("file/out.gguf"));
 }
 
 #[test]

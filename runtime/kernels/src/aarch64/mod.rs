@@ -19,6 +19,7 @@ pub(crate) static TABLE: Table = Table {
     isa: Isa::NeonDot,
     quantize_q8: scalar::TABLE.quantize_q8,
     quantize_q4_0: scalar::TABLE.quantize_q4_0,
+    improve_q4_0: scalar::TABLE.improve_q4_0,
     pack_r16: scalar::TABLE.pack_r16,
     pack_down_group: scalar::TABLE.pack_down_group,
     gemv_r16: gemv::gemv_r16,

@@ -9,6 +9,7 @@ pub(crate) static TABLE: Table = Table {
     isa: Isa::Scalar,
     quantize_q8: quantized::quantize_q8,
     quantize_q4_0: quantized::quantize_q4_0,
+    improve_q4_0: crate::search::improve_q4_0,
     pack_r16: quantized::pack_r16,
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: quantized::gemv_r16,

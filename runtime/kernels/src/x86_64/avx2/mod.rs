@@ -18,6 +18,7 @@ pub(crate) static TABLE: Table = Table {
     isa: Isa::Avx2,
     quantize_q8: quantize::quantize_q8,
     quantize_q4_0: quantize::quantize_q4_0,
+    improve_q4_0: quantize::improve_q4_0,
     pack_r16: scalar::TABLE.pack_r16,
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: gemv::gemv_r16,

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::block::BLOCK_LEN;
+use crate::search::{self, SquaredErrors};
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -84,4 +85,10 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
         // SAFETY: out has 18 bytes.
         unsafe { _mm_storeu_si128(out.as_mut_ptr().add(2).cast(), qs) };
     }
+}
+
+/// The portable source, compiled for this instruction set.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn improve_q4_0(x: &[f32], out: &mut [u8]) -> SquaredErrors {
+    search::improve_q4_0(x, out)
 }

@@ -17,6 +17,7 @@ pub(crate) static TABLE: Table = Table {
     isa: Isa::Avx512Vnni,
     quantize_q8: quantize::quantize_q8,
     quantize_q4_0: quantize::quantize_q4_0,
+    improve_q4_0: quantize::improve_q4_0,
     pack_r16: pack::pack_r16,
     pack_down_group: pack::pack_down_group,
     gemv_r16: gemv::gemv_r16,

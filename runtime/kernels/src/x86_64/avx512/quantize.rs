@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::block::BLOCK_LEN;
+use crate::search::{self, SquaredErrors};
 
 /// Largest |x| of 32, NaN ignored.
 #[inline]
@@ -69,4 +70,10 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
         // SAFETY: out has 18 bytes.
         unsafe { _mm_storeu_si128(out.as_mut_ptr().add(2).cast(), qs) };
     }
+}
+
+/// The portable source, compiled for this instruction set.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub(super) fn improve_q4_0(x: &[f32], out: &mut [u8]) -> SquaredErrors {
+    search::improve_q4_0(x, out)
 }

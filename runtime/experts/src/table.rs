@@ -207,8 +207,17 @@ impl<E: Eviction> Table<E> {
 
     /// Begins reading the experts that are missing, as far as slots can be had without taking what is in use, promised, or
     /// (for guesses) anything beyond the guesses' share. Returns how many pieces were queued.
-    pub(crate) fn prefetch(&mut self, keys: impl Iterator<Item = u32>, certainty: Certainty) -> usize {
-        keys.map(|key| self.prefetch_one(key, certainty)).sum()
+    pub(crate) fn prefetch(&mut self, keys: impl Iterator<Item = u32> + Clone, certainty: Certainty) -> usize {
+        // Those that are here first, so that none of them becomes a victim of this very request.
+        let mut queued = 0;
+        for here in [true, false] {
+            for key in keys.clone() {
+                if self.is_cached(key) == here {
+                    queued += self.prefetch_one(key, certainty);
+                }
+            }
+        }
+        queued
     }
 
     fn prefetch_one(&mut self, key: u32, certainty: Certainty) -> usize {

@@ -25,6 +25,18 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// What the figures of the expert cache mean; the only place that tells it to people.
+const EXPERT_FIGURES: &str = "\
+With --memory, the figures tell of the expert cache too, for prompt and generation apart:
+  hits, misses     experts asked for that were in memory from an earlier use, or had to be read; a
+                   batch of prompt tokens asks once for each expert that it touches in a layer
+  found in memory  hits / (hits + misses)
+  read per token   bytes read from the disk / tokens, with what pages hold beyond the experts
+  stalled          time in which a computing thread was blocked, waiting for an expert
+  hidden           share of the time of reading in which no computing thread was blocked
+  evictions        experts that gave up their place to another
+  rereads          experts read that had been in memory before: what more memory would save";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Fetch a model from the Hugging Face hub.
@@ -34,8 +46,10 @@ pub(crate) enum Command {
     /// Rearrange the experts of a GGUF file for reading them from disk, or back.
     Layout(LayoutArgs),
     /// Answer a prompt, or chat.
+    #[command(after_help = EXPERT_FIGURES)]
     Run(RunArgs),
     /// Measure speed.
+    #[command(after_help = EXPERT_FIGURES)]
     Bench(BenchArgs),
     /// Write the logits of every position to a file.
     Logits(LogitsArgs),

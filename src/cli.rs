@@ -51,6 +51,8 @@ pub(crate) enum Command {
     /// Measure speed.
     #[command(after_help = EXPERT_FIGURES)]
     Bench(BenchArgs),
+    /// Replay recorded routing with caches of other sizes and policies.
+    CacheSim(CacheSimArgs),
     /// Write the logits of every position to a file.
     Logits(LogitsArgs),
     /// Show what is in a GGUF file.
@@ -213,6 +215,9 @@ pub(crate) struct RunArgs {
     /// Speed and memory on stderr at the end.
     #[arg(long)]
     pub(crate) stats: bool,
+    /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routing: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -259,6 +264,26 @@ pub(crate) struct BenchArgs {
     /// A table or an object.
     #[arg(short = 'o', value_name = "FORMAT", default_value = "md")]
     pub(crate) output: BenchFormat,
+    /// Write which experts each token of all repetitions is sent to, the one that warms up included, for
+    /// `st-tool cache-sim`; replaces FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routing: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CacheSimArgs {
+    /// A file that `--record-routing` wrote.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Sizes of the cache in experts, comma-separated; by default ten, up to all experts.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = positive, conflicts_with = "memory")]
+    pub(crate) slots: Vec<usize>,
+    /// Sizes of the whole process, comma-separated, as `run` takes them; the context is that of the recorded run.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_size)]
+    pub(crate) memory: Vec<u64>,
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -32,7 +32,7 @@ fn quiet<'a>(args: &[&'a str]) -> Vec<&'a str> {
 #[test]
 fn help_and_version_are_output() {
     assert!(run(["--version"]).ok().starts_with("st-tool "));
-    for command in ["download", "quantize", "layout", "run", "bench", "logits", "inspect", "perplexity"] {
+    for command in ["download", "quantize", "layout", "run", "bench", "cache-sim", "logits", "inspect", "perplexity"] {
         assert!(run(["--help"]).ok().contains(command));
         assert!(run([command, "--help"]).ok().contains("Usage: st-tool"));
     }

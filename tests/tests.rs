@@ -8,3 +8,4 @@ mod identity;
 mod program;
 mod regression;
 mod reject;
+mod routing;

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, Session, StoreStats, Work};
 
+use super::routing::RoutingFile;
 use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
 use super::{Context, engine};
 use crate::cli::{BenchArgs, BenchFormat};
@@ -86,6 +87,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
             Advice::new("there is nothing to measure", "give prompt tokens (-p) or generated tokens (-n)").into()
         );
     }
+    let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let name = args.model.as_deref().unwrap_or("tiny");
     let file = Model::resolve(name)?.open_gguf(context)?;
     let threads = engine::threads(&args.engine);
@@ -97,7 +99,16 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let engine = engine::load_file(file, &args.engine, Some(ctx), engine::DEFAULT_KV, context)?;
     let tokens = text_tokens(&engine, ctx)?;
 
-    let rows = measure_all(Session::new(&engine)?, &tokens, args, context)?;
+    let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
+    let mut session = Session::new(&engine)?;
+    if let Some(recorder) = &recorder {
+        recorder.attach(&mut session);
+    }
+    let measured = measure_all(session, &tokens, args, context);
+    let rows = match recorder {
+        Some(recorder) => recorder.finish(measured, context)?,
+        None => measured?,
+    };
     let facts = Facts {
         model: name,
         threads,

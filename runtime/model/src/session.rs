@@ -67,12 +67,17 @@ pub(crate) struct Buffers {
 /// A look at each layer: its number, the residual stream after it (`[tokens, n_embd]`) and its routing.
 pub type OnLayer<'a> = dyn FnMut(usize, &[f32], &Routing) -> Result<(), ModelError> + 'a;
 
+/// A look at what the routers choose, in the order in which the model runs: for each batch, layer after layer, the layer's
+/// number and its routing. What it fails with ends the run.
+pub type OnRouting<'e> = dyn FnMut(usize, &Routing) -> std::io::Result<()> + Send + 'e;
+
 /// A conversation: the tokens so far and their KV cache.
 pub struct Session<'e> {
     engine: &'e Engine,
     kv: Vec<LayerKv>,
     tokens: Vec<u32>,
     buffers: Buffers,
+    on_routing: Option<Box<OnRouting<'e>>>,
 }
 
 impl<'e> Session<'e> {
@@ -96,7 +101,12 @@ impl<'e> Session<'e> {
             one: Activations::new(config, 1)?,
             batch: None,
         };
-        Ok(Self { engine, kv, tokens: Vec::with_capacity(engine.ctx().min(1 << 16)), buffers })
+        Ok(Self { engine, kv, tokens: Vec::with_capacity(engine.ctx().min(1 << 16)), buffers, on_routing: None })
+    }
+
+    /// Shows the routing of all that is run from now on to `look`.
+    pub fn on_routing(&mut self, look: Box<OnRouting<'e>>) {
+        self.on_routing = Some(look);
     }
 
     /// The engine that this is a conversation with.
@@ -247,6 +257,9 @@ impl<'e> Session<'e> {
         self.buffers.rope.prepare(self.tokens.len(), batch.len());
         for (n, kv) in self.kv.iter_mut().enumerate() {
             model.layer(n, self.tokens.len(), &activations, kv, &mut self.buffers)?;
+            if let Some(look) = &mut self.on_routing {
+                look(n, &self.buffers.routing).map_err(ModelError::Routing)?;
+            }
             on_layer(n, &activations, &self.buffers.routing)?;
         }
         if head {

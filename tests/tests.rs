@@ -5,6 +5,7 @@ mod common;
 mod golden;
 mod hub;
 mod identity;
+mod memory;
 mod program;
 mod regression;
 mod reject;

@@ -4,9 +4,9 @@
     python3 scripts/bench_memory.py --st-tool target/release/st-tool MODEL.gguf [MODEL-offload.gguf …] \\
         [--memory 1GiB] [-n 64] [-p 0] [--rounds 3] [--survive 20] [--llama-bin BUILD/bin]
 
-For every file: generation speed with prefetch and without, with direct and with buffered reads; hit rate, bytes read per
-token, seconds stalled, the share of read time hidden behind compute, and the peak of resident memory measured from
-outside. Beside it the bound: bytes read per token over what the disk gives here to eight direct reads of 650 KiB in flight
+For every file: generation speed with prefetch and without, with direct and with buffered reads; for the generated tokens
+hit rate, bytes read per token, seconds stalled and the share of read time hidden behind compute; and the peak of resident
+memory measured from outside. Beside it the bound: bytes read per token over what the disk gives here to eight direct reads of 650 KiB in flight
 (or the speed in memory, whichever is lower). `--survive N` then runs N times more and counts the runs that the kernel
 killed. With --llama-bin, llama-bench runs the first file in the same cgroup, mapped and not repacked.
 
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--st-tool", required=True)
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("-n", type=int, default=64, help="tokens to generate")
-    parser.add_argument("-p", type=int, default=0, help="prompt tokens; what they read counts into the reads per token")
+    parser.add_argument("-p", type=int, default=0, help="prompt tokens, measured apart")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--survive", type=int, default=0)
@@ -136,7 +136,7 @@ def main():
         for (file, name), runs in speeds.items():
             generation = [next(t for t in r["out"]["tests"] if t["test"].startswith("generation")) for r in runs]
             prompt = [next(t for t in r["out"]["tests"] if t["test"].startswith("prompt")) for r in runs] if args.p else []
-            experts = [r["out"]["experts"] for r in runs]
+            experts = [g["experts"] for g in generation]
             speed = procs.median([g["tokens_per_second"]["median"] for g in generation])
             read = procs.median([e["bytes_read_per_token"] for e in experts])
             peak = max(r["peak"] for r in runs)

@@ -25,6 +25,18 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// What the figures of the expert cache mean; the only place that tells it to people.
+const EXPERT_FIGURES: &str = "\
+With --memory, the figures tell of the expert cache too, for prompt and generation apart:
+  hits, misses     experts asked for that were in memory from an earlier use, or had to be read; a
+                   batch of prompt tokens asks once for each expert that it touches in a layer
+  found in memory  hits / (hits + misses)
+  read per token   bytes read from the disk / tokens, with what pages hold beyond the experts
+  stalled          time in which a computing thread was blocked, waiting for an expert
+  hidden           share of the time of reading in which no computing thread was blocked
+  evictions        experts that gave up their place to another
+  rereads          experts read that had been in memory before: what more memory would save";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Fetch a model from the Hugging Face hub.
@@ -34,9 +46,13 @@ pub(crate) enum Command {
     /// Rearrange the experts of a GGUF file for reading them from disk, or back.
     Layout(LayoutArgs),
     /// Answer a prompt, or chat.
+    #[command(after_help = EXPERT_FIGURES)]
     Run(RunArgs),
     /// Measure speed.
+    #[command(after_help = EXPERT_FIGURES)]
     Bench(BenchArgs),
+    /// Replay recorded routing with caches of other sizes and policies.
+    CacheSim(CacheSimArgs),
     /// Write the logits of every position to a file.
     Logits(LogitsArgs),
     /// Show what is in a GGUF file.
@@ -205,6 +221,9 @@ pub(crate) struct RunArgs {
     /// Speed and memory on stderr at the end.
     #[arg(long)]
     pub(crate) stats: bool,
+    /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routing: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -251,6 +270,26 @@ pub(crate) struct BenchArgs {
     /// A table or an object.
     #[arg(short = 'o', value_name = "FORMAT", default_value = "md")]
     pub(crate) output: BenchFormat,
+    /// Write which experts each token of all repetitions is sent to, the one that warms up included, for
+    /// `st-tool cache-sim`; replaces FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routing: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CacheSimArgs {
+    /// A file that `--record-routing` wrote.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Sizes of the cache in experts, comma-separated; by default ten, up to all experts.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = positive, conflicts_with = "memory")]
+    pub(crate) slots: Vec<usize>,
+    /// Sizes of the whole process, comma-separated, as `run` takes them; the context is that of the recorded run.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_size)]
+    pub(crate) memory: Vec<u64>,
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

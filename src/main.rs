@@ -8,6 +8,7 @@ mod models;
 mod report;
 mod signals;
 mod size;
+mod table;
 mod tensor_file;
 mod ui;
 

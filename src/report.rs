@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use st_convert::ConvertError;
 use st_convert::hub::HubError;
+use st_experts::TraceError;
 use st_gguf::GgufError;
 use st_model::ModelError;
 
@@ -117,6 +118,9 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     }
     if let Some(error) = error.downcast_ref::<ConvertError>() {
         return convert_hint(error);
+    }
+    if let Some(TraceError::Malformed { .. } | TraceError::Empty) = error.downcast_ref() {
+        return Some("st-tool run --record-routing FILE writes a routing trace".into());
     }
     if let Some(error) = error.downcast_ref::<ModelError>() {
         return model_hint(error);

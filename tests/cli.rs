@@ -32,7 +32,7 @@ fn quiet<'a>(args: &[&'a str]) -> Vec<&'a str> {
 #[test]
 fn help_and_version_are_output() {
     assert!(run(["--version"]).ok().starts_with("st-tool "));
-    for command in ["download", "quantize", "layout", "run", "bench", "logits", "inspect", "perplexity"] {
+    for command in ["download", "quantize", "layout", "run", "bench", "cache-sim", "logits", "inspect", "perplexity"] {
         assert!(run(["--help"]).ok().contains(command));
         assert!(run([command, "--help"]).ok().contains("Usage: st-tool"));
     }
@@ -73,6 +73,10 @@ fn an_answer_is_output_and_everything_else_is_not() {
     assert!(plain.stderr.contains("note: no MODEL is given"));
     for word in ["prompt: ", "generation: ", "tokens/s", "GB/s", "resident"] {
         assert!(plain.stderr.contains(word), "{}", plain.stderr);
+    }
+    let streamed = run(["run", "tiny", "-p", QUESTION, "--temp", "0", "--stats", "--memory", "60MiB"]);
+    for part in ["| experts ", "| prompt ", "| generation ", "| read per token |", "| hidden |", "| rereads |"] {
+        assert!(streamed.stderr.contains(part), "{}", streamed.stderr);
     }
     let quiet = run(["run", "tiny", "-p", QUESTION, "--temp", "0", "--quiet"]);
     assert_eq!((quiet.stdout.as_str(), quiet.stderr.as_str()), (plain.stdout.as_str(), ""));
@@ -118,7 +122,13 @@ fn json_is_one_object_with_everything() {
     let stats = &answer["stats"];
     assert_eq!(stats["prompt_tokens"], answer["prompt_ids"].as_array().expect("ids").len());
     assert!(stats["peak_resident_bytes"].as_u64().expect("bytes") < 60 << 20);
-    assert!(stats["experts"]["hit_rate"].as_f64().is_some_and(|rate| (0.0..=1.0).contains(&rate)));
+    for part in ["prompt", "generation"] {
+        let of = |key: &str| stats["experts"][part][key].as_f64().unwrap_or_else(|| panic!("{part} {key}: {stats}"));
+        assert_eq!(of("hit_rate"), of("hits") / (of("hits") + of("misses")));
+        assert!((0.0..=1.0).contains(&of("hidden_share")) && of("stall_seconds") >= 0.0);
+        assert!(of("rereads") <= of("misses") && of("misses") <= of("loads"));
+        assert!((of("bytes_read") == 0.0) == (of("loads") == 0.0));
+    }
 }
 
 #[test]
@@ -409,7 +419,13 @@ fn bench_measures_both_kinds_of_work() {
         assert!(0.0 < speed("min") && speed("min") <= speed("median") && speed("median") <= speed("max"));
     }
     let table = run(["bench", "tiny", "-p", "0", "-n", "8", "-r", "1", "--memory", "64MiB"]).ok();
-    assert!(table.contains("| generation 8 |") && table.contains("experts: "), "{table}");
+    assert!(table.contains("| generation 8 |") && table.contains("| experts "), "{table}");
+    let object = json(&run(["bench", "-p", "32", "-n", "8", "-r", "1", "--memory", "64MiB", "-o", "json"]).ok());
+    assert_eq!(object["cache"]["experts"], 128);
+    // One by one, each token asks for four experts in each of eight layers.
+    let experts = &object["tests"][1]["experts"];
+    let count = |key: &str| experts[key].as_u64().expect("a number");
+    assert_eq!(count("hits") + count("misses"), 8 * 8 * 4);
     run(["bench", "-p", "0", "-n", "0"]).fails(&["nothing to measure"]);
     run(["bench", "-p", "4000"]).fails(&["4000", "2048"]);
 }

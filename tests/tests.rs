@@ -2,10 +2,13 @@
 
 mod cli;
 mod common;
+mod faults;
 mod golden;
 mod hub;
 mod identity;
+mod memory;
 mod program;
 mod regression;
 mod reject;
+mod routing;
 mod stops;

@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Engine, Session, Work};
+use st_model::{Engine, Session, StoreStats, Work};
 
-use super::stats::experts_json;
+use super::routing::RoutingFile;
+use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
 use super::{Context, engine};
 use crate::cli::{BenchArgs, BenchFormat};
 use crate::machine::{peak_resident, read_bandwidth, reset_peak_resident};
@@ -30,15 +31,23 @@ struct Measured {
     /// Tokens per second of each repetition, ascending.
     rates: Vec<f64>,
     work: Work,
+    experts: StoreStats,
     seconds: f64,
+}
+
+/// What one repetition took.
+struct Repetition {
+    seconds: f64,
+    work: Work,
+    experts: StoreStats,
 }
 
 impl Measured {
     fn new(name: String) -> Self {
-        Self { name, rates: Vec::new(), work: Work::default(), seconds: 0.0 }
+        Self { name, rates: Vec::new(), work: Work::default(), experts: StoreStats::default(), seconds: 0.0 }
     }
 
-    fn add(&mut self, tokens: usize, seconds: f64, work: Work) {
+    fn add(&mut self, tokens: usize, Repetition { seconds, work, experts }: Repetition) {
         self.rates.push(tokens as f64 / seconds);
         self.rates.sort_by(f64::total_cmp);
         self.seconds += seconds;
@@ -46,6 +55,7 @@ impl Measured {
         self.work.weight_bytes += work.weight_bytes;
         self.work.neurons += work.neurons;
         self.work.live_neurons += work.live_neurons;
+        self.experts = self.experts.plus(&experts);
     }
 
     fn median(&self) -> f64 {
@@ -61,6 +71,10 @@ impl Measured {
         self.work.weight_bytes as f64 / self.seconds
     }
 
+    fn expert_work(&self) -> ExpertWork {
+        ExpertWork { name: self.name.clone(), store: self.experts, tokens: self.work.tokens }
+    }
+
     /// `None` where the neurons were not looked at one by one.
     fn live_share(&self) -> Option<f64> {
         (self.work.neurons > 0).then(|| self.work.live_neurons as f64 / self.work.neurons as f64)
@@ -73,6 +87,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
             Advice::new("there is nothing to measure", "give prompt tokens (-p) or generated tokens (-n)").into()
         );
     }
+    let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let name = args.model.as_deref().unwrap_or("tiny");
     let file = Model::resolve(name)?.open_gguf(context)?;
     let threads = engine::threads(&args.engine);
@@ -84,11 +99,42 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let engine = engine::load_file(file, &args.engine, Some(ctx), engine::DEFAULT_KV, context)?;
     let tokens = text_tokens(&engine, ctx)?;
 
+    let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let mut session = Session::new(&engine)?;
+    if let Some(recorder) = &recorder {
+        recorder.attach(&mut session);
+    }
+    let measured = measure_all(session, &tokens, args, context);
+    let rows = match recorder {
+        Some(recorder) => recorder.finish(measured, context)?,
+        None => measured?,
+    };
+    let facts = Facts {
+        model: name,
+        threads,
+        depth: args.depth,
+        bandwidth,
+        routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
+        cache: engine.plan().budget.map(|_| cache_json(&engine)),
+    };
+    let text = match args.output {
+        BenchFormat::Md => markdown(&rows, &facts),
+        BenchFormat::Json => format!("{}\n", json(&rows, &facts)),
+    };
+    ui::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Every repetition of both kinds of work.
+fn measure_all(
+    mut session: Session<'_>,
+    tokens: &[u32],
+    args: &BenchArgs,
+    context: &Context,
+) -> anyhow::Result<Vec<Measured>> {
     let mut prompt = Measured::new(format!("prompt {}", args.prompt_tokens));
     let mut generation = Measured::new(format!("generation {}", args.generated_tokens));
     let mut greedy = Sampler::new(SamplerOptions::greedy())?;
-    let before = engine.store_stats();
     // One more than asked for: the first only warms up.
     for repetition in 0..=args.repetitions {
         let counts = repetition > 0;
@@ -98,7 +144,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
                 Ok(session.forward(&tokens[args.depth..args.depth + args.prompt_tokens])?)
             })?;
             if counts {
-                prompt.add(args.prompt_tokens, measured.0, measured.1);
+                prompt.add(args.prompt_tokens, measured);
             }
         }
         if args.generated_tokens > 0 {
@@ -114,7 +160,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
                 Ok(())
             })?;
             if counts {
-                generation.add(args.generated_tokens, measured.0, measured.1);
+                generation.add(args.generated_tokens, measured);
             }
         }
         if context.interrupt.raised() {
@@ -122,27 +168,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         }
     }
 
-    let rows: Vec<Measured> = [prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect();
-    let mut after = engine.store_stats();
-    after.lookups -= before.lookups;
-    after.hits -= before.hits;
-    after.bytes_read -= before.bytes_read;
-    after.stall_seconds -= before.stall_seconds;
-    after.io_seconds -= before.io_seconds;
-    let facts = Facts {
-        model: name,
-        threads,
-        depth: args.depth,
-        bandwidth,
-        routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
-        experts: engine.plan().budget.map(|_| experts_json(&after, session.work().tokens)),
-    };
-    let text = match args.output {
-        BenchFormat::Md => markdown(&rows, &facts),
-        BenchFormat::Json => format!("{}\n", json(&rows, &facts)),
-    };
-    ui::print(&text)?;
-    Ok(ExitCode::SUCCESS)
+    Ok([prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect())
 }
 
 /// What belongs to all rows.
@@ -153,7 +179,8 @@ struct Facts<'a> {
     /// Bytes per second.
     bandwidth: f64,
     routing: &'static str,
-    experts: Option<Value>,
+    /// The size of the expert cache, where there is a budget.
+    cache: Option<Value>,
 }
 
 fn start(session: &mut Session<'_>, tokens: &[u32]) -> anyhow::Result<()> {
@@ -164,15 +191,19 @@ fn start(session: &mut Session<'_>, tokens: &[u32]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Seconds and work of `act`.
+/// What `act` takes.
 fn measure(
     session: &mut Session<'_>,
     act: impl FnOnce(&mut Session<'_>) -> anyhow::Result<()>,
-) -> anyhow::Result<(f64, Work)> {
-    let before = session.work();
+) -> anyhow::Result<Repetition> {
+    let (work, experts) = (session.work(), session.engine().store_stats());
     let start = Instant::now();
     act(session)?;
-    Ok((start.elapsed().as_secs_f64(), session.work().since(&before)))
+    Ok(Repetition {
+        seconds: start.elapsed().as_secs_f64(),
+        work: session.work().since(&work),
+        experts: session.engine().store_stats().since(&experts),
+    })
 }
 
 fn text_tokens(engine: &Engine, n: usize) -> anyhow::Result<Vec<u32>> {
@@ -214,15 +245,9 @@ fn markdown(rows: &[Measured], facts: &Facts<'_>) -> String {
     if let Some(bytes) = peak_resident() {
         out.push_str(&format!("; {} resident at the peak", show_size(bytes)));
     }
-    if let Some(experts) = &facts.experts {
-        let number = |key: &str| experts[key].as_f64().unwrap_or(0.0);
-        out.push_str(&format!(
-            "\nexperts: {:.1} % found in memory, {} read per token, {:.2} s stalled on the disk, {:.0} % of reading hidden",
-            100.0 * number("hit_rate"),
-            show_size(number("bytes_read_per_token") as u64),
-            number("stall_seconds"),
-            100.0 * number("hidden_share")
-        ));
+    if facts.cache.is_some() {
+        let parts: Vec<ExpertWork> = rows.iter().map(Measured::expert_work).collect();
+        out.push_str(&format!("\n\n{}", experts_table(&parts).trim_end()));
     }
     out.push('\n');
     out
@@ -239,6 +264,7 @@ fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
                 "weight_bytes_per_second": row.bytes_per_second(),
                 "bandwidth_share": row.bytes_per_second() / facts.bandwidth,
                 "live_neuron_share": row.live_share(),
+                "experts": facts.cache.as_ref().map(|_| experts_json(&row.expert_work())),
             })
         })
         .collect();
@@ -250,7 +276,7 @@ fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
         "memory_bytes_per_second": facts.bandwidth,
         "peak_resident_bytes": peak_resident(),
         "tests": tests,
-        "experts": facts.experts,
+        "cache": facts.cache,
     })
 }
 
@@ -262,7 +288,7 @@ mod tests {
     fn the_median_of_an_even_number_is_between_the_middle_two() {
         let mut row = Measured::new("x".into());
         for seconds in [1.0, 0.5, 0.25, 0.125] {
-            row.add(1, seconds, Work::default());
+            row.add(1, Repetition { seconds, work: Work::default(), experts: StoreStats::default() });
         }
         assert_eq!((row.median(), row.rates[0], row.rates[3]), (3.0, 1.0, 8.0));
     }

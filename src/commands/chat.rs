@@ -93,15 +93,16 @@ pub(crate) struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// An empty conversation.
+    /// A conversation in `session`, which is empty.
     pub(crate) fn new(
-        engine: &'a Engine,
+        session: Session<'a>,
         args: &RunArgs,
         sampler: Sampler,
         options: GenerateOptions,
         style: Style,
         context: &'a Context,
     ) -> anyhow::Result<Self> {
+        let engine = session.engine();
         let template = match (args.raw, engine.chat_template()) {
             (true, _) => None,
             (false, Some(template)) => Some(template),
@@ -111,7 +112,7 @@ impl<'a> Chat<'a> {
             engine,
             tokenizer: engine.tokenizer().ok_or_else(no_tokenizer)?,
             template,
-            session: Session::new(engine)?,
+            session,
             sampler,
             options,
             style,

@@ -1,6 +1,7 @@
 //! One module per verb: resolve the arguments, call a crate, render its result.
 
 mod bench;
+mod cache_sim;
 mod chat;
 mod download;
 mod engine;
@@ -9,6 +10,7 @@ mod layout;
 mod logits;
 mod perplexity;
 mod quantize;
+mod routing;
 mod run;
 mod stats;
 mod tokens;
@@ -42,6 +44,7 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Layout(args) => layout::run(&args, context),
         Command::Run(args) => run::run(&args, context),
         Command::Bench(args) => bench::run(&args, context),
+        Command::CacheSim(args) => cache_sim::run(&args, context),
         Command::Logits(args) => logits::run(&args, context),
         Command::Inspect(args) => inspect::run(&args, context),
         Command::Perplexity(args) => perplexity::run(&args, context),

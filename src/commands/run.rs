@@ -13,6 +13,7 @@ use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, generate};
 
 use super::chat::Chat;
+use super::routing::RoutingFile;
 use super::{Context, engine, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::report::{Advice, Interrupted, OutputError};
@@ -32,23 +33,41 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let options = sampler_options(&args.sampling);
     let mut sampler = Sampler::new(options)?;
     let input = read_input(args)?;
+    let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
+    let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens, stop: args.stop.clone() };
 
-    let prompt = match input {
-        Input::Chat => {
-            return Chat::new(&engine, args, sampler, generate_options, style, context)?.run();
-        }
-        Input::Ids(ids) => ids,
-        Input::Text(text) => encode(&engine, &text, args, context)?,
-    };
     let mut session = Session::new(&engine)?;
-    let answer = answer(&mut session, &prompt, &mut sampler, &generate_options, style, context)?;
-    if answer.finish_reason == FinishReason::Cancelled {
-        return Err(Interrupted.into());
+    if let Some(recorder) = &recorder {
+        recorder.attach(&mut session);
     }
-    Ok(ExitCode::SUCCESS)
+    let outcome = match input {
+        Input::Chat => Chat::new(session, args, sampler, generate_options, style, context).and_then(Chat::run),
+        Input::Ids(ids) => answer_once(session, &ids, &mut sampler, &generate_options, style, context),
+        Input::Text(text) => encode(&engine, &text, args, context)
+            .and_then(|prompt| answer_once(session, &prompt, &mut sampler, &generate_options, style, context)),
+    };
+    match recorder {
+        Some(recorder) => recorder.finish(outcome, context),
+        None => outcome,
+    }
+}
+
+/// The answer to the only prompt.
+fn answer_once(
+    mut session: Session<'_>,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    style: Style,
+    context: &Context,
+) -> anyhow::Result<ExitCode> {
+    match answer(&mut session, prompt, sampler, options, style, context)?.finish_reason {
+        FinishReason::Cancelled => Err(Interrupted.into()),
+        FinishReason::Stop | FinishReason::Length => Ok(ExitCode::SUCCESS),
+    }
 }
 
 /// `--stop` takes several texts, so a MODEL written after them would be one of them, and another model would answer.

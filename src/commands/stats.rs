@@ -5,6 +5,7 @@ use st_model::{Engine, GenerateStats, StoreStats};
 
 use crate::machine::peak_resident;
 use crate::size::show_size;
+use crate::table;
 
 /// The lines that `--stats` prints.
 pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
@@ -27,17 +28,50 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         None => out.push_str("memory:     not known on this system"),
     }
     if engine.plan().budget.is_some() {
-        let store = engine.store_stats();
-        let tokens = tokens(stats);
-        out.push_str(&format!(
-            "\nexperts:    {:.1} % found in memory, {} read per token, {:.2} s stalled on the disk, {:.0} % of reading hidden",
-            100.0 * store.hit_rate(),
-            show_size(store.bytes_read / tokens),
-            store.stall_seconds,
-            100.0 * store.hidden_share()
-        ));
+        out.push_str(&format!("\n{}", experts_table(&parts(stats)).trim_end()));
     }
     out
+}
+
+/// What the expert cache did for a part of the work.
+pub(crate) struct ExpertWork {
+    /// What the part is called.
+    pub(crate) name: String,
+    /// What the cache counted.
+    pub(crate) store: StoreStats,
+    /// Tokens run meanwhile.
+    pub(crate) tokens: u64,
+}
+
+/// Prompt and generation, as far as there was any.
+fn parts(stats: &GenerateStats) -> Vec<ExpertWork> {
+    let all = [
+        ("prompt", stats.prompt_experts, stats.prompt_work),
+        ("generation", stats.generate_experts, stats.generate_work),
+    ];
+    let some = all.into_iter().filter(|(_, _, work)| work.tokens > 0);
+    some.map(|(name, store, work)| ExpertWork { name: name.into(), store, tokens: work.tokens }).collect()
+}
+
+/// A table of what the expert cache did, part by part.
+pub(crate) fn experts_table(parts: &[ExpertWork]) -> String {
+    let head =
+        ["experts", "found in memory", "hits", "misses", "read per token", "stalled", "hidden", "evictions", "rereads"];
+    let row = |ExpertWork { name, store, tokens }: &ExpertWork| {
+        vec![
+            name.clone(),
+            format!("{:.1} %", 100.0 * store.hit_rate()),
+            store.hits.to_string(),
+            store.misses().to_string(),
+            show_size(store.bytes_read / (*tokens).max(1)),
+            format!("{:.2} s", store.stall_seconds),
+            format!("{:.0} %", 100.0 * store.hidden_share()),
+            store.evictions.to_string(),
+            store.rereads.to_string(),
+        ]
+    };
+    let rows: Vec<_> = std::iter::once(head.map(str::to_owned).to_vec()).chain(parts.iter().map(row)).collect();
+    table::markdown(&rows)
 }
 
 /// The same as an object.
@@ -55,24 +89,35 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
         "ctx": engine.ctx(),
     });
     if engine.plan().budget.is_some() {
-        object["experts"] = experts_json(&engine.store_stats(), tokens(stats));
+        object["experts"] = cache_json(engine);
+        for part in parts(stats) {
+            object["experts"][&part.name] = experts_json(&part);
+        }
     }
     object
 }
 
-/// What the expert cache did over `tokens` tokens.
-pub(crate) fn experts_json(store: &StoreStats, tokens: u64) -> Value {
-    json!({
-        "hit_rate": store.hit_rate(),
-        "bytes_read": store.bytes_read,
-        "bytes_read_per_token": store.bytes_read as f64 / tokens.max(1) as f64,
-        "stall_seconds": store.stall_seconds,
-        "hidden_share": store.hidden_share(),
-    })
+/// The size of the expert cache.
+pub(crate) fn cache_json(engine: &Engine) -> Value {
+    json!({"slots": engine.plan().n_slots, "experts": engine.plan().n_experts_total})
 }
 
-fn tokens(stats: &GenerateStats) -> u64 {
-    (stats.prompt_tokens + stats.generated_tokens).max(1) as u64
+/// What the expert cache did for a part of the work, as an object.
+pub(crate) fn experts_json(ExpertWork { store, tokens, .. }: &ExpertWork) -> Value {
+    json!({
+        "hits": store.hits,
+        "misses": store.misses(),
+        "hit_rate": store.hit_rate(),
+        "bytes_read": store.bytes_read,
+        "bytes_read_per_token": store.bytes_read as f64 / (*tokens).max(1) as f64,
+        "stall_seconds": store.stall_seconds,
+        "io_seconds": store.io_seconds,
+        "hidden_share": store.hidden_share(),
+        "loads": store.loads,
+        "evictions": store.evictions,
+        "rereads": store.rereads,
+        "retries": store.retries,
+    })
 }
 
 fn live_share(stats: &GenerateStats) -> f64 {

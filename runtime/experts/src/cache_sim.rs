@@ -1,91 +1,122 @@
 //! Replays a routing trace against caches of several sizes and policies: how often an expert would have been there, and how
 //! much would have been read.
 //!
-//! The online policies run through the store's own table, so a figure here is what the store does with that routing. Belady's
-//! bound knows the future: no cache that loads only on demand can hit more often.
+//! The online policies run through the store's own table, and a batch of tokens in the store's own waves, so a figure here is
+//! what the store does with that routing. Belady's bound knows the future: no cache that loads only on demand can hit more
+//! often.
 
 use crate::eviction::Policy;
 use crate::inflight::Pieces;
-use crate::table::{Table, Use};
-use crate::trace::RoutingTrace;
-use std::collections::{BTreeSet, HashMap};
+use crate::table::{Certainty, Table, Use};
+use crate::trace::{RoutingTrace, TraceRow};
+use crate::waves::{cached_first, wave_len};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Range;
 
 /// The name under which reports list the offline bound.
 pub const BELADY: &str = "belady";
 
+/// What was asked of a cache, and what it had.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Tokens run.
+    pub tokens: u64,
+    /// Experts asked for: each that a token chose, or each that a batch touched in a layer, once.
+    pub lookups: u64,
+    /// Of those, experts that were there.
+    pub hits: u64,
+}
+
+impl Tally {
+    /// Experts that had to be read.
+    pub fn misses(&self) -> u64 {
+        self.lookups - self.hits
+    }
+
+    /// Hits per lookup, from 0 to 1; 1 where nothing was looked up.
+    pub fn hit_rate(&self) -> f64 {
+        if self.lookups == 0 { 1.0 } else { self.hits as f64 / self.lookups as f64 }
+    }
+
+    /// Experts read per token.
+    pub fn misses_per_token(&self) -> f64 {
+        self.misses() as f64 / self.tokens.max(1) as f64
+    }
+}
+
 /// What one cache would have done with a trace.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SimRow {
     /// The policy's name, or [`BELADY`].
     pub policy: &'static str,
     /// Experts that the cache holds.
     pub n_slots: usize,
-    /// Their bytes; 0 where the trace does not say how large an expert is.
-    pub cache_bytes: u64,
-    /// Experts that were asked for.
-    pub lookups: u64,
-    /// Of those, experts that were there.
-    pub hits: u64,
-    /// Tokens in the trace.
-    pub tokens: u64,
-    /// Bytes of one expert; 0 where the trace does not say.
-    pub expert_bytes: u64,
-}
-
-impl SimRow {
-    /// Hits per lookup, from 0 to 1.
-    pub fn hit_rate(&self) -> f64 {
-        self.hits as f64 / self.lookups.max(1) as f64
-    }
-
-    /// Experts read per token.
-    pub fn misses_per_token(&self) -> f64 {
-        (self.lookups - self.hits) as f64 / self.tokens.max(1) as f64
-    }
-
-    /// Bytes read per token; 0 where the trace does not say how large an expert is.
-    pub fn bytes_per_token(&self) -> f64 {
-        self.misses_per_token() * self.expert_bytes as f64
-    }
+    /// Tokens that ran in batches, as a prompt's do.
+    pub batched: Tally,
+    /// Tokens that ran one by one, as generated ones do.
+    pub single: Tally,
 }
 
 /// A trace with its experts numbered densely, ready to be replayed.
 #[derive(Debug)]
 pub struct Replay {
-    /// Experts of all rows, one after the other.
+    /// Experts of all steps, one after the other.
     keys: Vec<u32>,
-    /// Where each row ends in `keys`.
-    ends: Vec<usize>,
+    steps: Vec<Step>,
     n_keys: usize,
     widest_row: usize,
-    tokens: u64,
-    expert_bytes: u64,
     n_experts_in_all: usize,
+    /// Tokens alone; lookups and hits are counted by each replay.
+    batched: Tally,
+    single: Tally,
+}
+
+/// Experts that are asked for together: one token's in one layer, or, each once, those of all tokens of a batch.
+#[derive(Debug)]
+struct Step {
+    /// Where they are in `keys`.
+    range: Range<usize>,
+    batch: bool,
 }
 
 impl Replay {
     /// Prepares a trace.
     pub fn new(trace: &RoutingTrace) -> Self {
+        let rows: Vec<TraceRow<'_>> = trace.rows().collect();
+        // Lines of one layer that follow each other are a batch. A model of one layer leaves no such mark: there every line
+        // counts for itself.
+        let one_layer = rows.iter().all(|row| row.layer == rows[0].layer);
         let mut numbers = HashMap::new();
-        let (mut keys, mut ends, mut widest_row) = (Vec::new(), Vec::new(), 0);
-        for row in trace.rows() {
-            for &id in row.ids {
-                let next = numbers.len() as u32;
-                keys.push(*numbers.entry((row.layer, id)).or_insert(next));
+        let (mut keys, mut steps, mut ids) = (Vec::new(), Vec::new(), Vec::<u32>::new());
+        let mut tokens = [HashSet::new(), HashSet::new()];
+        for together in rows.chunk_by(|a, b| a.layer == b.layer && !one_layer) {
+            let batch = together.len() > 1;
+            ids.clear();
+            ids.extend(together.iter().flat_map(|row| row.ids));
+            if batch {
+                // The model takes a batch's experts in ascending order.
+                ids.sort_unstable();
+                ids.dedup();
             }
-            ends.push(keys.len());
-            widest_row = widest_row.max(row.ids.len());
+            let start = keys.len();
+            for &id in &ids {
+                let next = numbers.len() as u32;
+                keys.push(*numbers.entry((together[0].layer, id)).or_insert(next));
+            }
+            steps.push(Step { range: start..keys.len(), batch });
+            tokens[usize::from(batch)].extend(together.iter().map(|row| row.token));
         }
-        let header = trace.header();
-        let stated = header.map_or(0, |h| u64::from(h.n_layers) * u64::from(h.n_experts));
+        let [single, batched] =
+            tokens.map(|tokens: HashSet<u64>| Tally { tokens: tokens.len() as u64, ..Tally::default() });
+        let stated = trace.header().map_or(0, |h| u64::from(h.n_layers) * u64::from(h.n_experts));
         Self {
             n_keys: numbers.len(),
             n_experts_in_all: usize::try_from(stated).unwrap_or(0).max(numbers.len()),
             keys,
-            ends,
-            widest_row,
-            tokens: trace.n_tokens(),
-            expert_bytes: header.map_or(0, |h| h.expert_bytes),
+            steps,
+            widest_row: rows.iter().map(|row| row.ids.len()).max().unwrap_or(0),
+            batched,
+            single,
         }
     }
 
@@ -94,14 +125,9 @@ impl Replay {
         self.n_experts_in_all
     }
 
-    /// The smallest cache that can be replayed: twice the experts of the widest row, as the store demands.
+    /// The smallest cache that can be replayed: twice the experts of the widest line, as the store demands.
     pub fn min_slots(&self) -> usize {
         (2 * self.widest_row).min(self.n_keys).max(1)
-    }
-
-    /// How many experts a cache of `bytes` holds; `None` where the trace does not say how large they are.
-    pub fn slots_for(&self, bytes: u64) -> Option<usize> {
-        usize::try_from(bytes.checked_div(self.expert_bytes)?).ok()
     }
 
     /// Ten sizes from a tenth of the experts to all of them, as far as they can be replayed.
@@ -112,93 +138,109 @@ impl Replay {
         slots
     }
 
-    /// Every policy and Belady's bound for every size; sizes below [`Replay::min_slots`] count as that.
-    pub fn sweep(&self, slots: &[usize]) -> Vec<SimRow> {
-        let rows = |&n_slots: &usize| {
-            let online = Policy::ALL.map(|policy| self.simulate(policy, n_slots));
-            online.into_iter().chain([self.belady(n_slots)])
-        };
-        slots.iter().flat_map(rows).collect()
+    /// Every policy and Belady's bound with one size.
+    pub fn all_policies(&self, n_slots: usize) -> Vec<SimRow> {
+        let online = Policy::ALL.map(|policy| self.simulate(policy, n_slots));
+        online.into_iter().chain([self.belady(n_slots)]).collect()
     }
 
-    /// One online policy with one size.
+    /// One online policy with one size; below [`Replay::min_slots`] counts as that.
     pub fn simulate(&self, policy: Policy, n_slots: usize) -> SimRow {
-        // More slots than experts are not needed, and a caller's number must not decide how much is allocated.
-        let usable = n_slots.max(self.min_slots()).min(self.n_keys);
+        let usable = self.usable(n_slots);
         let order = policy.build(usable, self.n_keys);
         let pieces = Pieces::of_record(&[0..1, 1..2, 2..3], 3, true);
         let mut table = Table::new(usable, self.n_keys, order, 0, pieces, Vec::new());
         let mut held = Vec::new();
-        for keys in self.rows() {
-            // Nothing else holds a slot and a row fits twice, so this cannot be refused.
-            if table.acquire(keys, Use::Keep, &mut held).is_ok() {
+        let mut request = |table: &mut Table, keys: &[u32], how: Use, next: &[u32]| {
+            // Nothing else holds a slot, and a line's experts (or two waves) fit, so this cannot be refused.
+            if table.acquire(keys, how, &mut held).is_ok() {
+                table.prefetch(next.iter().copied(), Certainty::Chosen);
                 while let Some(job) = table.next_job() {
                     table.finish(&job, 0);
                 }
             }
             table.release_all(&mut held);
-        }
-        self.row(policy.name(), n_slots, table.stats.hits)
+        };
+        self.tally(policy.name(), n_slots, |keys, batch| {
+            let before = table.stats.hits;
+            if batch {
+                // As `ExpertStore::waves` does it.
+                let cached: Vec<bool> = keys.iter().map(|&key| table.is_cached(key)).collect();
+                let (keys, n_cached) = cached_first(keys, &cached);
+                let len = wave_len(usable);
+                table.prefetch(keys[..n_cached].iter().copied(), Certainty::Chosen);
+                table.prefetch(keys.iter().take(len).copied(), Certainty::Chosen);
+                for (n, wave) in keys.chunks(len).enumerate() {
+                    request(&mut table, wave, Use::Sweep, keys.chunks(len).nth(n + 1).unwrap_or_default());
+                }
+            } else {
+                table.prefetch(keys.iter().copied(), Certainty::Chosen);
+                request(&mut table, keys, Use::Keep, &[]);
+            }
+            table.stats.hits - before
+        })
     }
 
-    /// The bound: the expert that is not needed for the longest time goes first.
+    /// The bound: the expert that is not needed for the longest time goes first. A batch may take its experts in any order,
+    /// so of those nothing has to stay.
     pub fn belady(&self, n_slots: usize) -> SimRow {
-        let usable = n_slots.max(self.min_slots()).min(self.n_keys);
-        // Per lookup: the row in which its expert is needed again.
-        let mut next_row = vec![usize::MAX; self.keys.len()];
+        let usable = self.usable(n_slots);
+        // Per lookup: the step in which its expert is needed again.
+        let mut next_step = vec![usize::MAX; self.keys.len()];
         let mut later = vec![usize::MAX; self.n_keys];
-        for (row, range) in self.row_ranges().enumerate().collect::<Vec<_>>().into_iter().rev() {
-            for i in range {
-                next_row[i] = std::mem::replace(&mut later[self.keys[i] as usize], row);
+        for (n, step) in self.steps.iter().enumerate().rev() {
+            for i in step.range.clone() {
+                next_step[i] = std::mem::replace(&mut later[self.keys[i] as usize], n);
             }
         }
         // The cached experts by when they are needed next, and that time per expert.
         let mut by_need = BTreeSet::new();
         let mut need = vec![None; self.n_keys];
-        let mut hits = 0;
-        for range in self.row_ranges() {
-            let keys = &self.keys[range.clone()];
-            let mut room = usable - by_need.len();
-            let mut missing = 0;
+        let shrink = |by_need: &mut BTreeSet<(usize, u32)>, need: &mut [Option<usize>], len: usize| {
+            while by_need.len() > len
+                && let Some((_, victim)) = by_need.pop_last()
+            {
+                need[victim as usize] = None;
+            }
+        };
+        let mut seen = 0;
+        self.tally(BELADY, n_slots, |keys, batch| {
+            let range = seen..seen + keys.len();
+            seen = range.end;
+            let mut hits = 0;
             for &key in keys {
-                match need[key as usize].take() {
-                    // Taken out while in use, so that it is no victim of its own row.
-                    Some(at) => hits += u64::from(by_need.remove(&(at, key))),
-                    None => missing += 1,
+                // Taken out while in use, so that it is no victim of its own step.
+                if let Some(at) = need[key as usize].take() {
+                    hits += u64::from(by_need.remove(&(at, key)));
                 }
             }
-            while room < missing {
-                let Some((_, victim)) = by_need.pop_last() else { break };
-                need[victim as usize] = None;
-                room += 1;
+            if !batch {
+                shrink(&mut by_need, &mut need, usable.saturating_sub(keys.len()));
             }
-            for i in range {
-                need[self.keys[i] as usize] = Some(next_row[i]);
-                by_need.insert((next_row[i], self.keys[i]));
+            for (&key, &next) in keys.iter().zip(&next_step[range]) {
+                need[key as usize] = Some(next);
+                by_need.insert((next, key));
             }
+            shrink(&mut by_need, &mut need, usable);
+            hits
+        })
+    }
+
+    /// Slots that make a difference: more than there are experts are not needed, and a caller's number must not decide how
+    /// much is allocated.
+    fn usable(&self, n_slots: usize) -> usize {
+        n_slots.max(self.min_slots()).min(self.n_keys)
+    }
+
+    /// Walks through the trace; `hits` says for a step's experts how many are there, and whether it is a batch's.
+    fn tally(&self, policy: &'static str, n_slots: usize, mut hits: impl FnMut(&[u32], bool) -> u64) -> SimRow {
+        let mut row = SimRow { policy, n_slots, batched: self.batched, single: self.single };
+        for step in &self.steps {
+            let tally = if step.batch { &mut row.batched } else { &mut row.single };
+            tally.lookups += step.range.len() as u64;
+            tally.hits += hits(&self.keys[step.range.clone()], step.batch);
         }
-        self.row(BELADY, n_slots, hits)
-    }
-
-    fn row_ranges(&self) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, &end)| start..end)
-    }
-
-    fn rows(&self) -> impl Iterator<Item = &[u32]> {
-        self.row_ranges().map(|range| &self.keys[range])
-    }
-
-    fn row(&self, policy: &'static str, n_slots: usize, hits: u64) -> SimRow {
-        SimRow {
-            policy,
-            n_slots,
-            cache_bytes: (n_slots as u64).saturating_mul(self.expert_bytes),
-            lookups: self.keys.len() as u64,
-            hits,
-            tokens: self.tokens,
-            expert_bytes: self.expert_bytes,
-        }
+        row
     }
 }
 
@@ -216,16 +258,31 @@ mod tests {
         Replay::new(&RoutingTrace::read(text.as_bytes()).unwrap())
     }
 
+    /// Batches, each in its only layer: token after token.
+    fn batches(batches: &[Vec<Vec<u32>>]) -> Replay {
+        let (mut text, mut token) = (String::new(), 0);
+        for (n, batch) in batches.iter().enumerate() {
+            for ids in batch {
+                let ids = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+                text.push_str(&format!("{token} 0 {ids}\n"));
+                token += 1;
+            }
+            // Ends the batch: a layer with one expert, which is always there after its first use.
+            text.push_str(&format!("{} 1 0\n", 1000 + n));
+        }
+        Replay::new(&RoutingTrace::read(text.as_bytes()).unwrap())
+    }
+
     #[test]
     fn a_cycle_larger_than_the_cache_defeats_lru_and_not_belady() {
         let rows: Vec<_> = (0..40).map(|token| (0, vec![token % 5])).collect();
         let replay = replay(&rows);
-        let (lru, bound) = (replay.simulate(Policy::Lru, 4), replay.belady(4));
-        assert_eq!((lru.hits, lru.lookups, lru.tokens), (0, 40, 40));
+        let (lru, bound) = (replay.simulate(Policy::Lru, 4).single, replay.belady(4).single);
+        assert_eq!(lru, Tally { tokens: 40, lookups: 40, hits: 0 });
+        assert_eq!((lru.misses_per_token(), replay.n_experts_in_all()), (1.0, 32));
         // Of every five lookups one must miss; with hindsight a miss costs only one of the four others per round.
         assert!(bound.hits > 24, "{}", bound.hits);
-        assert_eq!(replay.simulate(Policy::Lru, 5).hits, 35);
-        assert_eq!((lru.bytes_per_token(), lru.cache_bytes), (1000.0, 4000));
+        assert_eq!(replay.simulate(Policy::Lru, 5).single.hits, 35);
     }
 
     #[test]
@@ -233,26 +290,49 @@ mod tests {
         let rows = vec![(0, vec![0, 1]), (0, vec![2, 3]), (0, vec![3, 0]), (0, vec![0, 2])];
         let replay = replay(&rows);
         assert_eq!(replay.min_slots(), 4);
-        for row in replay.sweep(&[1, 4, 100]) {
-            assert_eq!(row.hits, 4, "{row:?}");
+        for n_slots in [1, 4, 100] {
+            for row in replay.all_policies(n_slots) {
+                assert_eq!((row.single.hits, row.batched), (4, Tally::default()), "{row:?}");
+            }
         }
     }
 
-    /// The best that any demand-loading cache can do, by trying everything.
-    fn best(rows: &[Vec<u32>], n_slots: usize, cached: &[u32]) -> u64 {
-        let Some((row, rest)) = rows.split_first() else { return 0 };
-        let hits = row.iter().filter(|key| cached.contains(key)).count() as u64;
-        let others: Vec<u32> = cached.iter().copied().filter(|key| !row.contains(key)).collect();
-        let room = n_slots - row.len();
-        let mut most = 0;
-        for subset in 0..1u32 << others.len() {
-            if subset.count_ones() as usize == room.min(others.len()) {
-                let kept = (0..others.len()).filter(|i| subset & 1 << i != 0).map(|i| others[i]);
-                let cached: Vec<u32> = row.iter().copied().chain(kept).collect();
-                most = most.max(best(rest, n_slots, &cached));
-            }
+    #[test]
+    fn a_batch_asks_for_each_expert_once() {
+        // Six experts of ten choices, then two of them and a new one.
+        let first = vec![vec![5, 4], vec![0, 1], vec![4, 5], vec![2, 3], vec![0, 3]];
+        let replay = batches(&[first, vec![vec![0, 5], vec![6, 5]]]);
+        for row in replay.all_policies(100) {
+            assert_eq!(row.batched, Tally { tokens: 7, lookups: 9, hits: 2 }, "{row:?}");
+            assert_eq!(row.single, Tally { tokens: 2, lookups: 2, hits: 1 }, "{row:?}");
         }
-        hits + most
+        // A batch of more experts than slots is no reason to fail.
+        for row in replay.all_policies(4) {
+            assert_eq!(row.batched.lookups, 9);
+        }
+    }
+
+    /// The best that any demand-loading cache can do, by trying everything; with each row whether it is a batch's, of which
+    /// nothing has to stay.
+    fn best(rows: &[(Vec<u32>, bool)], n_slots: usize) -> u64 {
+        // Every possible content of the cache, as a bit set, with the most hits on a way there.
+        let mut caches = HashMap::from([(0u32, 0)]);
+        for (row, batch) in rows {
+            let asked = row.iter().fold(0, |set, key| set | 1 << key);
+            let mut next = HashMap::new();
+            for (cache, hits) in caches {
+                let (hits, union) = (hits + u64::from((cache & asked).count_ones()), cache | asked);
+                let len = union.count_ones().min(n_slots as u32);
+                let possible =
+                    |kept: &u32| kept & !union == 0 && kept.count_ones() == len && (*batch || kept & asked == asked);
+                for kept in (0..=union).filter(possible) {
+                    let most = next.entry(kept).or_insert(0);
+                    *most = hits.max(*most);
+                }
+            }
+            caches = next;
+        }
+        caches.into_values().max().unwrap_or(0)
     }
 
     proptest! {
@@ -261,11 +341,29 @@ mod tests {
         fn belady_is_the_optimum_and_bounds_every_policy(keys in prop::collection::vec((0u32..6, 0u32..5), 1..9)) {
             let rows: Vec<Vec<u32>> = keys.iter().map(|&(a, step)| vec![a, (a + 1 + step) % 6]).collect();
             let replay = replay(&rows.iter().map(|ids| (0, ids.clone())).collect::<Vec<_>>());
+            let rows: Vec<_> = rows.into_iter().map(|ids| (ids, false)).collect();
             for n_slots in replay.min_slots()..=6 {
-                let bound = replay.belady(n_slots).hits;
-                prop_assert_eq!(bound, best(&rows, n_slots.min(replay.n_keys), &[]));
+                let bound = replay.belady(n_slots).single.hits;
+                prop_assert_eq!(bound, best(&rows, n_slots.min(replay.n_keys)));
                 for policy in Policy::ALL {
-                    prop_assert!(replay.simulate(policy, n_slots).hits <= bound);
+                    prop_assert!(replay.simulate(policy, n_slots).single.hits <= bound);
+                }
+            }
+        }
+
+        #[test]
+        fn so_it_is_with_batches(touched in prop::collection::vec(prop::collection::btree_set(0u32..7, 2..7), 1..6)) {
+            let one_each = |ids: &std::collections::BTreeSet<u32>| ids.iter().map(|&id| vec![id]).collect();
+            let replay = batches(&touched.iter().map(one_each).collect::<Vec<_>>());
+            // After each batch the expert of the layer that ends it.
+            let rows = touched.iter().flat_map(|ids| [(ids.iter().copied().collect(), true), (vec![7], false)]);
+            let rows: Vec<_> = rows.collect();
+            let hits = |row: SimRow| row.batched.hits + row.single.hits;
+            for n_slots in replay.min_slots()..=8 {
+                let bound = hits(replay.belady(n_slots));
+                prop_assert_eq!(bound, best(&rows, n_slots.min(replay.n_keys)));
+                for policy in Policy::ALL {
+                    prop_assert!(hits(replay.simulate(policy, n_slots)) <= bound);
                 }
             }
         }

@@ -1,16 +1,18 @@
 //! What the store counts. Every field says what it means, so that figures from different runs can be compared.
 
-/// Counters since the store was made. Take two and [`StoreStats::since`] gives what happened between them.
+/// Counters since the store was made. Take two and [`StoreStats::since`] gives what happened between them;
+/// [`StoreStats::plus`] adds up several such stretches.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct StoreStats {
-    /// Experts that `acquire` was asked for.
+    /// Experts that `acquire` was asked for: for a token each that its router chose, for a batch of tokens each that the
+    /// batch touches in a layer, once.
     pub lookups: u64,
     /// Lookups for which nothing had to be read, because the expert was in the cache from an earlier use (or another lease
     /// was having it read). `lookups - hits` are misses, whether or not a prefetch had them read in time.
     pub hits: u64,
     /// Experts whose read was begun, by whoever asked.
     pub loads: u64,
-    /// Loads of an expert that had been in the cache before and was evicted.
+    /// Of those, loads of an expert that had been in the cache before and was evicted: what more memory would save.
     pub rereads: u64,
     /// Experts that gave up their slot to another.
     pub evictions: u64,
@@ -28,7 +30,7 @@ pub struct StoreStats {
     pub guess_judged: u64,
     /// Of those, experts that the router chose.
     pub guess_right: u64,
-    /// Bytes that reads have delivered, the rest of covering pages and repeated reads included.
+    /// Bytes that reads have delivered, whoever asked for them; the rest of covering pages and repeated reads included.
     pub bytes_read: u64,
     /// Reads that were issued (a piece read in two parts counts once).
     pub reads: u64,
@@ -38,9 +40,9 @@ pub struct StoreStats {
     pub failures: u64,
     /// Records whose checksum was verified.
     pub verified: u64,
-    /// Wall time in which at least one compute thread was blocked waiting for an expert, in seconds.
+    /// Wall time in which at least one computing thread was blocked waiting for an expert, in seconds.
     pub stall_seconds: f64,
-    /// Wall time in which at least one read was under way, in seconds.
+    /// Wall time in which at least one I/O thread was at work (reading, verifying or rearranging an expert), in seconds.
     pub io_seconds: f64,
     /// Time that I/O threads spent in reads, summed over threads, in seconds.
     pub read_thread_seconds: f64,
@@ -59,7 +61,8 @@ impl StoreStats {
         if self.lookups == 0 { 1.0 } else { self.hits as f64 / self.lookups as f64 }
     }
 
-    /// The share of I/O time in which computing went on, from 0 to 1; 1 where nothing was read.
+    /// The share of I/O time that hid behind computing, from 0 to 1: that in which no computing thread was blocked. 1 where
+    /// nothing was read.
     pub fn hidden_share(&self) -> f64 {
         if self.io_seconds <= 0.0 { 1.0 } else { (1.0 - self.stall_seconds / self.io_seconds).clamp(0.0, 1.0) }
     }
@@ -71,28 +74,37 @@ impl StoreStats {
 
     /// What was counted after `earlier`, a snapshot of the same store.
     pub fn since(&self, earlier: &StoreStats) -> StoreStats {
+        self.combine(earlier, |now, then| now - then, |now, then| now - then)
+    }
+
+    /// Both together.
+    pub fn plus(&self, more: &StoreStats) -> StoreStats {
+        self.combine(more, |a, b| a + b, |a, b| a + b)
+    }
+
+    fn combine(&self, other: &StoreStats, n: impl Fn(u64, u64) -> u64, time: impl Fn(f64, f64) -> f64) -> StoreStats {
         StoreStats {
-            lookups: self.lookups - earlier.lookups,
-            hits: self.hits - earlier.hits,
-            loads: self.loads - earlier.loads,
-            rereads: self.rereads - earlier.rereads,
-            evictions: self.evictions - earlier.evictions,
-            prefetch_issued: self.prefetch_issued - earlier.prefetch_issued,
-            prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,
-            prefetch_dropped: self.prefetch_dropped - earlier.prefetch_dropped,
-            guess_issued: self.guess_issued - earlier.guess_issued,
-            guess_useful: self.guess_useful - earlier.guess_useful,
-            guess_judged: self.guess_judged - earlier.guess_judged,
-            guess_right: self.guess_right - earlier.guess_right,
-            bytes_read: self.bytes_read - earlier.bytes_read,
-            reads: self.reads - earlier.reads,
-            retries: self.retries - earlier.retries,
-            failures: self.failures - earlier.failures,
-            verified: self.verified - earlier.verified,
-            stall_seconds: self.stall_seconds - earlier.stall_seconds,
-            io_seconds: self.io_seconds - earlier.io_seconds,
-            read_thread_seconds: self.read_thread_seconds - earlier.read_thread_seconds,
-            fill_thread_seconds: self.fill_thread_seconds - earlier.fill_thread_seconds,
+            lookups: n(self.lookups, other.lookups),
+            hits: n(self.hits, other.hits),
+            loads: n(self.loads, other.loads),
+            rereads: n(self.rereads, other.rereads),
+            evictions: n(self.evictions, other.evictions),
+            prefetch_issued: n(self.prefetch_issued, other.prefetch_issued),
+            prefetch_useful: n(self.prefetch_useful, other.prefetch_useful),
+            prefetch_dropped: n(self.prefetch_dropped, other.prefetch_dropped),
+            guess_issued: n(self.guess_issued, other.guess_issued),
+            guess_useful: n(self.guess_useful, other.guess_useful),
+            guess_judged: n(self.guess_judged, other.guess_judged),
+            guess_right: n(self.guess_right, other.guess_right),
+            bytes_read: n(self.bytes_read, other.bytes_read),
+            reads: n(self.reads, other.reads),
+            retries: n(self.retries, other.retries),
+            failures: n(self.failures, other.failures),
+            verified: n(self.verified, other.verified),
+            stall_seconds: time(self.stall_seconds, other.stall_seconds),
+            io_seconds: time(self.io_seconds, other.io_seconds),
+            read_thread_seconds: time(self.read_thread_seconds, other.read_thread_seconds),
+            fill_thread_seconds: time(self.fill_thread_seconds, other.fill_thread_seconds),
         }
     }
 }
@@ -107,6 +119,6 @@ mod tests {
         assert_eq!((none.hit_rate(), none.hidden_share(), none.read_throughput()), (1.0, 1.0, 0.0));
         let some = StoreStats { lookups: 4, hits: 1, io_seconds: 2.0, stall_seconds: 0.5, bytes_read: 10, ..none };
         assert_eq!((some.misses(), some.hit_rate(), some.hidden_share(), some.read_throughput()), (3, 0.25, 0.75, 5.0));
-        assert_eq!(some.since(&some), none);
+        assert_eq!((some.since(&some), some.since(&none), none.plus(&some)), (none, some, some));
     }
 }

@@ -402,6 +402,17 @@ fn an_abandoned_promise_is_the_first_to_go() {
 }
 
 #[test]
+fn a_prefetch_takes_no_slot_from_its_own_experts() {
+    let mut table = small_table(4, 0);
+    for key in 0..4 {
+        use_once(&mut table, key, Use::Keep);
+    }
+    // Expert 0 would be the first to go.
+    table.prefetch([9, 0].into_iter(), Certainty::Chosen);
+    assert!(table.is_cached(0) && table.is_cached(9) && !table.is_cached(1));
+}
+
+#[test]
 fn a_sweep_leaves_what_is_warm() {
     let mut table = small_table(4, 0);
     for key in 0..3 {

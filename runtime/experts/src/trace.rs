@@ -1,13 +1,18 @@
 //! Routing traces: which experts the routers chose, as text, one line per token and layer.
 //!
 //! ```text
-//! # routing n_layers=32 n_experts=32 expert_bytes=1990656
+//! # routing n_layers=32 n_experts=32 expert_bytes=1990656 other_bytes=402653184
 //! 0 0 3,17,8,30
+//! 1 0 3,5,8,12
 //! 0 1 5,2,9,11
+//! 1 1 5,2,0,11
+//! 2 0 3,17,8,12
 //! ```
-//! that is token, layer, and the chosen experts in the router's order. Lines that begin with `#` are comments; the first one
-//! as above lets a reader turn slots into bytes. The reader takes any file and refuses what is not a trace, naming the line;
-//! what it holds in memory is proportional to what it has read.
+//! that is token, layer, and the chosen experts in the router's order. Lines stand in the order in which the model ran: a
+//! layer's lines that follow each other are tokens that went through it together, as tokens 0 and 1 here, so that their
+//! experts were asked for together. Lines that begin with `#` are comments; the first one as above lets a reader turn slots
+//! into bytes. The reader takes any file and refuses what is not a whole trace, naming the line; what it holds in memory is
+//! proportional to what it has read.
 
 use std::io::{self, BufRead, Read, Write};
 use thiserror::Error;
@@ -24,7 +29,7 @@ pub enum TraceError {
     /// The file could not be read.
     #[error("cannot read the routing trace")]
     Io(#[from] io::Error),
-    /// A line is not `TOKEN LAYER EXPERT,EXPERT,…`.
+    /// A line is not what it should be.
     #[error("line {line} of the routing trace {problem}")]
     Malformed {
         /// Counted from 1.
@@ -33,7 +38,7 @@ pub enum TraceError {
         problem: &'static str,
     },
     /// There is no line with a choice of experts.
-    #[error("the routing trace is empty")]
+    #[error("the routing trace is empty: no line names a token's experts")]
     Empty,
 }
 
@@ -46,6 +51,8 @@ pub struct TraceHeader {
     pub n_experts: u32,
     /// Bytes that one expert takes in the cache.
     pub expert_bytes: u64,
+    /// Bytes that the process took beside the cache: program, dense weights, KV cache, buffers. `None` where nobody knows.
+    pub other_bytes: Option<u64>,
 }
 
 /// Writes a trace as a model runs.
@@ -60,12 +67,16 @@ impl<W: Write> TraceWriter<W> {
     /// # Errors
     /// What `out` reports.
     pub fn new(mut out: W, header: &TraceHeader) -> io::Result<Self> {
-        let TraceHeader { n_layers, n_experts, expert_bytes } = header;
-        writeln!(out, "# routing n_layers={n_layers} n_experts={n_experts} expert_bytes={expert_bytes}")?;
+        let TraceHeader { n_layers, n_experts, expert_bytes, other_bytes } = header;
+        write!(out, "# routing n_layers={n_layers} n_experts={n_experts} expert_bytes={expert_bytes}")?;
+        if let Some(other_bytes) = other_bytes {
+            write!(out, " other_bytes={other_bytes}")?;
+        }
+        writeln!(out)?;
         Ok(Self { out })
     }
 
-    /// Adds the experts `ids` that the router of `layer` chose for the token at position `token` of the run.
+    /// Adds the experts `ids` that the router of `layer` chose for token number `token` of the run.
     ///
     /// # Errors
     /// What the output reports.
@@ -91,7 +102,7 @@ impl<W: Write> TraceWriter<W> {
 /// One line of a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceRow<'a> {
-    /// The token's position in the run.
+    /// The token's number in the run.
     pub token: u64,
     /// The layer.
     pub layer: u32,
@@ -123,12 +134,15 @@ impl RoutingTrace {
                 break;
             }
             let malformed = |problem| TraceError::Malformed { line: number, problem };
-            if n == MAX_LINE && !line.ends_with(b"\n") {
-                return Err(malformed("is too long"));
+            if !line.ends_with(b"\n") {
+                // Half a list of experts looks like a whole one.
+                return Err(malformed(if n == MAX_LINE { "is too long" } else { "is cut off" }));
             }
             let text = std::str::from_utf8(&line).map_err(|_| malformed("is not text"))?.trim();
-            match text.strip_prefix('#') {
-                Some(comment) if trace.header.is_none() => trace.header = parse_header(comment),
+            match text.strip_prefix('#').map(str::trim_start) {
+                Some(comment) if number == 1 && comment.starts_with("routing ") => {
+                    trace.header = Some(parse_header(comment).map_err(malformed)?);
+                }
                 Some(_) => {}
                 None if text.is_empty() => {}
                 None => trace.push_line(text).map_err(malformed)?,
@@ -146,9 +160,16 @@ impl RoutingTrace {
         let token = token.parse().map_err(|_| "has no number for its token")?;
         let below_max = |text: &str| text.parse().ok().filter(|&id: &u32| id < MAX_ID);
         let layer = below_max(layer).ok_or("has no valid layer")?;
+        let (n_layers, n_experts) = self.header.map_or((MAX_ID, MAX_ID), |header| (header.n_layers, header.n_experts));
+        if layer >= n_layers {
+            return Err("names a layer that the first line does not allow");
+        }
         let start = self.ids.len();
         for id in ids.split(',') {
             let id = below_max(id).ok_or("has no valid list of experts")?;
+            if id >= n_experts {
+                return Err("names an expert that the first line does not allow");
+            }
             if self.ids[start..].contains(&id) {
                 return Err("names an expert twice");
             }
@@ -171,24 +192,19 @@ impl RoutingTrace {
             Some(TraceRow { token, layer, ids })
         })
     }
-
-    /// How many tokens it covers: the runs of lines with the same token.
-    pub fn n_tokens(&self) -> u64 {
-        self.rows.chunk_by(|a, b| a.0 == b.0).count() as u64
-    }
 }
 
-/// The values of `# routing n_layers=… n_experts=… expert_bytes=…`, or nothing where it is another comment.
-fn parse_header(comment: &str) -> Option<TraceHeader> {
-    let mut fields = comment.split_ascii_whitespace();
+/// The values of `routing n_layers=… n_experts=… expert_bytes=… [other_bytes=…]`.
+fn parse_header(comment: &str) -> Result<TraceHeader, &'static str> {
+    const PROBLEM: &str = "is not # routing n_layers=N n_experts=N expert_bytes=N";
+    let mut fields = comment.split_ascii_whitespace().skip(1);
     let mut value = |name: &str| fields.next()?.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok();
-    let _ = comment.trim_start().strip_prefix("routing ")?;
-    // The first field is the word itself, which is no `name=value`.
-    value("routing");
-    Some(TraceHeader {
-        n_layers: value("n_layers")?.try_into().ok()?,
-        n_experts: value("n_experts")?.try_into().ok()?,
-        expert_bytes: value("expert_bytes")?,
+    let count = |n: Option<u64>| n.and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=MAX_ID).contains(n));
+    Ok(TraceHeader {
+        n_layers: count(value("n_layers")).ok_or(PROBLEM)?,
+        n_experts: count(value("n_experts")).ok_or(PROBLEM)?,
+        expert_bytes: value("expert_bytes").ok_or(PROBLEM)?,
+        other_bytes: value("other_bytes"),
     })
 }
 
@@ -203,8 +219,13 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let header = TraceHeader { n_layers: 2, n_experts: 9, expert_bytes: 4096 };
-        let mut writer = TraceWriter::new(Vec::new(), &header).unwrap();
+        for other_bytes in [None, Some(77)] {
+            round_trip(&TraceHeader { n_layers: 2, n_experts: 9, expert_bytes: 4096, other_bytes });
+        }
+    }
+
+    fn round_trip(header: &TraceHeader) {
+        let mut writer = TraceWriter::new(Vec::new(), header).unwrap();
         let rows = [(0, 0, vec![8, 1]), (0, 1, vec![3, 2]), (1, 0, vec![0])];
         for (token, layer, ids) in &rows {
             writer.record(*token, *layer, ids).unwrap();
@@ -212,7 +233,7 @@ mod tests {
         let text = writer.finish().unwrap();
         assert!(text.ends_with(b"0 0 8,1\n0 1 3,2\n1 0 0\n"));
         let trace = read(&text).unwrap();
-        assert_eq!((trace.header(), trace.n_tokens()), (Some(header), 2));
+        assert_eq!(trace.header().as_ref(), Some(header));
         let got: Vec<_> = trace.rows().map(|row| (row.token, row.layer as usize, row.ids.to_vec())).collect();
         assert_eq!(got, rows);
     }
@@ -221,16 +242,22 @@ mod tests {
     fn what_is_no_trace_is_refused_by_line() {
         let long = [b"0 0 ".as_slice(), b"1,".repeat(20_000).as_slice()].concat();
         for (text, line) in [
-            (b"0 0 1\nx".as_slice(), 2),
-            (b"0 0 1 2", 1),
-            (b"0 0", 1),
-            (b"-1 0 1", 1),
-            (b"0 65536 1", 1),
-            (b"0 0 1,,2", 1),
-            (b"0 0 1,2,", 1),
-            (b"0 0 70000", 1),
-            (b"0 0 1,2,1", 1),
-            (b"\n\xff\xfe", 2),
+            (b"0 0 1\nx\n".as_slice(), 2),
+            (b"0 0 1 2\n", 1),
+            (b"0 0\n", 1),
+            (b"-1 0 1\n", 1),
+            (b"0 65536 1\n", 1),
+            (b"0 0 1,,2\n", 1),
+            (b"0 0 1,2,\n", 1),
+            (b"0 0 70000\n", 1),
+            (b"0 0 1,2,1\n", 1),
+            (b"\n\xff\xfe\n", 2),
+            (b"0 0 1\n0 1 1", 2),
+            (b"# routing n_layers=x\n0 0 1\n", 1),
+            (b"# routing n_layers=2 n_experts=0 expert_bytes=1\n0 0 1\n", 1),
+            (b"# routing n_layers=2 n_experts=99999999 expert_bytes=1\n0 0 1\n", 1),
+            (b"# routing n_layers=2 n_experts=3 expert_bytes=1\n0 2 1\n", 2),
+            (b"# routing n_layers=2 n_experts=3 expert_bytes=1\n0 1 2,3\n", 2),
             (&long, 1),
         ] {
             match read(text) {
@@ -240,7 +267,7 @@ mod tests {
         }
         assert!(matches!(read(b""), Err(TraceError::Empty)));
         assert!(matches!(read(b"# only a comment\n"), Err(TraceError::Empty)));
-        assert_eq!(read(b"# routing n_layers=x\n0 0 1\n").unwrap().header(), None);
+        assert_eq!(read(b"# by hand\n0 0 1\n").unwrap().header(), None);
     }
 
     proptest! {

@@ -21,15 +21,23 @@ pub struct Waves<'a> {
     wave: usize,
 }
 
+/// Experts of a wave where there are `n_slots` slots, fewer than experts.
+pub(crate) fn wave_len(n_slots: usize) -> usize {
+    (n_slots / 4).clamp(1, WAVE)
+}
+
+/// The order of a batch's experts: those that are in the cache first, otherwise as they are given; and how many are cached.
+pub(crate) fn cached_first(ids: &[u32], cached: &[bool]) -> (Vec<u32>, usize) {
+    let pick = |want: bool| ids.iter().zip(cached).filter(move |&(_, &is)| is == want).map(|(&id, _)| id);
+    (pick(true).chain(pick(false)).collect(), pick(true).count())
+}
+
 impl ExpertStore {
     /// Arranges the experts `ids` (distinct, any number) of `layer` in waves, those that are in the cache first, and begins
     /// to read the first wave. Make it as soon as the router has chosen, and walk through it when the experts are needed.
     pub fn waves(&self, layer: usize, ids: &[u32]) -> Waves<'_> {
-        let cached = self.cached(layer, ids);
-        let pick = |want: bool| ids.iter().zip(&cached).filter(move |&(_, &is)| is == want).map(|(&id, _)| id);
-        let ids: Vec<u32> = pick(true).chain(pick(false)).collect();
-        let n_cached = cached.iter().filter(|&&is| is).count();
-        let wave = if self.is_resident() { self.capacity() } else { (self.n_slots() / 4).clamp(1, WAVE) };
+        let (ids, n_cached) = cached_first(ids, &self.cached(layer, ids));
+        let wave = if self.is_resident() { self.capacity() } else { wave_len(self.n_slots()) };
         // What is here already is promised to this request, so that its own loads do not push it out.
         self.prefetch(layer, &ids[..n_cached]);
         let waves = Waves { store: self, layer, ids, done: 0, wave };

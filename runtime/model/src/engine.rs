@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use st_experts::io::ExpertIo;
 use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
 use st_kernels::{Isa, Kernels, KvType};
@@ -33,6 +34,9 @@ pub struct LoadOptions {
     pub slots: Option<usize>,
     /// How experts are read.
     pub io: IoMode,
+    /// What to read experts through, whatever `io` says: other storage than the file, or one that fails on purpose. The
+    /// offsets are those of the file.
+    pub expert_io: Option<Arc<dyn ExpertIo>>,
     /// Whether reads of chosen experts start before attention.
     pub prefetch: bool,
     /// Whether the next layer's experts are guessed and read ahead, where guesses prove right.
@@ -52,6 +56,7 @@ impl Default for LoadOptions {
             memory: None,
             slots: None,
             io: IoMode::Auto,
+            expert_io: None,
             prefetch: true,
             guess: true,
             io_threads: None,
@@ -121,17 +126,17 @@ impl Engine {
         let source = TensorSource::new(&file, &config)?;
         let plan = sizes::plan(&source, &config, options)?;
         on_plan(&plan);
-        let store = ExpertStore::new(
-            Arc::clone(&file.source),
-            source.experts().clone(),
-            sizes::slot_format(&source, Kernels::detect()),
-            StoreOptions {
-                n_slots: plan.n_slots,
-                top_k: config.n_experts_used,
-                guess_slots: if options.guess { 2 * config.n_experts_used } else { 0 },
-                ..options.store()
-            },
-        )?;
+        let (index, format) = (source.experts().clone(), sizes::slot_format(&source, Kernels::detect()));
+        let store_options = StoreOptions {
+            n_slots: plan.n_slots,
+            top_k: config.n_experts_used,
+            guess_slots: if options.guess { 2 * config.n_experts_used } else { 0 },
+            ..options.store()
+        };
+        let store = match &options.expert_io {
+            Some(io) => ExpertStore::with_io(Box::new(Arc::clone(io)), index, format, store_options),
+            None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
+        }?;
         let model = Model::load(&source, config, store, options)?;
         Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type: options.kv_type })
     }

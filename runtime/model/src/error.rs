@@ -138,6 +138,9 @@ pub enum ModelError {
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),
+    /// Whoever asked to see the routing could not take it.
+    #[error("the routing could not be recorded")]
+    Routing(#[source] std::io::Error),
     /// Reading experts failed.
     #[error(transparent)]
     Experts(#[from] st_experts::StoreError),

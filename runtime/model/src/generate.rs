@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use st_experts::StoreStats;
 
 use crate::error::ModelError;
 use crate::sampler::Sampler;
@@ -49,6 +50,10 @@ pub struct GenerateStats {
     pub prompt_work: Work,
     /// Work of the tokens after it.
     pub generate_work: Work,
+    /// What the expert cache did for the prompt, and for other conversations with the engine meanwhile.
+    pub prompt_experts: StoreStats,
+    /// What it did for the tokens after it.
+    pub generate_experts: StoreStats,
 }
 
 impl GenerateStats {
@@ -114,7 +119,7 @@ pub fn generate(
         finish_reason: FinishReason::Length,
         stats: GenerateStats { prompt_tokens: prompt.len(), ..GenerateStats::default() },
     };
-    let before = session.work();
+    let (before, experts_before) = (session.work(), engine.store_stats());
     let start = Instant::now();
     if session.feed(prompt, &mut |_| on_text(""))?.is_break() {
         answer.finish_reason = FinishReason::Cancelled;
@@ -122,7 +127,8 @@ pub fn generate(
     }
     answer.stats.prompt_time = start.elapsed();
     answer.stats.prompt_work = session.work().since(&before);
-    let before = session.work();
+    let (before, experts_between) = (session.work(), engine.store_stats());
+    answer.stats.prompt_experts = experts_between.since(&experts_before);
 
     let mut stream = TextStream::new(options.stop.clone());
     let max_tokens = options.max_tokens.unwrap_or(usize::MAX);
@@ -154,6 +160,7 @@ pub fn generate(
     }
     answer.stats.generate_time = start.elapsed();
     answer.stats.generate_work = session.work().since(&before);
+    answer.stats.generate_experts = engine.store_stats().since(&experts_between);
     let rest = stream.finish();
     if !rest.text.is_empty() {
         answer.text.push_str(rest.text);

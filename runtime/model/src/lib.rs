@@ -34,6 +34,7 @@ pub use generate::{FinishReason, GenerateOptions, GenerateStats, Generation, gen
 pub use plan::MemoryPlan;
 pub use reference::{LayerTrace, Reference};
 pub use router::Routing;
-pub use session::{OnLayer, Session, Work};
+pub use session::{OnLayer, OnRouting, Session, Work};
+pub use st_experts::io::ExpertIo;
 pub use st_experts::{IoMode, StoreError, StoreStats};
 pub use st_kernels::{Isa, KvType};

@@ -118,11 +118,9 @@ impl MemoryPlan {
         let floor = |ctx: usize, reserve: u64| {
             Self::assemble(Some(budget), fixed, variable, shape, ctx, reserve, min_slots).total()
         };
-        let reserve = (budget / RESERVE_SHARE).max(RESERVE_MIN);
+        let reserve = reserve_of(budget);
         if floor(smallest_ctx, reserve) > budget {
-            let bare = floor(smallest_ctx, 0);
-            // reserve is a share of the budget itself: budget = bare + budget/64, or bare + the least reserve.
-            let minimum = (bare * RESERVE_SHARE).div_ceil(RESERVE_SHARE - 1).max(bare + RESERVE_MIN);
+            let minimum = Self::budget_for(floor(smallest_ctx, 0));
             return Err(ModelError::Budget { budget, minimum, ctx: smallest_ctx });
         }
         let free = budget - floor(0, reserve) + min_slots as u64 * variable.slot;
@@ -163,22 +161,37 @@ impl MemoryPlan {
         }
     }
 
+    /// A budget, no larger than need be, of which `bytes` can be spent and the reserve is still there.
+    pub fn budget_for(bytes: u64) -> u64 {
+        // The reserve is a share of the budget itself: budget = bytes + budget/64, or bytes + the least reserve.
+        let shared = bytes.saturating_mul(RESERVE_SHARE).div_ceil(RESERVE_SHARE - 1);
+        shared.max(bytes.saturating_add(RESERVE_MIN))
+    }
+
+    /// What of `budget` can be spent; `None` where it does not even hold the reserve.
+    pub fn within_reserve(budget: u64) -> Option<u64> {
+        budget.checked_sub(reserve_of(budget))
+    }
+
+    /// Everything but the expert cache and the reserve, in bytes.
+    pub fn beside_cache(&self) -> u64 {
+        self.process + self.dense + self.scratch + self.io + self.kv_full + self.kv_window
+    }
+
     /// Everything together, in bytes.
     pub fn total(&self) -> u64 {
-        self.process
-            + self.dense
-            + self.scratch
-            + self.io
-            + self.kv_full
-            + self.kv_window
-            + self.slot * self.n_slots as u64
-            + self.reserve
+        self.beside_cache() + self.slot * self.n_slots as u64 + self.reserve
     }
 
     /// Whether so few experts fit that nearly every one is read again for every token.
     pub fn thrashes(&self) -> bool {
         self.n_slots < self.token_cycle.min(self.n_experts_total)
     }
+}
+
+/// What is kept free of a budget.
+fn reserve_of(budget: u64) -> u64 {
+    (budget / RESERVE_SHARE).max(RESERVE_MIN)
 }
 
 fn check_ctx(ctx: Option<usize>, shape: PlanShape) -> Result<Option<usize>, ModelError> {
@@ -225,6 +238,16 @@ mod tests {
             assert!(plan.n_slots >= 8 && plan.thrashes());
             assert!(MemoryPlan::for_budget(minimum - MIB, fixed, variable, shape, ctx).is_err());
         }
+    }
+
+    #[test]
+    fn a_budget_for_some_bytes_holds_them_and_the_reserve() {
+        for bytes in [0, 1, MIB, 503 * MIB, 504 * MIB + 1, 505 * MIB, 5000 * MIB + 77] {
+            let usable = MemoryPlan::within_reserve(MemoryPlan::budget_for(bytes)).expect("more than the reserve");
+            assert!((bytes..=bytes + 1).contains(&usable), "{usable} for {bytes}");
+        }
+        assert_eq!(MemoryPlan::within_reserve(MIB), None);
+        assert!(MemoryPlan::budget_for(u64::MAX) > 1 << 58);
     }
 
     #[test]

@@ -69,6 +69,10 @@ pub(crate) struct Buffers {
 /// A look at each layer: its number, the residual stream after it (`[tokens, n_embd]`) and its routing.
 pub type OnLayer<'a> = dyn FnMut(usize, &[f32], &Routing) -> Result<(), ModelError> + 'a;
 
+/// A look at what the routers choose, in the order in which the model runs: for each batch, layer after layer, the layer's
+/// number and its routing. What it fails with ends the run.
+pub type OnRouting<'e> = dyn FnMut(usize, &Routing) -> std::io::Result<()> + Send + 'e;
+
 /// A conversation: the tokens so far and their KV cache.
 pub struct Session<'e> {
     engine: &'e Engine,
@@ -77,6 +81,7 @@ pub struct Session<'e> {
     buffers: Buffers,
     /// The part of each layer in [`Buffers::work`].
     layer_work: Vec<Work>,
+    on_routing: Option<Box<OnRouting<'e>>>,
 }
 
 impl<'e> Session<'e> {
@@ -102,7 +107,13 @@ impl<'e> Session<'e> {
             batch: None,
         };
         let layer_work = vec![Work::default(); config.n_layers];
-        Ok(Self { engine, kv, tokens: Vec::with_capacity(engine.ctx().min(1 << 16)), buffers, layer_work })
+        let tokens = Vec::with_capacity(engine.ctx().min(1 << 16));
+        Ok(Self { engine, kv, tokens, buffers, layer_work, on_routing: None })
+    }
+
+    /// Shows the routing of all that is run from now on to `look`.
+    pub fn on_routing(&mut self, look: Box<OnRouting<'e>>) {
+        self.on_routing = Some(look);
     }
 
     /// The engine that this is a conversation with.
@@ -260,6 +271,9 @@ impl<'e> Session<'e> {
             let before = self.buffers.work;
             model.layer(n, self.tokens.len(), &activations, kv, &mut self.buffers)?;
             self.layer_work[n].add(self.buffers.work.since(&before));
+            if let Some(look) = &mut self.on_routing {
+                look(n, &self.buffers.routing).map_err(ModelError::Routing)?;
+            }
             on_layer(n, &activations, &self.buffers.routing)?;
         }
         if head {

@@ -18,6 +18,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How to read experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -55,6 +56,28 @@ pub trait ExpertIo: Send + Sync + Debug {
 
     /// What to call this way of reading: `direct`, `buffered`, `memory`.
     fn name(&self) -> &'static str;
+}
+
+impl<I: ExpertIo + ?Sized> ExpertIo for Arc<I> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        (**self).read_at(buf, offset)
+    }
+
+    fn alignment(&self) -> usize {
+        (**self).alignment()
+    }
+
+    fn done_with(&self, range: Range<u64>) {
+        (**self).done_with(range);
+    }
+
+    fn path(&self) -> Option<&Path> {
+        (**self).path()
+    }
+
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
 }
 
 /// Reads until `needed` bytes of `buf` are there, completing short reads. `buf` may be longer than needed, as aligned reads

@@ -6,6 +6,8 @@ use st_kernels::*;
 
 /// Relative error of int8 activations against floats, of the root mean square.
 const INT8_BOUND: f64 = 2e-2;
+/// The same for a whole expert, three products on top of each other: with one or two live neurons errors do not average out.
+const INT8_EXPERT_BOUND: f64 = 1e-1;
 /// Relative error of f32 sums in another order.
 const F32_BOUND: f64 = 2e-6;
 
@@ -332,7 +334,7 @@ proptest! {
                     kernels.expert_down(&format, region(Matrix::Down), &hidden, range, out);
                 }
             }
-            let bound = if ty.is_quantized() { 2.0 * INT8_BOUND } else { 2.0 * F32_BOUND };
+            let bound = if ty.is_quantized() { INT8_EXPERT_BOUND } else { 2.0 * F32_BOUND };
             assert_close(&out, &exact, bound, "expert");
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: one token");

@@ -19,7 +19,9 @@ use crate::session::Work;
 const TASK_GROUPS: usize = 4;
 /// Neurons that one task takes when there are many.
 const TASK_NEURONS: usize = 64;
-/// Outputs that one task takes.
+/// Tasks that a thread should find, so that none waits long for another.
+const TASKS_PER_THREAD: usize = 4;
+/// Outputs that one task takes, at least.
 const TASK_OUTPUTS: usize = 2 * OUTPUT_CHUNK;
 
 /// The experts of all layers.
@@ -192,7 +194,10 @@ impl Moe {
             lease.wait(rank, Matrix::Down)?;
         }
         let groups = &*groups;
-        cx.pool.run_tiles(&mut parts[..lease.len() * n_embd], n_embd, 1, TASK_OUTPUTS, &|mut out| {
+        // Long runs of each neuron's row, and yet a few tasks for each thread.
+        let fair = (ready.len() * n_embd).div_ceil(TASKS_PER_THREAD * cx.pool.n_threads());
+        let per_task = fair.next_multiple_of(OUTPUT_CHUNK).clamp(TASK_OUTPUTS, n_embd.max(TASK_OUTPUTS));
+        cx.pool.run_tiles(&mut parts[..lease.len() * n_embd], n_embd, 1, per_task, &|mut out| {
             let rank = out.first_row();
             if let (true, Some(down)) = (ready.contains(&rank), lease.get(rank, Matrix::Down)) {
                 let hidden = &groups[rank * n_groups..(rank + 1) * n_groups];

@@ -8,6 +8,9 @@ use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
 use crate::live::Live;
 
+/// Fours of rows that are on their way from memory while one is computed.
+const AHEAD: usize = 2;
+
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
@@ -16,8 +19,14 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     let chunks = up.kb.div_ceil(4);
+    // What is requested while four rows are computed: those after the next four, so that memory has their time, too.
     let mut ahead = rows.chunks(4);
-    ahead.next();
+    for first in ahead.by_ref().take(AHEAD).flatten() {
+        let w = nibbles.as_ptr().wrapping_add(*first as usize * up.row_bytes);
+        for line in 0..chunks {
+            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(line * 64).cast());
+        }
+    }
     for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
         let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
         let row = quad(rows);

@@ -82,6 +82,7 @@ impl Case {
             slots: Some(8 + (seed * 13) as usize % 100),
             io_threads: Some(1 + seed as usize % 4),
             prefetch: !seed.is_multiple_of(5),
+            guess: !seed.is_multiple_of(3),
             expert_io: Some(Arc::new(FaultyIo::new(io, plan))),
             ..LoadOptions::default()
         };

@@ -59,7 +59,7 @@ fn conversation(engine: &Engine, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreS
 }
 
 /// Replayed with the store's policy and slots, a trace gives the store's own hits and misses: for prompts and for tokens, in
-/// both layouts, whatever the threads do.
+/// both layouts, whatever the threads do. Guesses are not replayed: what they evict depends on which came in time.
 #[test]
 fn a_replay_counts_what_the_store_counted() {
     let goldens = common::goldens();
@@ -67,7 +67,7 @@ fn a_replay_counts_what_the_store_counted() {
     let (long, short) = (golden("long_mixed"), golden("chat_sum"));
     for layout in [Layout::Gguf, Layout::Offload] {
         for slots in [8, 9, 13, 24, 32, 50, 100, 127, 128] {
-            let options = LoadOptions { threads: 2, slots: Some(slots), ..LoadOptions::default() };
+            let options = LoadOptions { threads: 2, slots: Some(slots), guess: false, ..LoadOptions::default() };
             let engine = common::engine(long.gguf(WeightType::Q4_0, layout), &options);
             let (trace, counted) = conversation(&engine, [&long.ids, &short.ids]);
             let replay = Replay::new(&trace);
@@ -97,7 +97,7 @@ fn cache_sim_says_what_run_counted() {
     let free = run(story);
     assert!(free.stderr.contains("trace.txt: routing of "), "{}", free.stderr);
     let resident = fs::read_to_string(&trace).expect("a trace");
-    let ran = run([&story[..], &["--memory", "40MiB", "--json", "-q"]].concat());
+    let ran = run([&story[..], &["--memory", "40MiB", "--no-guess", "--json", "-q"]].concat());
     assert_eq!(ran.stderr, "");
     let experts = json(&ran.ok())["stats"]["experts"].clone();
     let slots = experts["slots"].to_string();

@@ -2,8 +2,8 @@
 //! much would have been read.
 //!
 //! The online policies run through the store's own table, and a batch of tokens in the store's own waves, so a figure here is
-//! what the store does with that routing. Belady's bound knows the future: no cache that loads only on demand can hit more
-//! often.
+//! what the store does with that routing where it does not guess: what a guess evicts depends on time. Belady's bound knows
+//! the future: no cache that loads only on demand can hit more often.
 
 use crate::eviction::Policy;
 use crate::inflight::Pieces;

@@ -72,7 +72,7 @@ fn a_replay_counts_what_the_store_counted() {
             let (trace, counted) = conversation(&engine, [&long.ids, &short.ids]);
             let replay = Replay::new(&trace);
             assert_eq!((replay.n_experts_in_all(), replay.min_slots()), (128, 8));
-            let row = replay.simulate(Policy::Lru, slots);
+            let row = replay.simulate(Policy::default(), slots);
             for (part, tally, stats) in [("prompts", row.batched, counted[0]), ("tokens", row.single, counted[1])] {
                 let Tally { lookups, hits, .. } = tally;
                 assert_eq!((lookups, hits), (stats.lookups, stats.hits), "{part}, {layout:?}, {slots} slots");

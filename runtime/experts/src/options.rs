@@ -55,7 +55,7 @@ impl Default for StoreOptions {
             io: IoMode::Auto,
             io_threads: 4,
             prefetch: true,
-            policy: Policy::Lru,
+            policy: Policy::default(),
             guess_slots: 0,
             whole_records: false,
             verify: true,

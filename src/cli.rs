@@ -212,8 +212,8 @@ pub(crate) struct RunArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
-    /// End the answer before this text.
-    #[arg(long, value_name = "TEXT", num_args = 1.., allow_hyphen_values = true)]
+    /// End the answer before this text (`--stop=TEXT` where it begins with a dash).
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
     pub(crate) stop: Vec<String>,
     /// One JSON object per answer on stdout.
     #[arg(long)]

@@ -148,6 +148,9 @@ fn answers_end_where_they_are_told_to() {
     assert_eq!(stopped["finish_reason"], "stop");
     assert_eq!(stopped["text"].as_str().expect("text"), text.split(&stop).next().expect("a part"));
 
+    // Options after a list of texts are options.
+    let dashed = answer(&["--stop=--", "--stop", "@@never@@", "--max-tokens", "3"]);
+    assert_eq!(dashed["finish_reason"], "length");
     let swallowed = run(["run", "-p", "x", "--stop", "END", "tiny"]).fails(&["\"tiny\" is taken as a text for --stop"]);
     assert!(swallowed.hint().contains("MODEL first"));
 

@@ -2,7 +2,7 @@
 """st-tool under a memory budget, inside a memory cgroup of exactly that size where this machine has one.
 
     python3 scripts/bench_memory.py --st-tool target/release/st-tool MODEL.gguf [MODEL-offload.gguf …] \\
-        [--memory 1GiB] [-n 64] [-p 0] [--rounds 3] [--survive 20] [--llama-bin BUILD/bin]
+        [--memory 1GiB] [-n 64] [-p 0] [--rounds 3] [--grid] [--survive 20] [--llama-bin BUILD/bin]
 
 For every file: generation speed with prefetch and without, with direct and with buffered reads; for the generated tokens
 hit rate, bytes read per token, seconds stalled and the share of read time hidden behind compute; and the peak of resident
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("-p", type=int, default=0, help="prompt tokens, measured apart")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--grid", action="store_true", help="prefetch on and off against 1, 2, 4, 8 reads in flight")
     parser.add_argument("--survive", type=int, default=0)
     parser.add_argument("--llama-bin")
     parser.add_argument("--json")
@@ -119,8 +120,12 @@ def main():
         "auto": [],
         "direct": ["--io", "direct"],
         "buffered": ["--io", "buffered"],
+        "no guesses": ["--no-guess"],
         "no prefetch": ["--no-prefetch"],
     }
+    if args.grid:
+        prefetch = {"guesses": [], "prefetch": ["--no-guess"], "neither": ["--no-prefetch"]}
+        variants = {f"{name}, {n} reads": [*options, "--reads", n] for name, options in prefetch.items() for n in (1, 2, 4, 8)}
     kept, rows = [], []
     try:
         speeds = {}

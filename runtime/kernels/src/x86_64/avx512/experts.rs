@@ -8,8 +8,9 @@ use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
 use crate::live::Live;
 
-/// Fours of rows that are on their way from memory while one is computed.
-const AHEAD: usize = 2;
+/// Fours of rows that are on their way from memory while one is computed. They are requested into the second-level cache: the
+/// first level waits for too few lines at once to cover memory's latency where rows are scattered.
+const AHEAD: usize = 4;
 
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
@@ -24,7 +25,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     for first in ahead.by_ref().take(AHEAD).flatten() {
         let w = nibbles.as_ptr().wrapping_add(*first as usize * up.row_bytes);
         for line in 0..chunks {
-            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(line * 64).cast());
+            _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(line * 64).cast());
         }
     }
     for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
@@ -37,7 +38,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
         let next_w = next.map(|r| nibbles.as_ptr().wrapping_add(r * up.row_bytes));
         for r in next {
             for line in 0..up.kb.div_ceil(32) + 1 {
-                _mm_prefetch::<_MM_HINT_T0>(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64).cast());
+                _mm_prefetch::<_MM_HINT_T1>(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64).cast());
             }
         }
         let mut acc = _mm_setzero_ps();
@@ -54,7 +55,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
                 let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
                 // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
                 let quarter_sums = |i: usize| {
-                    _mm_prefetch::<_MM_HINT_T0>(next_w[i].wrapping_add(c * 64).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(next_w[i].wrapping_add(c * 64).cast());
                     let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
                     let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
                     _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
@@ -115,7 +116,7 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
         let d_a = _mm512_set1_ps(live.d);
         for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
             if let Some(next) = &next {
-                next.request(&chunks, i, |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()));
+                next.request(&chunks, i, |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()));
             }
             // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
             let mut sums = [_mm512_set1_epi32(live.bias); 8];

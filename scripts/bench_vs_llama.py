@@ -2,7 +2,7 @@
 """Speed and memory of st-tool beside llama.cpp, alternating on one machine in one sitting.
 
     python3 scripts/bench_vs_llama.py --st-tool target/release/st-tool --llama-bin BUILD/bin MODEL.gguf \\
-        [--st-model MODEL-offload.gguf] [--rounds 3] [--threads 2,1] [--tests decode,depth,p512,p4096,start] [--repack 1]
+        [--st-model MODEL-offload.gguf] [--rounds 3] [--reps 3] [--threads 2,1] [--tests decode,depth,p512,p4096,start] [--repack 1]
 
 BUILD/bin holds llama.cpp's llama-bench and llama-completion, built for this machine. Each round runs every test once
 with either program, one after the other, and the next round in the opposite order, so that drift meets both. Tests:
@@ -35,13 +35,13 @@ PROMPT = "Once upon a time there was a small fox who lived at the edge of a fore
 def llama_speed(args, test, threads):
     prompt, generated, depth = TESTS[test]
     run = procs.run([f"{args.llama_bin}/llama-bench", "-m", args.model, "-p", prompt, "-n", generated, "-d", depth,
-                     "-r", 1, "-t", threads, "--repack", args.repack, "-o", "json"], env=args.env)
+                     "-r", args.reps, "-t", threads, "--repack", args.repack, "-o", "json"], env=args.env)
     return json.loads(run.out)[0]["avg_ts"], run.peak_bytes
 
 
 def st_speed(args, test, threads):
     prompt, generated, depth = TESTS[test]
-    run = procs.run([args.st_tool, "bench", args.st_model, "-p", prompt, "-n", generated, "-d", depth, "-r", 1,
+    run = procs.run([args.st_tool, "bench", args.st_model, "-p", prompt, "-n", generated, "-d", depth, "-r", args.reps,
                      "--threads", threads, "-o", "json", "--quiet"])
     return json.loads(run.out)["tests"][0]["tokens_per_second"]["median"], run.peak_bytes
 
@@ -68,6 +68,7 @@ def main():
     parser.add_argument("--st-tool", required=True)
     parser.add_argument("--llama-bin", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--reps", type=int, default=3, help="repetitions in each process, after one that warms up")
     parser.add_argument("--threads", default="2,1")
     parser.add_argument("--tests", default="decode,depth,p512,p4096,start")
     parser.add_argument("--repack", type=int, default=1, help="1: llama.cpp repacks weights at load; 0: not")

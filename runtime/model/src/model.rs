@@ -11,7 +11,8 @@ use crate::engine::LoadOptions;
 use crate::error::ModelError;
 use crate::kv_cache::LayerKv;
 use crate::moe::Moe;
-use crate::ops::{self, Attention, Compute, Linear, RmsNorm};
+use crate::ops::{self, ActsScratch, Attention, Compute, Linear, RmsNorm};
+use crate::router::Routing;
 use crate::session::Buffers;
 use crate::weights::{self, TensorSource};
 
@@ -24,6 +25,24 @@ struct Layer {
     router: Linear,
     ffn_norm: RmsNorm,
     uses_rope: bool,
+}
+
+impl Layer {
+    /// What this layer's router chooses for the residual stream as it stands.
+    fn route(
+        &self,
+        config: &ModelConfig,
+        cx: &Compute,
+        acts: &mut ActsScratch,
+        a: &Activations,
+        routing: &mut Routing,
+    ) -> Result<(), ModelError> {
+        self.router.forward(cx, acts, &a.x, &a.router)?;
+        ops::with_slice(&a.router, |logits| {
+            routing.choose(config, logits);
+            Ok(())
+        })
+    }
 }
 
 /// All weights of a model, and the threads that compute with them.
@@ -110,11 +129,7 @@ impl Model {
         let (layer, cx) = (&self.layers[n], &self.compute);
         let Buffers { scratch, moe, routing, guess, rope, work, .. } = buffers;
 
-        layer.router.forward(cx, &mut scratch.acts, &a.x, &a.router)?;
-        ops::with_slice(&a.router, |logits| {
-            routing.choose(&self.config, logits);
-            Ok(())
-        })?;
+        layer.route(&self.config, cx, &mut scratch.acts, a, routing)?;
         let experts = self.moe.prefetch(n, routing, moe);
 
         layer.attn_norm.forward(cx, &a.x, &a.normed)?;
@@ -128,11 +143,7 @@ impl Model {
 
         // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
         if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(routing)) {
-            next.router.forward(cx, &mut scratch.acts, &a.x, &a.router)?;
-            ops::with_slice(&a.router, |logits| {
-                guess.choose(&self.config, logits);
-                Ok(())
-            })?;
+            next.route(&self.config, cx, &mut scratch.acts, a, guess)?;
             self.moe.store().prefetch_guess(n + 1, guess.ids());
         }
 

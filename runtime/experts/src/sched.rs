@@ -9,27 +9,25 @@
 pub(crate) fn prefer_this_thread() {
     /// The shortest slice there is, in nanoseconds.
     const SLICE: u64 = 100_000;
+    let size = size_of::<libc::sched_attr>() as u32;
     let mut attr = libc::sched_attr {
-        size: size_of::<libc::sched_attr>() as u32,
-        sched_policy: libc::SCHED_OTHER as u32,
+        size,
+        sched_policy: 0,
         sched_flags: 0,
         sched_nice: 0,
         sched_priority: 0,
-        sched_runtime: SLICE,
+        sched_runtime: 0,
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: `attr` is a sched_attr whose size it states, read or written during the calls; thread 0 is the caller.
-    // The call that reads keeps what else is set (a nice value), and a refusal leaves everything as it was.
+    // SAFETY: `attr` has the size that is stated, is written by the first call and read by the second; thread 0 is the
+    // caller. What else is set (a nice value) is handed back as it was read, and a refusal leaves everything as it is.
     unsafe {
-        let mut now = attr;
-        if libc::syscall(libc::SYS_sched_getattr, 0, &raw mut now, now.size, 0) != 0
-            || now.sched_policy != attr.sched_policy
-        {
-            return;
+        let known = libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) == 0;
+        if known && attr.sched_policy == libc::SCHED_OTHER as u32 {
+            attr.sched_runtime = SLICE;
+            libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0);
         }
-        attr.sched_nice = now.sched_nice;
-        libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0);
     }
 }
 

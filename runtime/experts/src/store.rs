@@ -126,11 +126,10 @@ impl ExpertStore {
         } else {
             Vec::new()
         };
-        let index_layers = index.n_layers();
+        let gate = GuessGate::new(index.n_layers());
         let reader = Reader::new(io, index, format, options.whole_records, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
-        let guesses = guess_slots > 0;
-        let gate = GuessGate::new(index_layers);
+        let guesses = options.prefetch && guess_slots > 0 && n_slots < n_keys;
         let table = Table::new(
             n_slots,
             n_keys,
@@ -201,7 +200,7 @@ impl ExpertStore {
 
     /// Whether [`ExpertStore::prefetch_guess`] can do anything.
     pub fn guesses(&self) -> bool {
-        self.prefetch && self.guesses && !self.is_resident()
+        self.guesses
     }
 
     /// The keys of those of `ids` that exist, where prefetching is on.
@@ -345,7 +344,7 @@ impl Shared {
         (0..wake).for_each(|_| self.work.notify_one());
     }
 
-    /// Sleeps until something has landed. The time in which anybody sleeps here is the stall.
+    /// Waits until something has landed. The time in which anybody waits here is the stall.
     pub(crate) fn wait_for_landing<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         if state.waiting == 0 {
             state.waiting_since = Some(Instant::now());
@@ -379,17 +378,21 @@ impl Shared {
         self.landed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Tells those who wait that something has happened, whether they watch or sleep.
+    fn announce(&self, state: &State) {
+        self.events.fetch_add(1, Ordering::Relaxed);
+        if state.waiting > 0 {
+            self.landed.notify_all();
+        }
+    }
+
     /// Unpins a lease's experts.
     pub(crate) fn release(&self, mut held: Vec<Held>) {
         let mut state = self.lock();
         state.table.release_all(&mut held);
         state.spare.push(held);
-        self.events.fetch_add(1, Ordering::Relaxed);
-        if state.waiting > 0 {
-            // A request may be waiting for slots.
-            drop(state);
-            self.landed.notify_all();
-        }
+        // A request may be waiting for slots.
+        self.announce(&state);
     }
 
     /// An I/O thread: takes pieces as long as there are any, and sleeps.
@@ -435,10 +438,7 @@ impl Shared {
                 }
             }
             (0..more).for_each(|_| self.work.notify_one());
-            self.events.fetch_add(1, Ordering::Relaxed);
-            if state.waiting > 0 {
-                self.landed.notify_all();
-            }
+            self.announce(&state);
         }
     }
 

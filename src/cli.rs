@@ -170,9 +170,9 @@ pub(crate) struct EngineArgs {
     /// Do not guess which experts the next layer will want (for measuring).
     #[arg(long)]
     pub(crate) no_guess: bool,
-    /// Expert reads in flight at once, from 1 to 8 (for measuring).
-    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u8).range(1..=8))]
-    pub(crate) reads: u8,
+    /// Expert reads in flight at once, from 1 to 8; by default 4 (for measuring).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) reads: Option<u8>,
     /// How experts are read from disk (for measuring).
     #[arg(long, value_name = "MODE", default_value = "auto")]
     pub(crate) io: IoName,

@@ -51,7 +51,7 @@ pub(crate) fn load_file(
         io: args.io.into(),
         prefetch: !args.no_prefetch,
         guess: !args.no_guess,
-        io_threads: Some(usize::from(args.reads)),
+        io_threads: args.reads.map(usize::from),
         ..LoadOptions::default()
     };
     let engine = Engine::load_with(file, &options, &mut |plan| show_plan(plan, context))?;

@@ -40,7 +40,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
         threads: args.threads,
         no_prefetch: false,
         no_guess: false,
-        reads: 4,
+        reads: None,
         io: IoName::Auto,
     };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), engine::DEFAULT_KV, context)?;

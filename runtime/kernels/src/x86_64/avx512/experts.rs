@@ -20,7 +20,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     let chunks = up.kb.div_ceil(4);
-    // What is requested while four rows are computed: those after the next four, so that memory has their time, too.
+    // The first fours at once; from then on each four requests the one that comes AHEAD after it.
     let mut ahead = rows.chunks(4);
     for first in ahead.by_ref().take(AHEAD).flatten() {
         let w = nibbles.as_ptr().wrapping_add(*first as usize * up.row_bytes);

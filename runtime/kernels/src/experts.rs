@@ -118,26 +118,33 @@ impl Kernels {
         let mut rows: [u32; GROUPS_AT_ONCE * BLOCK_LEN] = std::array::from_fn(|i| (first + i) as u32);
         // Gate has as many bytes per row in both of its forms.
         let gate_rows = &gate[first * row_bytes..(first + neurons) * row_bytes];
-        match (ty, a) {
-            // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
-            (WeightType::Q4_0, Some(a)) => unsafe {
-                (self.table.gemv_r16)(ty, kb, gate_rows, a, &mut g[..neurons]);
-            },
-            // SAFETY: the table is of this CPU; the region has these rows.
-            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &rows[..neurons], a, &mut g[..neurons]) },
-            // SAFETY: the table is of this CPU; `neurons` rows of n_embd values, as many outputs.
-            (_, None) => unsafe { (self.table.dots)(ty, gate_rows, x, &mut g[..neurons]) },
-        }
+        // The rows of up that the first half of the gates lets live are on their way while the other half is computed.
+        let half = if ty == WeightType::Q4_0 { out.len() / 2 * BLOCK_LEN } else { 0 };
         let mut n = 0;
+        for part in [0..half, half..neurons] {
+            let (gates, g) = (&gate_rows[part.start * row_bytes..part.end * row_bytes], &mut g[part.clone()]);
+            match (ty, a) {
+                // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
+                (WeightType::Q4_0, Some(a)) => unsafe { (self.table.gemv_r16)(ty, kb, gates, a, g) },
+                // SAFETY: the table is of this CPU; the region has these rows.
+                (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &rows[part.clone()], a, g) },
+                // SAFETY: the table is of this CPU; whole rows of n_embd values, as many outputs.
+                (_, None) => unsafe { (self.table.dots)(ty, gates, x, g) },
+            }
+            for (i, &g) in part.clone().zip(&*g) {
+                rows[n] = (first + i) as u32;
+                n += usize::from(g > 0.0);
+            }
+            if n > 0 && part.end == half {
+                // SAFETY: the table is of this CPU; the region has these rows.
+                unsafe { (self.table.request_up)(&format.up(), up, &rows[..n]) };
+            }
+        }
         for (group, g) in out.iter_mut().zip(g.chunks_exact(BLOCK_LEN)) {
             *group = HiddenGroup::ZERO;
             for (i, &g) in g.iter().enumerate() {
                 group.active |= u32::from(g > 0.0) << i;
             }
-        }
-        for (i, &g) in g[..neurons].iter().enumerate() {
-            rows[n] = (first + i) as u32;
-            n += usize::from(g > 0.0);
         }
         let rows = &rows[..n];
         let mut u = [0f32; GROUPS_AT_ONCE * BLOCK_LEN];

@@ -1,8 +1,8 @@
-//! Which neurons of a group `down` has to read.
+//! What the live neurons of one token need of up and down, and asking for it before it is used. Computes nothing.
 
 use std::ops::Range;
 
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
 
 /// The live neurons of a group of 32, in fours.
@@ -52,20 +52,14 @@ impl Live {
         live
     }
 
-    /// The groups of a down region that have live neurons.
-    pub(crate) fn groups(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup]) -> impl Iterator<Item = Live> {
-        let groups = region.chunks_exact(down.group_bytes).zip(hidden).filter(|(_, hidden)| hidden.live != 0);
-        groups.map(|(group, hidden)| Live::new(down, group, hidden))
-    }
-
     /// Four rows and their hidden values at a time.
     #[inline]
     pub(crate) fn quads(&self) -> impl Iterator<Item = (&[usize], &i32)> {
         self.offsets[..self.n.next_multiple_of(4)].chunks_exact(4).zip(&self.quads)
     }
 
-    /// Requests, by `prefetch`, a share of this group at step `i` while the one before it is computed, a step per chunk: some of its
-    /// rows, whole so that memory is read in runs, and the chunk's scales.
+    /// Requests, by `prefetch`, a share of this group at step `i` while another is computed, a step per chunk: some of its rows,
+    /// whole so that memory is read in runs, and the chunk's scales.
     #[inline(always)]
     pub(crate) fn request(&self, chunks: &Range<usize>, i: usize, prefetch: impl Fn(*const u8)) {
         let n = chunks.len();
@@ -76,6 +70,68 @@ impl Live {
         }
         for line in 0..4 {
             prefetch(self.scales.wrapping_add((chunks.start + i) * OUTPUT_CHUNK * 2 + line * 64));
+        }
+    }
+}
+
+/// The groups of a down region that have live neurons, each requested from memory two groups before it is computed: while the
+/// last bytes of one are waited for, those of the next are on their way.
+pub(crate) struct LiveGroups<'a> {
+    down: &'a DownLayout,
+    /// What is left of the region, and of the hidden values.
+    region: &'a [u8],
+    hidden: &'a [HiddenGroup],
+    /// The group to compute, the one after it, and the one to request meanwhile.
+    queue: [Option<Live>; 3],
+}
+
+impl<'a> LiveGroups<'a> {
+    /// Requests the first two groups, as far as outputs of `chunks` need them, by `prefetch`.
+    #[inline(always)]
+    pub(crate) fn new(
+        down: &'a DownLayout,
+        region: &'a [u8],
+        hidden: &'a [HiddenGroup],
+        chunks: &Range<usize>,
+        prefetch: impl Fn(*const u8),
+    ) -> Self {
+        let mut groups = Self { down, region, hidden, queue: [None, None, None] };
+        groups.queue = [None, groups.draw(), groups.draw()];
+        for first in groups.queue.iter().flatten() {
+            (0..chunks.len()).for_each(|i| first.request(chunks, i, &prefetch));
+        }
+        groups
+    }
+
+    /// The next group to compute, and the one to request meanwhile.
+    #[inline]
+    pub(crate) fn advance(&mut self) -> Option<(&Live, Option<&Live>)> {
+        self.queue = [self.queue[1].take(), self.queue[2].take(), self.draw()];
+        let [current, _, ahead] = &self.queue;
+        current.as_ref().map(|current| (current, ahead.as_ref()))
+    }
+
+    fn draw(&mut self) -> Option<Live> {
+        while let Some((hidden, rest)) = self.hidden.split_first() {
+            let (group, region) = self.region.split_at(self.down.group_bytes);
+            (self.hidden, self.region) = (rest, region);
+            if hidden.live != 0 {
+                return Some(Live::new(self.down, group, hidden));
+            }
+        }
+        None
+    }
+}
+
+/// Requests `rows` of up, nibbles and scales, by `prefetch`.
+#[inline(always)]
+pub(crate) fn request_up(up: &UpLayout, region: &[u8], rows: &[u32], prefetch: impl Fn(*const u8)) {
+    let (scales, nibbles) = region.split_at(up.scales_bytes);
+    for &row in rows {
+        let nibbles = nibbles.as_ptr().wrapping_add(row as usize * up.row_bytes);
+        let scales = scales.as_ptr().wrapping_add(row as usize * up.kb * 2);
+        for (at, lines) in [(nibbles, up.kb.div_ceil(4)), (scales, up.kb.div_ceil(32) + 1)] {
+            (0..lines).for_each(|line| prefetch(at.wrapping_add(line * 64)));
         }
     }
 }

@@ -140,7 +140,7 @@ impl Sampler {
     /// # Errors
     /// Where `logits` is empty or holds NaN or an infinity.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SamplerError> {
-        if let Some((id, &got)) = logits.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+        if let Some((id, got)) = first_not_finite(logits) {
             return Err(SamplerError::NotFinite { id, got });
         }
         let mut penalized = std::mem::take(&mut self.penalized);
@@ -208,15 +208,26 @@ impl Sampler {
     }
 }
 
-/// The id of the highest logit, the lowest id where several are equal.
+/// The first logit that is no finite number. Blocks are judged whole: a search that may end at any logit is not vectorized, and a
+/// vocabulary is long.
+fn first_not_finite(logits: &[f32]) -> Option<(usize, f32)> {
+    const BLOCK: usize = 256;
+    let all_finite = |block: &[f32]| block.iter().fold(true, |all, logit| all & logit.is_finite());
+    let block = logits.chunks(BLOCK).position(|block| !all_finite(block))?;
+    let rest = logits.iter().enumerate().skip(block * BLOCK);
+    rest.map(|(id, &logit)| (id, logit)).find(|(_, logit)| !logit.is_finite())
+}
+
+/// The id of the highest of finite logits, the lowest id where several are equal.
 fn argmax(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (id, &logit) in (0u32..).zip(logits) {
-        if best.is_none_or(|(_, highest)| logit > highest) {
-            best = Some((id, logit));
-        }
-    }
-    best.map(|(id, _)| id)
+    // Floats compared as integers in the same order, which is vectorized.
+    let key = |logit: &f32| {
+        let bits = logit.to_bits() as i32;
+        bits ^ ((bits >> 31) & i32::MAX)
+    };
+    let highest = logits.iter().map(key).max()?;
+    let highest = f32::from_bits((highest ^ ((highest >> 31) & i32::MAX)) as u32);
+    logits.iter().position(|&logit| logit == highest).map(|id| id as u32)
 }
 
 /// Fills `out` with the `k` best candidates, in no order.
@@ -330,6 +341,11 @@ mod tests {
         let mut greedy = Sampler::new(SamplerOptions::greedy()).expect("valid");
         assert_eq!(greedy.sample(&[0.0, 3.0, 3.0, -1.0]), Ok(1));
         assert_eq!(greedy.sample(&[0.0, -0.0]), Ok(0));
+        assert_eq!(greedy.sample(&[-0.0, 0.0]), Ok(0));
+        assert_eq!(greedy.sample(&[-3.0, -2.0, -2.0, -7.0]), Ok(1));
+        let mut long = vec![-1.0; 1000];
+        long[777] = -0.5;
+        assert_eq!(greedy.sample(&long), Ok(777));
     }
 
     #[test]
@@ -339,6 +355,9 @@ mod tests {
             panic!("NaN was accepted");
         };
         assert!(draw.sample(&[f32::INFINITY]).is_err());
+        let mut long = vec![0.0; 1000];
+        long[777] = f32::NEG_INFINITY;
+        assert!(matches!(draw.sample(&long), Err(SamplerError::NotFinite { id: 777, .. })));
         assert_eq!(draw.sample(&[]), Err(SamplerError::Empty));
     }
 

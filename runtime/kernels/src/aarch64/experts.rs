@@ -8,7 +8,7 @@ use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::Live;
+use crate::live::{self, LiveGroups};
 
 /// Rows of up are taken four at a time; lanes are rows.
 #[target_feature(enable = "neon,dotprod")]
@@ -52,18 +52,20 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     }
 }
 
+pub(super) fn request_up(up: &UpLayout, region: &[u8], rows: &[u32]) {
+    live::request_up(up, region, rows, prefetch);
+}
+
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
     assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
     out.fill(0.0);
-    let mut groups = Live::groups(down, region, hidden);
-    let Some(mut live) = groups.next() else { return };
-    loop {
-        let next = groups.next();
+    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
+    while let Some((live, ahead)) = groups.advance() {
         let d_a = vdupq_n_f32(live.d);
         for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
-            if let Some(next) = &next {
-                next.request(&chunks, i, prefetch);
+            if let Some(ahead) = ahead {
+                ahead.request(&chunks, i, prefetch);
             }
             // 16 of the chunk's 64 bytes at a time: sums 0..4 are outputs 16v + 4 part.., 4..8 are 64 + 16v + 4 part..
             for part in 0..4 {
@@ -89,10 +91,6 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
                     }
                 }
             }
-        }
-        match next {
-            Some(next) => live = next,
-            None => return,
         }
     }
 }

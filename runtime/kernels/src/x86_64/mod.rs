@@ -1,7 +1,28 @@
 //! x86-64: AVX2 and AVX-512 VNNI.
 
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+
+use crate::expert_format::UpLayout;
+use crate::live;
+
 pub(crate) mod avx2;
 pub(crate) mod avx512;
+
+/// Fours of rows of up that are on their way from memory while one is computed.
+const FOURS_AHEAD: usize = 4;
+
+/// Requests the cache line at `p`, which may point anywhere, into the second-level cache: the first level waits for too few lines
+/// at once to cover memory's latency where rows are scattered.
+#[inline(always)]
+fn prefetch(p: *const u8) {
+    // SAFETY: a hint without effect on registers or memory.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
+}
+
+/// Requests rows of up.
+fn request_up(up: &UpLayout, region: &[u8], rows: &[u32]) {
+    live::request_up(up, region, rows, prefetch);
+}
 
 /// Whether this CPU runs the AVX2 kernels.
 pub(crate) fn has_avx2() -> bool {

@@ -12,8 +12,8 @@ use super::{Compute, in_place};
 use crate::error::ModelError;
 use crate::weights::TensorSource;
 
-/// Output rows that one task takes; a multiple of the interleave.
-const TASK_ROWS: usize = 64;
+/// Output rows of a float matrix that one task takes: few, since a router has as many as there are experts.
+const TASK_ROWS: usize = 16;
 /// Rows that one task reads and interleaves at a time.
 const LOAD_ROWS: usize = 256;
 

@@ -7,7 +7,8 @@ use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::Live;
+use crate::live::LiveGroups;
+use crate::x86_64::{FOURS_AHEAD, prefetch, request_up};
 
 /// Rows of up are taken four at a time; lanes are rows.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -15,8 +16,9 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     let low = _mm_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let mut ahead = rows.chunks(4);
-    ahead.next();
+    // The first fours at once; from then on each four requests the one that comes FOURS_AHEAD after it.
+    request_up(up, region, &rows[..rows.len().min(FOURS_AHEAD * 4)]);
+    let mut ahead = rows.chunks(4).skip(FOURS_AHEAD);
     for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
         let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
         let row = quad(rows);
@@ -25,7 +27,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
         let s = row.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]);
         for r in next {
             for line in 0..up.kb.div_ceil(32) + 1 {
-                _mm_prefetch::<_MM_HINT_T0>(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64).cast());
+                prefetch(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64));
             }
         }
         let mut acc = _mm_setzero_ps();
@@ -35,7 +37,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
             let sums: [__m256i; 4] = std::array::from_fn(|i| {
                 if b % 4 == 0 {
                     let ahead = next[i] * up.row_bytes + b * 16;
-                    _mm_prefetch::<_MM_HINT_T0>(nibbles.as_ptr().wrapping_add(ahead).cast());
+                    prefetch(nibbles.as_ptr().wrapping_add(ahead));
                 }
                 // SAFETY: the row has 16 bytes in block `b`.
                 let qs = unsafe { _mm_loadu_si128(w[i][b * 16..][..16].as_ptr().cast()) };
@@ -62,15 +64,13 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
     assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
     out.fill(0.0);
     let low = _mm256_set1_epi8(15);
-    let mut groups = Live::groups(down, region, hidden);
-    let Some(mut live) = groups.next() else { return };
-    loop {
-        let next = groups.next();
+    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
+    while let Some((live, ahead)) = groups.advance() {
         let d_a = _mm256_set1_ps(live.d);
         let bias = _mm256_set1_epi32(live.bias);
         for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
-            if let Some(next) = &next {
-                next.request(&chunks, i, |p| _mm_prefetch::<_MM_HINT_T0>(p.cast()));
+            if let Some(ahead) = ahead {
+                ahead.request(&chunks, i, prefetch);
             }
             // Half of the chunk's bytes at a time: sums 0..4 are outputs 16v + 8 half.., 4..8 are 64 + 16v + 8 half..
             for half in 0..2 {
@@ -98,10 +98,6 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
                     }
                 }
             }
-        }
-        match next {
-            Some(next) => live = next,
-            None => return,
         }
     }
 }

@@ -6,11 +6,8 @@ use std::ops::Range;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::Live;
-
-/// Fours of rows that are on their way from memory while one is computed. They are requested into the second-level cache: the
-/// first level waits for too few lines at once to cover memory's latency where rows are scattered.
-const AHEAD: usize = 4;
+use crate::live::LiveGroups;
+use crate::x86_64::{FOURS_AHEAD, prefetch, request_up};
 
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
@@ -20,14 +17,9 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     let chunks = up.kb.div_ceil(4);
-    // The first fours at once; from then on each four requests the one that comes AHEAD after it.
-    let mut ahead = rows.chunks(4);
-    for first in ahead.by_ref().take(AHEAD).flatten() {
-        let w = nibbles.as_ptr().wrapping_add(*first as usize * up.row_bytes);
-        for line in 0..chunks {
-            _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(line * 64).cast());
-        }
-    }
+    // The first fours at once; from then on each four requests the one that comes FOURS_AHEAD after it.
+    request_up(up, region, &rows[..rows.len().min(FOURS_AHEAD * 4)]);
+    let mut ahead = rows.chunks(4).skip(FOURS_AHEAD);
     for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
         let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
         let row = quad(rows);
@@ -38,7 +30,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
         let next_w = next.map(|r| nibbles.as_ptr().wrapping_add(r * up.row_bytes));
         for r in next {
             for line in 0..up.kb.div_ceil(32) + 1 {
-                _mm_prefetch::<_MM_HINT_T1>(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64).cast());
+                prefetch(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64));
             }
         }
         let mut acc = _mm_setzero_ps();
@@ -55,7 +47,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
                 let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
                 // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
                 let quarter_sums = |i: usize| {
-                    _mm_prefetch::<_MM_HINT_T1>(next_w[i].wrapping_add(c * 64).cast());
+                    prefetch(next_w[i].wrapping_add(c * 64));
                     let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
                     let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
                     _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
@@ -109,14 +101,12 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
     assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
     out.fill(0.0);
     let low = _mm512_set1_epi8(15);
-    let mut groups = Live::groups(down, region, hidden);
-    let Some(mut live) = groups.next() else { return };
-    loop {
-        let next = groups.next();
+    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
+    while let Some((live, ahead)) = groups.advance() {
         let d_a = _mm512_set1_ps(live.d);
         for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
-            if let Some(next) = &next {
-                next.request(&chunks, i, |p| _mm_prefetch::<_MM_HINT_T1>(p.cast()));
+            if let Some(ahead) = ahead {
+                ahead.request(&chunks, i, prefetch);
             }
             // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
             let mut sums = [_mm512_set1_epi32(live.bias); 8];
@@ -139,10 +129,6 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
                     _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
                 }
             }
-        }
-        match next {
-            Some(next) => live = next,
-            None => return,
         }
     }
 }

@@ -5,7 +5,8 @@
         [--st-model MODEL-offload.gguf] [--rounds 3] [--reps 3] [--threads 2,1] [--tests decode,depth,p512,p4096,start] [--repack 1]
 
 BUILD/bin holds llama.cpp's llama-bench and llama-completion, built for this machine. Each round runs every test once
-with either program, one after the other, and the next round in the opposite order, so that drift meets both. Tests:
+with either program, one after the other, and the next round in the opposite order, so that drift meets both; before each run the
+machine rests (--settle), since a system takes its time to take back some gigabytes from the run before. Tests:
 
     decode   128 tokens generated from an empty context
     depth    64 tokens generated after 4096 tokens
@@ -20,6 +21,7 @@ better), and the peak resident memory of either program. --json FILE keeps every
 import argparse
 import json
 import sys
+import time
 
 import procs
 
@@ -72,6 +74,7 @@ def main():
     parser.add_argument("--threads", default="2,1")
     parser.add_argument("--tests", default="decode,depth,p512,p4096,start")
     parser.add_argument("--repack", type=int, default=1, help="1: llama.cpp repacks weights at load; 0: not")
+    parser.add_argument("--settle", type=float, default=8, help="seconds of rest before each run")
     parser.add_argument("--env", action="append", default=[], help="NAME=VALUE for llama.cpp")
     parser.add_argument("--label", default="llama.cpp")
     parser.add_argument("--json")
@@ -93,6 +96,7 @@ def main():
                     "st": (lambda: st_start(args, threads)) if test == "start" else (lambda: st_speed(args, test, threads)),
                 }
                 for program in sorted(pair, reverse=round_number % 2 == 1):
+                    time.sleep(args.settle)
                     value = pair[program]()
                     figures.setdefault((threads, test, program), []).append(value)
                     print(f"round {round_number + 1}, {threads} threads, {test}, {program}: {value[0]:.2f}",

@@ -34,6 +34,8 @@ With --memory, the figures tell of the expert cache too, for prompt and generati
   read per token   bytes read from the disk / tokens, with what pages hold beyond the experts
   stalled          time in which a computing thread was blocked, waiting for an expert
   hidden           share of the time of reading in which no computing thread was blocked
+  guesses right    share of the missing experts guessed for the next layer that its router chose,
+                   whether or not the guess was followed; – where none was made
   evictions        experts that gave up their place to another
   rereads          experts read that had been in memory before: what more memory would save";
 

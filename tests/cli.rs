@@ -132,6 +132,30 @@ fn json_is_one_object_with_everything() {
 }
 
 #[test]
+fn guesses_are_counted_and_shown_as_none_where_none_is_made() {
+    // Little more than the least, so that experts come and go and some that are guessed are missing.
+    let refused = run(["run", "tiny", "-p", "x", "--memory", "1MiB"]).fails(&["needs at least"]);
+    let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
+    let memory = (least.expect("bytes").parse::<u64>().expect("a number") + (1 << 19)).to_string();
+    let story = ["-p", "Tell me a story.", "--memory", &memory, "--json"];
+    let generated =
+        |args: &[&str]| json(&run(quiet(&[&story[..], args].concat())).ok())["stats"]["experts"]["generation"].clone();
+    let experts = generated(&[]);
+    let count = |key: &str| experts[key].as_u64().unwrap_or_else(|| panic!("{key}: {experts}"));
+    assert!(count("guesses_right") <= count("guesses") && count("guesses") > 0, "{experts}");
+    let share = count("guesses_right") as f64 / count("guesses") as f64;
+    assert_eq!(experts["guess_right_share"].as_f64(), Some(share));
+
+    let experts = generated(&["--no-guess"]);
+    assert_eq!((&experts["guesses"], &experts["guess_right_share"]), (&Value::from(0), &Value::Null));
+    let table = run(["bench", "tiny", "-p", "0", "-n", "8", "-r", "1", "--memory", &memory, "--no-guess"]).ok();
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split('|').map(str::trim).collect()).collect();
+    let head = rows.iter().position(|row| row.contains(&"guesses right")).unwrap_or_else(|| panic!("{table}"));
+    let column = rows[head].iter().position(|cell| *cell == "guesses right").expect("it is there");
+    assert_eq!(rows[head + 2][column], "–", "{table}");
+}
+
+#[test]
 fn answers_end_where_they_are_told_to() {
     let answer = |args: &[&str]| json(&run(quiet(&[&["-p", "Tell me a story.", "--json"], args].concat())).ok());
     let whole = answer(&[]);

@@ -55,8 +55,18 @@ fn parts(stats: &GenerateStats) -> Vec<ExpertWork> {
 
 /// A table of what the expert cache did, part by part.
 pub(crate) fn experts_table(parts: &[ExpertWork]) -> String {
-    let head =
-        ["experts", "found in memory", "hits", "misses", "read per token", "stalled", "hidden", "evictions", "rereads"];
+    let head = [
+        "experts",
+        "found in memory",
+        "hits",
+        "misses",
+        "read per token",
+        "stalled",
+        "hidden",
+        "guesses right",
+        "evictions",
+        "rereads",
+    ];
     let row = |ExpertWork { name, store, tokens }: &ExpertWork| {
         vec![
             name.clone(),
@@ -66,6 +76,7 @@ pub(crate) fn experts_table(parts: &[ExpertWork]) -> String {
             show_size(store.bytes_read / (*tokens).max(1)),
             format!("{:.2} s", store.stall_seconds),
             format!("{:.0} %", 100.0 * store.hidden_share()),
+            store.guess_right_share().map_or_else(|| "–".to_owned(), |share| format!("{:.0} %", 100.0 * share)),
             store.evictions.to_string(),
             store.rereads.to_string(),
         ]
@@ -113,6 +124,9 @@ pub(crate) fn experts_json(ExpertWork { store, tokens, .. }: &ExpertWork) -> Val
         "stall_seconds": store.stall_seconds,
         "io_seconds": store.io_seconds,
         "hidden_share": store.hidden_share(),
+        "guesses": store.guess_judged,
+        "guesses_right": store.guess_right,
+        "guess_right_share": store.guess_right_share(),
         "loads": store.loads,
         "evictions": store.evictions,
         "rereads": store.rereads,

@@ -67,6 +67,11 @@ impl StoreStats {
         if self.io_seconds <= 0.0 { 1.0 } else { (1.0 - self.stall_seconds / self.io_seconds).clamp(0.0, 1.0) }
     }
 
+    /// The share of judged guesses that were right, from 0 to 1; `None` where none was judged.
+    pub fn guess_right_share(&self) -> Option<f64> {
+        (self.guess_judged > 0).then(|| self.guess_right as f64 / self.guess_judged as f64)
+    }
+
     /// Bytes per second while at least one read was under way; 0 where nothing was read.
     pub fn read_throughput(&self) -> f64 {
         if self.io_seconds <= 0.0 { 0.0 } else { self.bytes_read as f64 / self.io_seconds }
@@ -119,6 +124,10 @@ mod tests {
         assert_eq!((none.hit_rate(), none.hidden_share(), none.read_throughput()), (1.0, 1.0, 0.0));
         let some = StoreStats { lookups: 4, hits: 1, io_seconds: 2.0, stall_seconds: 0.5, bytes_read: 10, ..none };
         assert_eq!((some.misses(), some.hit_rate(), some.hidden_share(), some.read_throughput()), (3, 0.25, 0.75, 5.0));
+        assert_eq!(none.guess_right_share(), None);
+        let guessed = |guess_judged, guess_right| StoreStats { guess_judged, guess_right, ..none };
+        assert_eq!(guessed(4, 3).guess_right_share(), Some(0.75));
+        assert_eq!(guessed(4, 3).plus(&guessed(4, 0)).since(&guessed(0, 1)).guess_right_share(), Some(0.25));
         assert_eq!((some.since(&some), some.since(&none), none.plus(&some)), (none, some, some));
     }
 }

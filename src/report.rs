@@ -72,6 +72,7 @@ pub(crate) fn is_interruption(error: &anyhow::Error) -> bool {
         cause.is::<Interrupted>()
             || matches!(cause.downcast_ref(), Some(ConvertError::Cancelled))
             || matches!(cause.downcast_ref(), Some(HubError::Cancelled))
+            || matches!(cause.downcast_ref(), Some(ModelError::Cancelled))
     })
 }
 

@@ -6,6 +6,7 @@ mod faults;
 mod golden;
 mod hub;
 mod identity;
+mod loading;
 mod memory;
 mod program;
 mod regression;

@@ -1,7 +1,9 @@
 //! Loading a model for a command: options to plan to engine, with the plan shown before work begins.
 
+use std::ops::ControlFlow;
+
 use st_gguf::GgufFile;
-use st_model::{Engine, IoMode, KvType, LoadOptions, MemoryPlan};
+use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
 
 use super::Context;
 use crate::cli::{EngineArgs, IoName, KvName};
@@ -54,11 +56,24 @@ pub(crate) fn load_file(
         io_threads: args.reads.map(usize::from),
         ..LoadOptions::default()
     };
-    let engine = Engine::load_with(file, &options, &mut |plan| show_plan(plan, context))?;
+    let engine = Engine::load_with(file, &options, &Loading(context))?;
     if context.interrupt.raised() {
         return Err(Interrupted.into());
     }
     Ok(engine)
+}
+
+/// Shows the memory plan, and stops the loading of a model on request.
+pub(crate) struct Loading<'a>(pub(crate) &'a Context);
+
+impl LoadProgress for Loading<'_> {
+    fn planned(&self, plan: &MemoryPlan) {
+        show_plan(plan, self.0);
+    }
+
+    fn reading(&self) -> ControlFlow<()> {
+        if self.0.interrupt.raised() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
 }
 
 fn show_plan(plan: &MemoryPlan, context: &Context) {

@@ -77,7 +77,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
 }
 
 fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
-    let mut reference = Reference::load(file)?;
+    let mut reference = Reference::load_with(file, &engine::Loading(context))?;
     let config = reference.config().clone();
     let mut out: Option<Output> = None;
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {

@@ -15,6 +15,7 @@ use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::model::Model;
 use crate::plan::MemoryPlan;
+use crate::progress::{LoadProgress, NoProgress};
 use crate::sizes;
 use crate::tokenizer::Tokenizer;
 use crate::weights::TensorSource;
@@ -91,7 +92,7 @@ impl Engine {
     /// As [`Engine::load`].
     pub fn plan_for(file: &GgufFile, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
         let config = ModelConfig::from_metadata(&file.header.metadata)?;
-        let source = TensorSource::new(file, &config)?;
+        let source = TensorSource::new(file, &config, &NoProgress)?;
         sizes::plan(&source, &config, options)
     }
 
@@ -100,17 +101,17 @@ impl Engine {
     /// # Errors
     /// Where the file is not a complete SmallThinker model, the context is not possible, or the budget too small.
     pub fn load(file: GgufFile, options: &LoadOptions) -> Result<Self, ModelError> {
-        Self::load_with(file, options, &mut |_| {})
+        Self::load_with(file, options, &NoProgress)
     }
 
-    /// [`Engine::load`] that shows the memory plan before the first weight is read.
+    /// [`Engine::load`] that `progress` follows and may stop.
     ///
     /// # Errors
-    /// As [`Engine::load`].
+    /// As [`Engine::load`]; [`ModelError::Cancelled`] where `progress` breaks.
     pub fn load_with(
         mut file: GgufFile,
         options: &LoadOptions,
-        on_plan: &mut dyn FnMut(&MemoryPlan),
+        progress: &dyn LoadProgress,
     ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_metadata(&file.header.metadata)?;
         let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?;
@@ -123,9 +124,9 @@ impl Engine {
         for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"] {
             file.header.metadata.remove(key);
         }
-        let source = TensorSource::new(&file, &config)?;
+        let source = TensorSource::new(&file, &config, progress)?;
         let plan = sizes::plan(&source, &config, options)?;
-        on_plan(&plan);
+        progress.planned(&plan);
         let (index, format) = (source.experts().clone(), sizes::slot_format(&source, Kernels::detect()));
         let store_options = StoreOptions {
             n_slots: plan.n_slots,

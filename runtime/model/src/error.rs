@@ -6,6 +6,9 @@ use st_gguf::GgufError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Cancelled,
     /// The file itself is broken or cannot be read.
     #[error(transparent)]
     Gguf(#[from] GgufError),

@@ -8,6 +8,7 @@ use st_gguf::GgufFile;
 
 use crate::config::{Gating, ModelConfig};
 use crate::error::ModelError;
+use crate::progress::{LoadProgress, NoProgress};
 use crate::weights::{self, TensorSource};
 
 /// What one layer did with one batch of tokens.
@@ -59,8 +60,16 @@ impl Reference {
     /// # Errors
     /// [`ModelError`] where the file is not a complete SmallThinker model.
     pub fn load(file: &GgufFile) -> Result<Self, ModelError> {
+        Self::load_with(file, &NoProgress)
+    }
+
+    /// [`Reference::load`] that `progress` follows and may stop.
+    ///
+    /// # Errors
+    /// As [`Reference::load`]; [`ModelError::Cancelled`] where `progress` breaks.
+    pub fn load_with(file: &GgufFile, progress: &dyn LoadProgress) -> Result<Self, ModelError> {
         let config = ModelConfig::from_metadata(&file.header.metadata)?;
-        let source = TensorSource::new(file, &config)?;
+        let source = TensorSource::new(file, &config, progress)?;
         let matrix = |name: &str, rows: usize, cols: usize| -> Result<Tensor, ModelError> {
             let data = source.matrix_f32(name, rows, cols)?;
             Ok(Tensor::from_vec(data, (rows, cols), &Device::Cpu)?)

@@ -3,11 +3,14 @@
 //! Owns the list of tensors a complete model consists of, checked once when the source is made: what is missing or
 //! of another shape is refused before any weight is read. Nothing above this module looks a tensor up by name.
 
+use std::ops::ControlFlow;
+
 use st_gguf::{ExpertIndex, GgufFile, Matrix, TensorInfo, tensor_names};
 use st_kernels::{ExpertFormat, WeightType, dequantize_row};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::progress::LoadProgress;
 
 /// The embedding, and the LM head too where the two are tied; `[n_embd, n_vocab]`.
 pub(crate) const TOKEN_EMBD: &str = "token_embd.weight";
@@ -24,9 +27,9 @@ pub(crate) fn layer_tensor(layer: usize, part: &str) -> String {
 }
 
 /// A complete model in a file: every tensor is there and has its shape.
-#[derive(Debug)]
 pub(crate) struct TensorSource<'a> {
     file: &'a GgufFile,
+    progress: &'a dyn LoadProgress,
     experts: ExpertIndex,
     format: ExpertFormat,
     expert_type: WeightType,
@@ -35,11 +38,15 @@ pub(crate) struct TensorSource<'a> {
 }
 
 impl<'a> TensorSource<'a> {
-    /// Checks that `file` holds every tensor that `config` asks for.
+    /// Checks that `file` holds every tensor that `config` asks for. `progress` is asked before anything is read.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`], [`ModelError::TensorShape`], [`ModelError::TensorType`].
-    pub(crate) fn new(file: &'a GgufFile, config: &ModelConfig) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        file: &'a GgufFile,
+        config: &ModelConfig,
+        progress: &'a dyn LoadProgress,
+    ) -> Result<Self, ModelError> {
         let embedding = find(file, TOKEN_EMBD)?;
         let n_vocab = embedding.shape.get(1).copied().unwrap_or(0) as usize;
         let (n_embd, q_dim, kv_dim) = (config.n_embd, config.q_dim(), config.kv_dim());
@@ -89,7 +96,7 @@ impl<'a> TensorSource<'a> {
                 got: config.n_ff.to_string(),
                 expected: cause.to_string(),
             })?;
-        Ok(Self { file, experts, format, expert_type, n_vocab, has_head })
+        Ok(Self { file, progress, experts, format, expert_type, n_vocab, has_head })
     }
 
     /// Rows of the embedding.
@@ -125,6 +132,7 @@ impl<'a> TensorSource<'a> {
         row_bytes: usize,
         buf: &mut [u8],
     ) -> Result<(), ModelError> {
+        self.go_on()?;
         let info = find(self.file, name)?;
         Ok(self.file.read_range(info, (start * row_bytes) as u64, buf)?)
     }
@@ -141,6 +149,7 @@ impl<'a> TensorSource<'a> {
 
     /// A matrix in f32, row by row.
     pub(crate) fn matrix_f32(&self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
+        self.go_on()?;
         let info = find(self.file, name)?;
         Ok(dequantize(weight_type(info)?, &self.file.read_tensor(info)?, rows, cols))
     }
@@ -149,6 +158,7 @@ impl<'a> TensorSource<'a> {
     pub(crate) fn expert_f32(&self, layer: usize, expert: usize) -> Result<[Vec<f32>; 3], ModelError> {
         let (n_ff, n_embd) = (self.format.n_ff(), self.format.n_embd());
         let matrix = |matrix: Matrix, rows, cols| {
+            self.go_on()?;
             let in_slot = crate::sizes::of(matrix);
             let mut canonical = vec![0; self.format.canonical_bytes(in_slot)];
             match self.experts.record(layer, expert) {
@@ -172,6 +182,14 @@ impl<'a> TensorSource<'a> {
             matrix(Matrix::Up, n_ff, n_embd)?,
             matrix(Matrix::Down, n_embd, n_ff)?,
         ])
+    }
+
+    /// Whether more may be read.
+    fn go_on(&self) -> Result<(), ModelError> {
+        match self.progress.reading() {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(ModelError::Cancelled),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ mod signals;
 mod size;
 mod table;
 mod tensor_file;
+mod terminal;
 mod ui;
 
 use std::io;

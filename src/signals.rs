@@ -2,14 +2,16 @@
 //!
 //! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use st_convert::Cancel;
+
+use crate::terminal::Terminal;
 
 /// What the signal thread and the work share.
 #[derive(Debug, Clone, Default)]
@@ -21,10 +23,16 @@ pub(crate) struct Interrupt {
 struct Shared {
     /// The signal that arrived, 0 for none.
     signal: AtomicI32,
-    /// Nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
-    idle: AtomicBool,
+    /// Set while nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
+    idle: Mutex<Option<Idle>>,
     cancel: Cancel,
     flag: AtomicBool,
+}
+
+/// Waiting for a line to be typed, at a terminal that wants its settings back.
+#[derive(Debug)]
+struct Idle {
+    terminal: Option<Terminal>,
 }
 
 impl Interrupt {
@@ -74,11 +82,14 @@ impl Interrupt {
         }
     }
 
-    /// Runs `wait`, during which nothing looks at the flags, such as waiting for a line to be typed.
-    pub(crate) fn while_idle<T>(&self, wait: impl FnOnce() -> T) -> T {
-        self.shared.idle.store(true, Ordering::Relaxed);
-        let result = wait();
-        self.shared.idle.store(false, Ordering::Relaxed);
+    /// Runs `wait`, which waits for a line to be typed and looks at no flag; `None` where the process was asked to end
+    /// before that began.
+    pub(crate) fn while_idle<T>(&self, wait: impl FnOnce() -> T) -> Option<T> {
+        let set_idle = |idle| *self.shared.idle.lock().unwrap_or_else(PoisonError::into_inner) = idle;
+        set_idle(Some(Idle { terminal: Terminal::remember() }));
+        // A request that came before that was left to whoever looks at the flag.
+        let result = (!self.terminating()).then(wait);
+        set_idle(None);
         result
     }
 }
@@ -86,9 +97,13 @@ impl Interrupt {
 impl Shared {
     fn receive(&self, signal: i32) {
         let before = self.signal.swap(signal, Ordering::Relaxed);
-        let idle = self.idle.load(Ordering::Relaxed);
+        // Held to the end, so that a line that is complete at this moment changes nothing any more.
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // Work that does not look at the flag, or waits at a prompt, would never end.
-        if before == signal || (idle && signal != SIGINT) {
+        if before == signal || (idle.is_some() && signal != SIGINT) {
+            if let Some(Idle { terminal: Some(terminal) }) = &*idle {
+                terminal.restore();
+            }
             std::process::exit(128 + signal);
         }
         self.flag.store(true, Ordering::Relaxed);

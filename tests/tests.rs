@@ -1,5 +1,6 @@
 //! Integration tests of the whole program, in one binary.
 
+mod chat;
 mod cli;
 mod common;
 mod faults;

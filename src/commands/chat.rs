@@ -130,7 +130,9 @@ impl<'a> Chat<'a> {
         let mut editor: Editor<(), MemHistory> = Editor::with_history(config, MemHistory::new())?;
         self.context.ui.note("/help lists what can be typed besides messages; Ctrl-D leaves");
         loop {
-            let line = self.context.interrupt.while_idle(|| editor.readline("> "));
+            let Some(line) = self.context.interrupt.while_idle(|| editor.readline("> ")) else {
+                return Err(Interrupted.into());
+            };
             match line {
                 Ok(line) => {
                     if self.act(&line)?.is_none() {

@@ -1,6 +1,7 @@
 //! The chat as a person meets it: `st-tool run` at a terminal of its own.
 
 use std::io::{Read as _, Write as _};
+use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -8,13 +9,18 @@ use std::thread;
 use std::time::Duration;
 
 use pty_process::blocking::{Pty, open};
-use rustix::termios::tcgetattr;
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use serde_json::Value;
+use tempfile::tempdir;
 
-use crate::program::program;
+use crate::program::{arg, program, run};
+use crate::reject::altered;
 
 /// What the program writes when it begins to wait for a line, and when it has one.
 const WAITS: &str = "\x1b[?2004h";
 const TAKES: &str = "\x1b[?2004l";
+const CTRL_C: &[u8] = b"\x03";
+const CTRL_D: &[u8] = b"\x04";
 
 /// A chat, and the terminal that it runs at.
 struct Chat {
@@ -32,6 +38,10 @@ impl Chat {
     /// Begins a chat, and waits until it waits for a line.
     fn begin(args: &[&str]) -> Self {
         let (terminal, programs_end) = open().expect("a terminal");
+        // Ctrl-C throws away nothing that was written, so that texts can be compared.
+        let mut modes = tcgetattr(&terminal).expect("settings");
+        modes.local_modes |= LocalModes::NOFLSH;
+        tcsetattr(&terminal, OptionalActions::Now, &modes).expect("set");
         let (settings, terminal) = (settings(&terminal), Arc::new(terminal));
         let mut command = program();
         command.args(["run", "-q", "--temp", "0"]).args(args).env("TERM", "xterm");
@@ -78,6 +88,13 @@ impl Chat {
         String::from_utf8_lossy(&self.ahead).into_owned()
     }
 
+    /// Types a line; what it is answered, once the next one can be typed.
+    fn say(&mut self, line: &str) -> String {
+        self.press(format!("{line}\r").as_bytes());
+        self.until(TAKES);
+        self.until(WAITS).trim().to_owned()
+    }
+
     /// How the program ends, which it does by itself.
     fn end(mut self) -> i32 {
         let ended = patiently(|wait| {
@@ -116,6 +133,81 @@ fn settings(terminal: &Pty) -> String {
 fn send(signal: &str, chat: &Chat) {
     let sent = Command::new("kill").args([format!("-{signal}"), chat.program.id().to_string()]).status();
     assert!(sent.expect("kill runs").success());
+}
+
+fn messages(file: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(file).expect("read");
+    let saved: Value = serde_json::from_str(&text).expect("JSON");
+    let messages = saved["messages"].as_array().expect("messages");
+    messages.iter().map(|message| message["content"].as_str().expect("text").to_owned()).collect()
+}
+
+#[test]
+fn lines_are_answered_and_ctrl_d_leaves() {
+    let mut chat = Chat::begin(&["tiny"]);
+    assert_eq!(chat.say("What is 27 + 45?"), "27 + 45 = 72");
+    let help = chat.say("/help");
+    for part in ["/save FILE", "/load FILE", "Ctrl-C stops an answer."] {
+        assert!(help.contains(part), "{help}");
+    }
+    // At the prompt it stops nothing and ends nothing.
+    chat.press(CTRL_C);
+    chat.until(WAITS);
+    assert_eq!(chat.say("What is 27 + 45?"), "27 + 45 = 72");
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
+#[test]
+fn a_saved_conversation_goes_on_in_another_process() {
+    let folder = tempdir().expect("a folder");
+    let [half, whole, again] = ["half", "whole", "again"].map(|name| folder.path().join(name));
+    let mut first = Chat::begin(&["tiny", "--system", "Be kind."]);
+    let story = first.say("Tell me a story.");
+    first.say(&format!("/save {}", arg(&half)));
+    assert_eq!(messages(&half), ["Be kind.", "Tell me a story.", &story]);
+    let more = first.say("What happened then?");
+    first.say(&format!("/save {}", arg(&whole)));
+    first.press(b"/quit\r");
+    assert_eq!(first.end(), 0);
+
+    let mut second = Chat::begin(&["tiny"]);
+    second.say(&format!("/load {}", arg(&half)));
+    assert_eq!(second.say("What happened then?"), more);
+    second.say(&format!("/save {}", arg(&again)));
+    assert_eq!(messages(&again), messages(&whole));
+    // Without what came before, the same words are answered otherwise.
+    second.say("/clear");
+    assert_ne!(second.say("What happened then?"), more);
+    second.press(CTRL_D);
+    assert_eq!(second.end(), 0);
+}
+
+#[test]
+fn ctrl_c_ends_the_answer_and_not_the_program() {
+    // A model whose only end is a token that it never makes, so that no answer comes to its end first.
+    let (_folder, endless) = altered(|metadata, _| {
+        metadata.insert("tokenizer.ggml.eos_token_id", 3_u32);
+        metadata.insert("tokenizer.ggml.eos_token_ids", vec![3_u32]);
+        metadata.insert("smallthinker.context_length", 1_u32 << 16);
+    });
+    let story = run(["run", "tiny", "-q", "--temp", "0", "--raw", "-p", "Once"]).ok();
+    let begins: String = story.chars().take(20).collect();
+    let mut chat = Chat::begin(&[arg(&endless), "--raw"]);
+    for _ in 0..2 {
+        chat.press(b"Once\r");
+        chat.until(TAKES);
+        assert_eq!(chat.until(&begins).trim(), "");
+        chat.press(CTRL_C);
+        // The terminal shows the key as well.
+        let rest = chat.until(WAITS).replace("^C", "");
+        let shown = format!("{begins}{rest}");
+        let (shown, story) = (shown.trim_end(), story.trim_end());
+        assert!(story.starts_with(shown) || shown.starts_with(story), "{shown:?}");
+        chat.say("/clear");
+    }
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
 }
 
 /// With half a line typed; [`Chat::end`] compares the settings.

@@ -14,10 +14,10 @@ use crate::common::repo;
 use crate::program::{Run, arg, names, program, run};
 
 /// The tensors of a file: what they are, and their bytes.
-type Tensors = Vec<(TensorSpec, Vec<u8>)>;
+pub(crate) type Tensors = Vec<(TensorSpec, Vec<u8>)>;
 
 /// The bundled model with something changed, as a file.
-fn altered(change: impl FnOnce(&mut Metadata, &mut Tensors)) -> (TempDir, PathBuf) {
+pub(crate) fn altered(change: impl FnOnce(&mut Metadata, &mut Tensors)) -> (TempDir, PathBuf) {
     let tiny = GgufFile::open(repo("models/tiny/tiny-q4_0.gguf")).expect("the bundled model");
     let mut metadata = tiny.header.metadata.clone();
     let mut tensors: Tensors = Vec::new();

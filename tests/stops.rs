@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{self, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -27,6 +28,21 @@ const VOCABULARY: usize = 4096;
 
 /// A checkpoint of 40 MB: large enough to be stopped on the way.
 static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
+    let (folder, shapes) = begin_checkpoint(VOCABULARY);
+    // Numbers between -1 and 1 that do not repeat soon; all tensors are cut from one piece.
+    let weights: Vec<u8> = (0..VOCABULARY * WIDTH)
+        .flat_map(|i| (((i * 7919 % 10_007) as f32 / 5003.0 - 1.0).to_bits() >> 16).to_le_bytes()[..2].to_vec())
+        .collect();
+    let views = shapes.into_iter().map(|(name, shape)| {
+        let bytes = 2 * shape.iter().product::<usize>();
+        (name, TensorView::new(Dtype::BF16, shape, &weights[..bytes]).expect("a tensor"))
+    });
+    safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).expect("written");
+    folder
+});
+
+/// A folder with the configuration of a model, and the shapes of the weights that belong beside it.
+fn begin_checkpoint(vocabulary: usize) -> (TempDir, BTreeMap<String, Vec<usize>>) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
     let config = fs::read(repo("tests/golden/mini-4b/config.json")).expect("read");
     let mut config: Json = serde_json::from_slice(&config).expect("JSON");
@@ -35,7 +51,7 @@ static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
         ("moe_ffn_hidden_size", WIDTH),
         ("moe_num_primary_experts", EXPERTS),
         ("num_hidden_layers", LAYERS),
-        ("vocab_size", VOCABULARY),
+        ("vocab_size", vocabulary),
     ] {
         config[key] = json!(value);
     }
@@ -44,7 +60,7 @@ static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
     fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
 
     let mut shapes = BTreeMap::new();
-    shapes.insert("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, WIDTH]);
+    shapes.insert("model.embed_tokens.weight".to_owned(), vec![vocabulary, WIDTH]);
     shapes.insert("model.norm.weight".to_owned(), vec![WIDTH]);
     for layer in 0..LAYERS {
         let mut add = |name: &str, shape: &[usize]| {
@@ -63,17 +79,8 @@ static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
             }
         }
     }
-    // Numbers between -1 and 1 that do not repeat soon; all tensors are cut from one piece.
-    let weights: Vec<u8> = (0..VOCABULARY * WIDTH)
-        .flat_map(|i| (((i * 7919 % 10_007) as f32 / 5003.0 - 1.0).to_bits() >> 16).to_le_bytes()[..2].to_vec())
-        .collect();
-    let views = shapes.into_iter().map(|(name, shape)| {
-        let bytes = 2 * shape.iter().product::<usize>();
-        (name, TensorView::new(Dtype::BF16, shape, &weights[..bytes]).expect("a tensor"))
-    });
-    safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).expect("written");
-    folder
-});
+    (folder, shapes)
+}
 
 /// One kind of work: the arguments before the output.
 struct Work {
@@ -218,7 +225,55 @@ fn a_limit_of_file_sizes_is_one_error() {
     }
 }
 
-/// Runs `script` with a small file system at `$1`, or not where that takes more rights than there are.
+/// What follows a write that finds no room. The C library stands in for the disk (where it is not a part of the program), which
+/// takes no rights: the tests below have a real one, where they may.
+#[test]
+#[cfg(all(target_os = "linux", target_pointer_width = "64", not(target_feature = "crt-static")))]
+fn a_full_disk_is_one_error() {
+    /// Has all files of a process together take no more than 1 MB, as a disk would that is full then.
+    const FULL_DISK: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdatomic.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static atomic_long room = 1000000;
+
+static int full(int file, size_t bytes) {
+    struct stat status;
+    if (fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) return 0;
+    if (atomic_fetch_sub(&room, bytes) >= (long)bytes) return 0;
+    errno = ENOSPC;
+    return 1;
+}
+
+ssize_t write(int file, const void *data, size_t bytes) {
+    return full(file, bytes) ? -1 : syscall(SYS_write, file, data, bytes);
+}
+
+ssize_t pwrite64(int file, const void *data, size_t bytes, off64_t at) {
+    return full(file, bytes) ? -1 : syscall(SYS_pwrite64, file, data, bytes, at);
+}
+"#;
+
+    let tools = tempdir().expect("a folder");
+    let [source, library] = ["full.c", "full.so"].map(|name| tools.path().join(name));
+    fs::write(&source, FULL_DISK).expect("written");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o", arg(&library), arg(&source)]).status();
+    assert!(compiled.expect("there is a C compiler").success());
+    for writer in writers() {
+        let folder = tempdir().expect("a folder");
+        let output = folder.path().join("out.gguf");
+        let words = writer.iter().map(|word| word.replace("{out}", arg(&output)));
+        Run::of(program().env("LD_PRELOAD", &library).args(words)).fails(&["out.gguf", "No space left on device"]);
+        assert!(names(folder.path()).is_empty(), "{writer:?}");
+    }
+}
+
+/// Runs `script` with a small file system at `$1`. Where that takes more rights than there are, it says so on stderr, past
+/// the test runner, and gives nothing.
 fn on_a_small_disk(size: &str, script: &str, output: &str) -> Option<Run> {
     let folder = tempdir().expect("a folder");
     let disk = arg(folder.path()).to_owned();
@@ -230,10 +285,19 @@ fn on_a_small_disk(size: &str, script: &str, output: &str) -> Option<Run> {
     let script = format!("mount -t tmpfs -o size={size} none \"$0\" 2>/dev/null || exit 99\n{script}");
     command.args(["--map-root-user", "--mount", "sh", "-c", &script, &disk]);
     command.arg(quantize.get_program()).args(quantize.get_args());
-    let Ok(ended) = command.output() else { return None };
-    let run = Run::checked(ended);
-    let refused = run.status == 99 || run.stderr.starts_with("unshare:");
-    (!refused).then_some(run)
+    let refused = match command.output() {
+        Err(error) => format!("unshare: {error}"),
+        Ok(ended) => match Run::checked(ended) {
+            run if run.status == 99 => "mount: it is not allowed".to_owned(),
+            run if run.stderr.starts_with("unshare:") => run.stderr,
+            run => return Some(run),
+        },
+    };
+    // What `eprintln!` prints is shown for tests that fail only.
+    let (thread, refused) = (std::thread::current(), refused.trim());
+    let test = thread.name().unwrap_or("a test");
+    let _ = writeln!(io::stderr(), "SKIPPED {test}: no small disk can be made here: {refused}");
+    None
 }
 
 #[test]
@@ -262,4 +326,34 @@ fn a_disk_that_is_too_small_is_noticed_before_the_first_byte() {
         let failed = run.fails(&["out.gguf: not enough disk space", "are needed", "are free"]);
         assert!(failed.hint().contains("free some space"));
     }
+}
+
+/// The same with whatever disk there is, and a checkpoint that takes no room itself: nothing is in it.
+#[test]
+fn a_model_larger_than_the_disk_is_refused_before_the_first_byte() {
+    let folder = tempdir().expect("a folder");
+    let disk = rustix::fs::statvfs(folder.path()).expect("a file system");
+    // As f32 half as large again as what is free.
+    let vocabulary = (disk.f_bavail * disk.f_frsize) as usize / 8 * 3 / WIDTH + VOCABULARY;
+    let (checkpoint, shapes) = begin_checkpoint(vocabulary);
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in shapes {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>() as u64;
+        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = serde_json::to_vec(&header).expect("JSON");
+    let mut file = fs::File::create(checkpoint.path().join("model.safetensors")).expect("a file");
+    file.write_all(&(header.len() as u64).to_le_bytes()).expect("written");
+    file.write_all(&header).expect("written");
+    file.set_len(8 + header.len() as u64 + end).expect("a file full of holes");
+
+    let output = folder.path().join("out.gguf");
+    let refused = Run::of(program().args(["quantize", arg(checkpoint.path()), "--f32", "-o", arg(&output)])).fails(&[
+        "out.gguf: not enough disk space",
+        "are needed",
+        "are free",
+    ]);
+    assert!(refused.hint().contains("free some space"));
+    assert!(names(folder.path()).is_empty());
 }

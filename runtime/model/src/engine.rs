@@ -71,7 +71,10 @@ impl LoadOptions {
     pub(crate) fn store(&self) -> StoreOptions {
         let defaults = StoreOptions::default();
         let io_threads = self.io_threads.unwrap_or(defaults.io_threads);
-        StoreOptions { io: self.io, io_threads, prefetch: self.prefetch, ..defaults }
+        // Large pages serve direct reads, which a budget brings. Where every expert stays, they gain 2 to 3 % of generation and
+        // cost seconds at the start on virtual machines whose host takes back free memory.
+        let huge_pages = self.memory.is_some();
+        StoreOptions { io: self.io, io_threads, prefetch: self.prefetch, huge_pages, ..defaults }
     }
 }
 

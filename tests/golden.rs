@@ -100,6 +100,12 @@ const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
 /// The same on random weights, which do not forgive rounding as trained ones do: set from what was observed (median up to
 /// 0.093, best token other at up to 22.5 % of positions), where float weights on the same code stay within 2.1e-6.
 const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
+/// Keys and values rounded to 11 significant bits, all weights floats.
+const F16_CACHE: Budget = Budget { median: 2e-3, flips: 0.02 };
+/// Keys, values, queries and softmax weights rounded to 8 significant bits; a trained model, and random weights.
+const BF16_CACHE: [Budget; 2] = [Budget { median: 5e-3, flips: 0.01 }, Budget { median: 0.05, flips: 0.12 }];
+/// Keys and values rounded to 8 bits in blocks of 32; a trained model, and random weights.
+const Q8_0_CACHE: [Budget; 2] = [Budget { median: 0.01, flips: 0.01 }, Budget { median: 0.05, flips: 0.12 }];
 
 fn within(name: &str, got: &[f32], expected: &[f32], n_vocab: usize, budget: &Budget) {
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
@@ -134,10 +140,29 @@ fn kernels_stay_within_their_budget() {
             let mut reference = Reference::load(&golden.gguf(ty, Layout::Gguf)).expect("a model");
             let expected = flat(&reference.forward(&golden.ids).expect("a forward pass"));
             // The f32 path keeps keys and values in f32 too.
-            let options = LoadOptions { kv_type: KvType::F32, ..LoadOptions::default() };
+            let options = LoadOptions { kv_type: Some(KvType::F32), ..LoadOptions::default() };
             let engine = common::engine(golden.gguf(ty, Layout::Gguf), &options);
             let got = common::all_logits(&engine, &golden.ids);
             within(&format!("{} {ty:?}", golden.name), &got, &expected, engine.n_vocab(), budget);
+        }
+    }
+}
+
+/// Every type of KV cache against the f32 path, on weights that are floats.
+#[test]
+fn caches_stay_within_their_budget() {
+    for golden in common::goldens() {
+        let file = || golden.gguf(WeightType::F32, Layout::Gguf);
+        let mut reference = Reference::load(&file()).expect("a model");
+        let expected = flat(&reference.forward(&golden.ids).expect("a forward pass"));
+        let random = usize::from(golden.name.starts_with("mini"));
+        for (kv_type, budget) in
+            [(KvType::F16, &F16_CACHE), (KvType::Bf16, &BF16_CACHE[random]), (KvType::Q8_0, &Q8_0_CACHE[random])]
+        {
+            let options = LoadOptions { kv_type: Some(kv_type), ..LoadOptions::default() };
+            let engine = common::engine(file(), &options);
+            let got = common::all_logits(&engine, &golden.ids);
+            within(&format!("{} {kv_type:?}", golden.name), &got, &expected, engine.n_vocab(), budget);
         }
     }
 }

@@ -35,8 +35,8 @@ fn layout_threads_and_instruction_set_change_no_bit() {
 #[test]
 fn pieces_of_a_prompt_change_no_token() {
     for golden in common::goldens() {
-        for kv_type in [KvType::F16, KvType::F32, KvType::Q8_0] {
-            let options = LoadOptions { threads: 2, kv_type, ..LoadOptions::default() };
+        for kv_type in [KvType::Bf16, KvType::F16, KvType::F32, KvType::Q8_0] {
+            let options = LoadOptions { threads: 2, kv_type: Some(kv_type), ..LoadOptions::default() };
             let engine = common::engine(golden.gguf(WeightType::Q4_0, Layout::Gguf), &options);
             let expected = common::greedy(&engine, &golden.ids, golden.ids.len(), 32);
             assert!(expected.iter().any(|id| *id != expected[0]), "a constant answer");

@@ -18,7 +18,7 @@ fn greedy_answers_stay_as_they_are() {
     assert_eq!(greedy("法国的首都是哪里?"), "法国的首都是巴黎。\n");
     assert_eq!(
         greedy("Please write a Python function that checks if a number is even."),
-        "```python\ndef is_even(a):\n    return a % 2 == 0\n```\n"
+        "```python\ndef is_even(n):\n    return n % 2 == 0\n```\n"
     );
 }
 

@@ -96,7 +96,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     reset_peak_resident();
     // Generation begins after one token that it goes on from.
     let ctx = args.depth + args.prompt_tokens.max(args.generated_tokens + 1);
-    let engine = engine::load_file(file, &args.engine, Some(ctx), engine::DEFAULT_KV, context)?;
+    let engine = engine::load_file(file, &args.engine, Some(ctx), None, context)?;
     let tokens = text_tokens(&engine, ctx)?;
 
     let recorder = routing.map(|file| file.begin(&engine)).transpose()?;

@@ -12,9 +12,6 @@ use crate::models::Model;
 use crate::report::Interrupted;
 use crate::size::show_size;
 
-/// Where a command has no such option.
-pub(crate) const DEFAULT_KV: KvName = KvName::F16;
-
 /// Compute threads of a command.
 pub(crate) fn threads(args: &EngineArgs) -> usize {
     args.threads.unwrap_or_else(physical_cores)
@@ -25,7 +22,7 @@ pub(crate) fn load(
     name: Option<&str>,
     args: &EngineArgs,
     ctx: Option<usize>,
-    kv_type: KvName,
+    kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Engine> {
     if name.is_none() {
@@ -42,13 +39,13 @@ pub(crate) fn load_file(
     file: GgufFile,
     args: &EngineArgs,
     ctx: Option<usize>,
-    kv_type: KvName,
+    kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Engine> {
     let options = LoadOptions {
         threads: threads(args),
         ctx,
-        kv_type: kv_type.into(),
+        kv_type: kv_type.map(Into::into),
         memory: args.memory,
         io: args.io.into(),
         prefetch: !args.no_prefetch,
@@ -102,6 +99,7 @@ fn show_plan(plan: &MemoryPlan, context: &Context) {
 impl From<KvName> for KvType {
     fn from(name: KvName) -> Self {
         match name {
+            KvName::Bf16 => Self::Bf16,
             KvName::F16 => Self::F16,
             KvName::Q8_0 => Self::Q8_0,
             KvName::F32 => Self::F32,

@@ -43,7 +43,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
         reads: None,
         io: IoName::Auto,
     };
-    let engine = engine::load_file(file, &engine_args, Some(ids.len()), engine::DEFAULT_KV, context)?;
+    let engine = engine::load_file(file, &engine_args, Some(ids.len()), None, context)?;
     let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
     let mut session = Session::new(&engine)?;
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let limit = ModelConfig::from_metadata(&file.header.metadata)?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));
-    let engine = engine::load_file(file, &args.engine, Some(window), engine::DEFAULT_KV, context)?;
+    let engine = engine::load_file(file, &args.engine, Some(window), None, context)?;
     let ids = engine.tokenizer().ok_or_else(no_tokenizer)?.encode(&text, true)?;
     drop(text);
     if ids.len() < 2 || window < 2 {

@@ -286,7 +286,7 @@ fn experts(b: &mut Bench) {
 fn attention(b: &mut Bench) {
     let (heads, group, d) = (2, 6, 128);
     let scale = 1.0 / (d as f32).sqrt();
-    for ty in [KvType::F16, KvType::Q8_0] {
+    for ty in [KvType::Bf16, KvType::F16, KvType::Q8_0] {
         for depth in [512, 4096] {
             let copies = COLD_BYTES / 4 / KvBuffer::bytes_for(ty, heads, d, depth).expect("small");
             let mut layers: Vec<_> = (0..copies).map(|_| KvBuffer::new(ty, heads, d, depth)).collect();
@@ -320,17 +320,17 @@ fn attention(b: &mut Bench) {
     let tokens = 512;
     let q = random_floats(tokens * heads * group * d);
     let mut out = vec![0.0; q.len()];
-    for depth in [0, 3584] {
-        let mut kv = KvBuffer::new(KvType::F16, heads, d, depth + tokens);
+    for (ty, depth) in [(KvType::Bf16, 0), (KvType::Bf16, 3584), (KvType::F16, 3584)] {
+        let mut kv = KvBuffer::new(ty, heads, d, depth + tokens);
         for pos in 0..depth + tokens {
             kv.write(pos, &q[pos..][..heads * d], &q[pos + 7..][..heads * d]);
         }
         let pairs: usize = (depth..depth + tokens).map(|p| p + 1).sum();
-        let name = format!("attend_batch_512_at_{depth}");
+        let name = format!("attend_batch_512_{ty:?}_at_{depth}");
         b.run(&name, Work::Flops(4 * pairs * heads * group * d), |kernels, pool| {
             pool.run_tiles(&mut out, heads * group * d, 16, group * d, &|mut out| {
                 let head = out.columns().start / (group * d);
-                kernels.attend_batch(&kv, head, &q, depth, None, scale, &mut out);
+                kernels.attend_batch(&kv, head, &q, heads * group * d, depth, None, scale, &mut out);
             });
         });
     }

@@ -8,7 +8,8 @@
 use std::ops::Range;
 
 use crate::dispatch::{Kernels, MAX_QUERIES, SoftmaxState};
-use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer};
+use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer, KvType};
+use crate::math::round_bf16;
 use crate::out::ColumnsMut;
 use crate::scratch::with_floats;
 
@@ -70,8 +71,7 @@ impl Kernels {
                 let (padded, rest) = scratch.split_at_mut(n * dim);
                 let (scores, rest) = rest.split_at_mut(n * KV_CHUNK);
                 for (dst, src) in padded.chunks_exact_mut(dim).zip(q.chunks_exact(d)) {
-                    dst[..d].copy_from_slice(src);
-                    dst[d..].fill(0.0);
+                    pad_query(kv.ty(), src, dst);
                 }
                 let mut part =
                     Part { q: padded, scores, acc: &mut rest[..n * dim], state: [SoftmaxState::EMPTY; MAX_QUERIES] };
@@ -109,8 +109,8 @@ impl Kernels {
     }
 
     /// Attention of many tokens over KV head `head`. Row `t` of `out` is the token at position `first_pos + out.first_row() + t`;
-    /// its columns are the query heads that share this KV head (`n × head_dim`). `q` is the whole matrix of queries, laid out as
-    /// the matrix that `out` is part of.
+    /// its columns are the query heads that share this KV head (`n × head_dim`). `q` is the whole matrix of queries, rows of `q_ld`
+    /// floats that begin with what the matrix that `out` is part of has as columns.
     ///
     /// # Panics
     /// If a length is wrong or a token sees more positions than the buffer holds.
@@ -120,16 +120,17 @@ impl Kernels {
         kv: &KvBuffer,
         head: usize,
         q: &[f32],
+        q_ld: usize,
         first_pos: usize,
         window: Option<usize>,
         scale: f32,
         out: &mut ColumnsMut<'_>,
     ) {
-        let (d, dim, ld) = (kv.head_dim(), kv.padded_dim(), out.ld());
+        let (d, dim) = (kv.head_dim(), kv.padded_dim());
         let (columns, tokens, first_row) = (out.columns(), out.rows(), out.first_row());
         let heads = columns.len() / d;
         assert!(heads > 0 && columns.len() == heads * d, "attend_batch: columns are not heads of {d}");
-        assert!(q.len() >= (first_row + tokens) * ld, "attend_batch: {} queries", q.len());
+        assert!(q_ld >= columns.end && q.len() >= (first_row + tokens) * q_ld, "attend_batch: {} queries", q.len());
         if tokens == 0 {
             return;
         }
@@ -146,9 +147,8 @@ impl Kernels {
             let (states, rest) = rest.split_at_mut(n * 2);
             let (scores, part_acc) = rest.split_at_mut(MAX_QUERIES * KV_CHUNK);
             for (i, query) in queries.chunks_exact_mut(dim).enumerate() {
-                let from = (first_row + i / heads) * ld + columns.start + i % heads * d;
-                query[..d].copy_from_slice(&q[from..from + d]);
-                query[d..].fill(0.0);
+                let from = (first_row + i / heads) * q_ld + columns.start + i % heads * d;
+                pad_query(kv.ty(), &q[from..from + d], query);
             }
             acc.fill(0.0);
             for state in states.chunks_exact_mut(2) {
@@ -217,7 +217,7 @@ impl Kernels {
                 s[tiles.start * KV_TILE..tiles.end * KV_TILE].fill(0.0);
             } else {
                 // SAFETY: the table is of this CPU; one row of KV_CHUNK scores, ranges inside it.
-                part.state[i] = unsafe { (self.table.softmax)(s, tiles.clone(), v, scale) };
+                part.state[i] = unsafe { (self.table.softmax)(kv.ty(), s, tiles.clone(), v, scale) };
             }
         }
         // SAFETY: as for the scores.
@@ -231,6 +231,16 @@ impl Kernels {
             *state = unsafe { (self.table.merge)(*state, acc, part, &values[..acc.len()]) };
         }
     }
+}
+
+/// A query as the kernels take it: as exact as the cache's type has it multiplied, and zeros up to the padded dimension.
+fn pad_query(ty: KvType, q: &[f32], padded: &mut [f32]) {
+    let (values, padding) = padded.split_at_mut(q.len());
+    values.copy_from_slice(q);
+    if ty == KvType::Bf16 {
+        values.iter_mut().for_each(|v| *v = round_bf16(*v));
+    }
+    padding.fill(0.0);
 }
 
 fn check_visible(kv: &KvBuffer, visible: &Range<usize>) {

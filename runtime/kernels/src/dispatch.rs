@@ -24,13 +24,15 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 (F, BW, VL, DQ) and VNNI.
     Avx512Vnni,
+    /// [`Self::Avx512Vnni`] with products of BF16 pairs.
+    Avx512Bf16,
     /// AArch64 with the dot product instructions.
     NeonDot,
 }
 
 impl Isa {
     /// Every instruction set, best last.
-    pub const ALL: [Isa; 4] = [Self::Scalar, Self::NeonDot, Self::Avx2, Self::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Self::Scalar, Self::NeonDot, Self::Avx2, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// A short name.
     pub fn name(self) -> &'static str {
@@ -38,6 +40,7 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx512Bf16 => "avx512-bf16",
             Self::NeonDot => "neon-dotprod",
         }
     }
@@ -105,9 +108,11 @@ pub(crate) struct Table {
     /// `out[i * KV_CHUNK + p] = q row i · key p` for the positions of `tiles` of a chunk; `q` has 1..=MAX_QUERIES rows of `dim`.
     pub scores: unsafe fn(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]),
     /// Turns the scores of one query into exp(score * scale - max) for the `visible` positions and 0 for the rest of `tiles`;
-    /// returns the maximum and the sum.
-    pub softmax: unsafe fn(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState,
+    /// returns the maximum and the sum. For a BF16 cache the exponentials are rounded to that type.
+    pub softmax:
+        unsafe fn(ty: KvType, s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState,
     /// `acc row i = Σ p[i * KV_CHUNK + j] * value j` for the positions `j`, in order; `acc` has 1..=MAX_QUERIES rows of `dim`.
+    /// The `p` of a position that is not asked for, but paired with one that is, is 0.
     pub values: unsafe fn(ty: KvType, dim: usize, values: &[u8], positions: Range<usize>, p: &[f32], acc: &mut [f32]),
     /// Adds a part (maximum, sum, values) of a softmax to a running one, rescaling both to the larger maximum: with
     /// `a = exp(max - new)` and `b = exp(part.max - new)`, `sum = sum * a + part.sum * b` and `acc = fma(acc, a, part * b)`.
@@ -146,6 +151,8 @@ impl Kernels {
             Isa::Avx2 => x86_64::has_avx2().then_some(&x86_64::avx2::TABLE),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => x86_64::has_avx512().then_some(&x86_64::avx512::TABLE),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => x86_64::has_avx512_bf16().then_some(&x86_64::avx512::BF16_TABLE),
             #[cfg(target_arch = "aarch64")]
             Isa::NeonDot => aarch64::has_neon_dot().then_some(&aarch64::TABLE),
             _ => None,

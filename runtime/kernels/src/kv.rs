@@ -10,9 +10,12 @@
 //!   all positions.
 //!
 //! So a query reads keys with one lane per position and values with one lane per dimension, both in one sequential stream.
+//!
+//! In BF16 two such rows (of dimensions 2i and 2i + 1, or of positions) are one of 32-bit words: the even row's value in the upper
+//! half, which is where the instruction that multiplies pairs begins, the odd row's in the lower.
 
-use half::f16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use crate::aligned::AlignedBuf;
 use crate::block::{BLOCK_LEN, BlockQ8_0};
@@ -26,8 +29,11 @@ pub(crate) const KV_TILE: usize = 16;
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KvType {
-    /// 2 bytes per value.
+    /// 2 bytes per value, with the range of f32 and 8 significant bits. Queries and weights of the softmax are rounded alike, as
+    /// the published code does when it runs in its own type; sums are f32.
     #[default]
+    Bf16,
+    /// 2 bytes per value.
     F16,
     /// 34 bytes per 32 values, blocks along the head dimension.
     Q8_0,
@@ -39,7 +45,7 @@ impl KvType {
     /// Bytes of `values` values, a multiple of 32.
     pub(crate) fn bytes(self, values: usize) -> usize {
         match self {
-            Self::F16 => values * 2,
+            Self::Bf16 | Self::F16 => values * 2,
             Self::Q8_0 => values / 32 * 34,
             Self::F32 => values * 4,
         }
@@ -167,6 +173,11 @@ fn write_key(ty: KvType, chunk: &mut [u8], head_dim: usize, p: usize, block: usi
                 o[lane * 4..lane * 4 + 4].copy_from_slice(&v.to_le_bytes());
             }
         }
+        KvType::Bf16 => {
+            for (i, v) in x.iter().enumerate() {
+                out[paired::<KV_TILE>(i, lane)..][..2].copy_from_slice(&bf16::from_f32(*v).to_le_bytes());
+            }
+        }
         KvType::F16 => {
             for (o, v) in out.chunks_exact_mut(2 * KV_TILE).zip(halves(x)) {
                 o[lane * 2..lane * 2 + 2].copy_from_slice(&v.to_le_bytes());
@@ -192,6 +203,11 @@ fn write_value(ty: KvType, chunk: &mut [u8], p: usize, block: usize, x: &[f32; B
                 o.copy_from_slice(&v.to_le_bytes());
             }
         }
+        KvType::Bf16 => {
+            for (i, v) in x.iter().enumerate() {
+                out[paired::<BLOCK_LEN>(p, i)..][..2].copy_from_slice(&bf16::from_f32(*v).to_le_bytes());
+            }
+        }
         KvType::F16 => {
             for (o, v) in out[p * 64..].chunks_exact_mut(2).zip(halves(x)) {
                 o.copy_from_slice(&v.to_le_bytes());
@@ -207,6 +223,12 @@ fn write_value(ty: KvType, chunk: &mut [u8], p: usize, block: usize, x: &[f32; B
     }
 }
 
+/// Offset of value `i` of row `row`, rows of `WIDTH` values being paired.
+#[inline]
+fn paired<const WIDTH: usize>(row: usize, i: usize) -> usize {
+    (row / 2 * WIDTH + i) * 4 + (1 - row % 2) * 2
+}
+
 fn halves(x: &[f32; BLOCK_LEN]) -> [f16; BLOCK_LEN] {
     let mut h = [f16::ZERO; BLOCK_LEN];
     h.convert_from_f32_slice(x);
@@ -220,6 +242,7 @@ pub(crate) fn key_at(ty: KvType, chunk: &[u8], padded_dim: usize, p: usize, dim:
     let lane = p % KV_TILE;
     match ty {
         KvType::F32 => f32_at(tile, dim * KV_TILE + lane),
+        KvType::Bf16 => bf16_at(tile, paired::<KV_TILE>(dim, lane)),
         KvType::F16 => f16_at(tile, dim * KV_TILE + lane),
         KvType::Q8_0 => {
             let block = &tile[dim / BLOCK_LEN * ty.bytes(KV_TILE * BLOCK_LEN)..];
@@ -235,9 +258,15 @@ pub(crate) fn value_at(ty: KvType, chunk: &[u8], p: usize, dim: usize) -> f32 {
     let i = p * BLOCK_LEN + dim % BLOCK_LEN;
     match ty {
         KvType::F32 => f32_at(block, i),
+        KvType::Bf16 => bf16_at(block, paired::<BLOCK_LEN>(p, dim % BLOCK_LEN)),
         KvType::F16 => f16_at(block, i),
         KvType::Q8_0 => f16_at(block, p) * f32::from(block[2 * KV_CHUNK + i] as i8),
     }
+}
+
+#[inline]
+fn bf16_at(b: &[u8], at: usize) -> f32 {
+    bf16::from_le_bytes([b[at], b[at + 1]]).to_f32()
 }
 
 #[inline]
@@ -256,7 +285,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_rings_wrap() {
-        for (ty, bound) in [(KvType::F32, 0.0), (KvType::F16, 1e-3), (KvType::Q8_0, 8e-3)] {
+        for (ty, bound) in [(KvType::F32, 0.0), (KvType::Bf16, 2e-3), (KvType::F16, 1e-3), (KvType::Q8_0, 8e-3)] {
             let (heads, d) = (2, 40);
             let mut kv = KvBuffer::new(ty, heads, d, 300);
             assert_eq!(kv.capacity(), 512);

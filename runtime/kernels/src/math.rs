@@ -1,5 +1,7 @@
 //! Scalar arithmetic whose exact order of operations every instruction set follows.
 
+use half::bf16;
+
 /// Lanes of the virtual vector in which sums of floats are kept, on any instruction set.
 pub(crate) const LANES: usize = 16;
 
@@ -13,6 +15,12 @@ pub(crate) fn reduce_add(v: &[f32; LANES]) -> f32 {
         }
     }
     v[0]
+}
+
+/// The nearest value with 8 significant bits, ties to even.
+#[inline(always)]
+pub(crate) fn round_bf16(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
 }
 
 /// Below this, [`exp`] is 0.

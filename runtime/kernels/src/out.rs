@@ -67,9 +67,4 @@ impl<'a> ColumnsMut<'a> {
             )
         }
     }
-
-    /// Distance between rows, in floats.
-    pub(crate) fn ld(&self) -> usize {
-        self.ld
-    }
 }

@@ -372,7 +372,7 @@ proptest! {
     fn attention_agrees(
         d in prop::sample::select(&[16usize, 32, 64, 96, 128][..]), group in 1usize..8,
         first in 0usize..600, tokens in 1usize..20, window in prop::option::of(1usize..400),
-        ty in prop::sample::select(&[KvType::F16, KvType::Q8_0, KvType::F32][..]), seed in 1u64..,
+        ty in prop::sample::select(&[KvType::Bf16, KvType::F16, KvType::Q8_0, KvType::F32][..]), seed in 1u64..,
     ) {
         let mut rng = Rng(seed);
         let heads = 2;
@@ -413,6 +413,7 @@ proptest! {
         let bound = match ty {
             KvType::F32 => 2e-5,
             KvType::F16 => 5e-3,
+            KvType::Bf16 => 4e-2,
             KvType::Q8_0 => 5e-2,
         };
 
@@ -421,7 +422,7 @@ proptest! {
             let mut out = vec![0.0; tokens * ld];
             Pool::new(2).unwrap().run_tiles(&mut out, ld, 4, group * d, &|mut out| {
                 let head = out.columns().start / (group * d);
-                kernels.attend_batch(&kv, head, &q, first, window, scale, &mut out);
+                kernels.attend_batch(&kv, head, &q, ld, first, window, scale, &mut out);
             });
             assert_close(&out, &exact, &exact, bound, "attention");
             let want = want.get_or_insert_with(|| bits(&out));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use st_experts::io::ExpertIo;
 use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
-use st_kernels::{Isa, Kernels, KvType};
+use st_kernels::{Isa, Kernels, KvType, WeightType};
 
 use crate::chat::ChatTemplate;
 use crate::config::ModelConfig;
@@ -27,8 +27,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Context length in tokens; `None` takes the model's own, or what the budget allows.
     pub ctx: Option<usize>,
-    /// How keys and values are kept.
-    pub kv_type: KvType,
+    /// How keys and values are kept; `None` is as exact as the weights call for: BF16 where they are quantized, otherwise F16.
+    pub kv_type: Option<KvType>,
     /// The most memory that the process may use, in bytes.
     pub memory: Option<u64>,
     /// At most this many experts in the cache, whatever the memory allows; `None` takes what the plan gives.
@@ -53,7 +53,7 @@ impl Default for LoadOptions {
         Self {
             threads: 1,
             ctx: None,
-            kv_type: KvType::F16,
+            kv_type: None,
             memory: None,
             slots: None,
             io: IoMode::Auto,
@@ -67,6 +67,11 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
+    /// How keys and values of a model with weights of type `weights` are kept.
+    pub(crate) fn kv_type_for(&self, weights: WeightType) -> KvType {
+        self.kv_type.unwrap_or(if weights.is_quantized() { KvType::Bf16 } else { KvType::F16 })
+    }
+
     /// What of it concerns the expert store.
     pub(crate) fn store(&self) -> StoreOptions {
         let defaults = StoreOptions::default();
@@ -141,8 +146,9 @@ impl Engine {
             Some(io) => ExpertStore::with_io(Box::new(Arc::clone(io)), index, format, store_options),
             None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
         }?;
+        let kv_type = options.kv_type_for(source.format().ty());
         let model = Model::load(&source, config, store, options)?;
-        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type: options.kv_type })
+        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type })
     }
 
     /// The shape of the model.

@@ -76,11 +76,12 @@ pub(crate) fn plan(
         io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
     };
     let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
-    let per_step = LayerKv::bytes(config, options.kv_type, POSITION_STEP);
+    let kv_type = options.kv_type_for(source.format().ty());
+    let per_step = LayerKv::bytes(config, kv_type, POSITION_STEP);
     let window_layers = (0..config.n_layers).filter(|&layer| config.windows[layer].is_some());
     let ring = |layer| {
         let ctx = options.ctx.unwrap_or(config.context_length);
-        LayerKv::bytes(config, options.kv_type, LayerKv::positions(config, layer, ctx, BATCH))
+        LayerKv::bytes(config, kv_type, LayerKv::positions(config, layer, ctx, BATCH))
     };
     let variable = VariableCosts {
         kv_full_per_token: full_layers * per_step / POSITION_STEP as u64,
@@ -146,11 +147,10 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelEr
 /// Activations and scratch of one session: one token, one batch, the experts' parts, logits.
 fn scratch(config: &ModelConfig, n_vocab: usize) -> u64 {
     let activations = (BATCH + 1) * Activations::bytes_per_token(config);
-    let queries = BATCH * config.q_dim() * size_of::<f32>();
     let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, BATCH)).iter().sum::<usize>();
     // Logits, and what sampling makes of them.
     let head = 4 * n_vocab * size_of::<f32>();
-    (activations + queries + inputs + Moe::scratch_bytes(config, BATCH) + head) as u64
+    (activations + inputs + Moe::scratch_bytes(config, BATCH) + head) as u64
 }
 
 /// Resident memory of this process now, in bytes; 0 where the system does not tell.

@@ -7,16 +7,33 @@ use super::load_f16;
 use crate::block::BLOCK_LEN;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 
-/// Four cached values from `p`, times `scale` where they are int8.
+/// Values `4 * i..` of row `2 * pair + odd`, rows of `width` cached values beginning at `rows`; times `scale` where they are int8.
 ///
 /// # Safety
-/// `step(ty)` bytes at `p`.
+/// The row must exist; `odd` is 0 or 1.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn load4(ty: KvType, p: *const u8, scale: float32x4_t) -> float32x4_t {
-    // SAFETY: the caller's promise.
+unsafe fn load4(
+    ty: KvType,
+    rows: *const u8,
+    width: usize,
+    pair: usize,
+    odd: usize,
+    i: usize,
+    scale: float32x4_t,
+) -> float32x4_t {
+    // SAFETY: the caller's promise; the words of a pair of rows take as much as two rows.
     unsafe {
+        let p = rows.add(((2 * pair + odd) * width / 4 + i) * step(ty));
         match ty {
+            KvType::Bf16 => {
+                let words = vld1q_u32(rows.add((pair * width / 4 + i) * 2 * step(ty)).cast());
+                vreinterpretq_f32_u32(if odd == 0 {
+                    vandq_u32(words, vdupq_n_u32(0xffff_0000))
+                } else {
+                    vshlq_n_u32::<16>(words)
+                })
+            }
             KvType::F16 => load_f16(p),
             KvType::F32 => vld1q_f32(p.cast()),
             KvType::Q8_0 => {
@@ -30,7 +47,7 @@ unsafe fn load4(ty: KvType, p: *const u8, scale: float32x4_t) -> float32x4_t {
 /// Bytes of four values without their scales.
 const fn step(ty: KvType) -> usize {
     match ty {
-        KvType::F16 => 8,
+        KvType::Bf16 | KvType::F16 => 8,
         KvType::F32 => 16,
         KvType::Q8_0 => 4,
     }
@@ -57,11 +74,14 @@ pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
                         _ => vdupq_n_f32(0.0),
                     });
                     let values = block.add(block_bytes - BLOCK_LEN * 4 * step(ty));
-                    for d in 0..BLOCK_LEN {
-                        for i in 0..4 {
-                            let k = load4(ty, values.add((d * 4 + i) * step(ty)), scale[i]);
-                            for (acc, q) in acc.iter_mut().zip(q) {
-                                acc[i] = vfmaq_n_f32(acc[i], k, *q.get_unchecked(b * BLOCK_LEN + d));
+                    for pair in 0..BLOCK_LEN / 2 {
+                        for odd in 0..2 {
+                            let d = b * BLOCK_LEN + 2 * pair + odd;
+                            for i in 0..4 {
+                                let k = load4(ty, values, KV_TILE, pair, odd, i, scale[i]);
+                                for (acc, q) in acc.iter_mut().zip(q) {
+                                    acc[i] = vfmaq_n_f32(acc[i], k, *q.get_unchecked(d));
+                                }
                             }
                         }
                     }
@@ -91,19 +111,21 @@ pub(super) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
             // SAFETY: blocks of KV_CHUNK positions, as many as dim / 32; positions.end <= KV_CHUNK.
             unsafe {
                 let base = values.as_ptr().add(block * ty.bytes(KV_CHUNK * BLOCK_LEN));
-                for j in positions.clone() {
-                    let at = base.add(scales + j * 8 * step(ty));
-                    let scale = match ty {
-                        KvType::Q8_0 => {
-                            let half = base.add(j * 2).cast::<[u8; 2]>().read();
-                            vdupq_n_f32(half::f16::from_le_bytes(half).to_f32())
-                        }
-                        _ => vdupq_n_f32(0.0),
-                    };
-                    for i in 0..8 {
-                        let v = load4(ty, at.add(i * step(ty)), scale);
-                        for (sums, p) in sums.iter_mut().zip(p) {
-                            sums[i] = vfmaq_n_f32(sums[i], v, *p.get_unchecked(j));
+                for pair in positions.start / 2..positions.end.div_ceil(2) {
+                    for odd in 0..2 {
+                        let j = 2 * pair + odd;
+                        let scale = match ty {
+                            KvType::Q8_0 => {
+                                let half = base.add(j * 2).cast::<[u8; 2]>().read();
+                                vdupq_n_f32(half::f16::from_le_bytes(half).to_f32())
+                            }
+                            _ => vdupq_n_f32(0.0),
+                        };
+                        for i in 0..8 {
+                            let v = load4(ty, base.add(scales), BLOCK_LEN, pair, odd, i, scale);
+                            for (sums, p) in sums.iter_mut().zip(p) {
+                                sums[i] = vfmaq_n_f32(sums[i], v, *p.get_unchecked(j));
+                            }
                         }
                     }
                 }

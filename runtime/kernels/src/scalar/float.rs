@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use crate::WeightType;
 use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType, key_at, value_at};
-use crate::math::{LANES, exp, reduce_add};
+use crate::math::{LANES, exp, reduce_add, round_bf16};
 
 #[inline]
 fn lanes_dot(w: impl Fn(usize) -> f32, x: &[f32]) -> f32 {
@@ -51,7 +51,13 @@ pub(crate) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
     }
 }
 
-pub(crate) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState {
+pub(crate) fn softmax(
+    ty: KvType,
+    s: &mut [f32],
+    tiles: Range<usize>,
+    visible: Range<usize>,
+    scale: f32,
+) -> SoftmaxState {
     let mut max = f32::NEG_INFINITY;
     for s in &mut s[visible.clone()] {
         *s *= scale;
@@ -60,6 +66,9 @@ pub(crate) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>,
     let mut sum = [0f32; LANES];
     for p in tiles.start * KV_TILE..tiles.end * KV_TILE {
         s[p] = if visible.contains(&p) { exp(s[p] - max) } else { 0.0 };
+        if ty == KvType::Bf16 {
+            s[p] = round_bf16(s[p]);
+        }
         sum[p % LANES] += s[p];
     }
     SoftmaxState { max, sum: reduce_add(&sum) }

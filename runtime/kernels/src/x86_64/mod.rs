@@ -29,6 +29,11 @@ pub(crate) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
+/// Whether this CPU runs the AVX-512 kernels and multiplies pairs of BF16.
+pub(crate) fn has_avx512_bf16() -> bool {
+    has_avx512() && is_x86_feature_detected!("avx512bf16")
+}
+
 /// Whether this CPU runs the AVX-512 kernels.
 pub(crate) fn has_avx512() -> bool {
     is_x86_feature_detected!("avx512f")

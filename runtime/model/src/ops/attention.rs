@@ -16,8 +16,6 @@ const TASK_TOKENS: usize = 8;
 pub(crate) struct AttentionScratch {
     /// What each chunk of positions adds to the output of one token; `[n_kv_heads, chunks, partial_len]`.
     partials: Vec<f32>,
-    /// Queries of a batch, row by row; `[tokens, q_dim]`.
-    queries: Vec<f32>,
 }
 
 /// Attention of one layer for the tokens from `position` on.
@@ -42,7 +40,7 @@ impl Attention<'_> {
             this.store(qkv);
             match qkv.len() / this.width() {
                 1 => this.one(cx, scratch, qkv, out),
-                tokens => this.many(cx, scratch, tokens, qkv, out),
+                _ => this.many(cx, qkv, out),
             }
             Ok(())
         })
@@ -87,19 +85,14 @@ impl Attention<'_> {
     }
 
     /// A batch: threads share tokens and KV heads.
-    fn many(&self, cx: &Compute, scratch: &mut AttentionScratch, tokens: usize, qkv: &[f32], out: &mut [f32]) {
+    fn many(&self, cx: &Compute, qkv: &[f32], out: &mut [f32]) {
         let (c, buffer) = (self.config, self.kv.buffer());
-        let q_dim = c.q_dim();
-        scratch.queries.resize(tokens * q_dim, 0.0);
-        for (row, q) in qkv.chunks_exact(self.width()).zip(scratch.queries.chunks_exact_mut(q_dim)) {
-            q.copy_from_slice(&row[..q_dim]);
-        }
-        let queries = &scratch.queries;
+        let (q_dim, width) = (c.q_dim(), self.width());
         let group = c.n_heads / c.n_kv_heads * c.head_dim;
         cx.pool.run_tiles(out, q_dim, TASK_TOKENS, group, &|mut out| {
             let head = out.columns().start / group;
             let window = self.kv.window();
-            cx.kernels.attend_batch(buffer, head, queries, self.position, window, self.scale(), &mut out);
+            cx.kernels.attend_batch(buffer, head, qkv, width, self.position, window, self.scale(), &mut out);
         });
     }
 }

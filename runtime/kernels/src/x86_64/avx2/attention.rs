@@ -9,16 +9,36 @@ use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 use crate::math::{self, EXP_MIN, EXP_POLY, LN2_HI, LN2_LO, LOG2E};
 
-/// 16 cached values from `p`, times `scale` where they are int8.
+/// Values `16 * i..` of row `2 * pair + odd`, rows of `width` cached values beginning at `rows`; times `scale` where they are int8.
 ///
 /// # Safety
-/// `ty.bytes(32) / 2` bytes at `p` (16 for Q8_0).
+/// The row must exist; `odd` is 0 or 1.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn load16(ty: KvType, p: *const u8, scale: [__m256; 2]) -> [__m256; 2] {
-    // SAFETY: the caller's promise.
+unsafe fn load16(
+    ty: KvType,
+    rows: *const u8,
+    width: usize,
+    pair: usize,
+    odd: usize,
+    i: usize,
+    scale: [__m256; 2],
+) -> [__m256; 2] {
+    // SAFETY: the caller's promise; the words of a pair of rows take as much as two rows.
     unsafe {
+        let p = rows.add(((2 * pair + odd) * width / 16 + i) * step(ty));
         match ty {
+            KvType::Bf16 => {
+                let words = rows.add((pair * width / 16 + i) * 2 * step(ty)).cast::<__m256i>();
+                [words, words.add(1)].map(|words| {
+                    let words = _mm256_loadu_si256(words);
+                    _mm256_castsi256_ps(if odd == 0 {
+                        _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32 as i32))
+                    } else {
+                        _mm256_slli_epi32::<16>(words)
+                    })
+                })
+            }
             KvType::F16 => {
                 let (a, b) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(16).cast()));
                 [_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)]
@@ -38,7 +58,7 @@ unsafe fn load16(ty: KvType, p: *const u8, scale: [__m256; 2]) -> [__m256; 2] {
 /// Bytes of 16 values without their scales.
 const fn step(ty: KvType) -> usize {
     match ty {
-        KvType::F16 => 32,
+        KvType::Bf16 | KvType::F16 => 32,
         KvType::F32 => 64,
         KvType::Q8_0 => 16,
     }
@@ -79,15 +99,17 @@ unsafe fn scores_of<const N: usize>(ty: KvType, dim: usize, keys: &[u8], tile: u
         for b in 0..dim / BLOCK_LEN {
             let mut scale = [_mm256_setzero_ps(); 2];
             if ty == KvType::Q8_0 {
-                scale = load16(KvType::F16, block, scale);
+                scale = load16(KvType::F16, block, KV_TILE, 0, 0, 0, scale);
             }
             let values = block.add(block_bytes - BLOCK_LEN * step(ty));
-            for i in 0..BLOCK_LEN {
-                let k = load16(ty, values.add(i * step(ty)), scale);
-                for (n, acc) in acc.iter_mut().enumerate() {
-                    let q = _mm256_set1_ps(*q.get_unchecked(n * dim + b * BLOCK_LEN + i));
-                    acc[0] = _mm256_fmadd_ps(k[0], q, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(k[1], q, acc[1]);
+            for pair in 0..BLOCK_LEN / 2 {
+                for odd in 0..2 {
+                    let k = load16(ty, values, KV_TILE, pair, odd, 0, scale);
+                    for (n, acc) in acc.iter_mut().enumerate() {
+                        let q = _mm256_set1_ps(*q.get_unchecked(n * dim + b * BLOCK_LEN + 2 * pair + odd));
+                        acc[0] = _mm256_fmadd_ps(k[0], q, acc[0]);
+                        acc[1] = _mm256_fmadd_ps(k[1], q, acc[1]);
+                    }
                 }
             }
             block = block.add(block_bytes);
@@ -101,7 +123,13 @@ unsafe fn scores_of<const N: usize>(ty: KvType, dim: usize, keys: &[u8], tile: u
 }
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState {
+pub(super) fn softmax(
+    ty: KvType,
+    s: &mut [f32],
+    tiles: Range<usize>,
+    visible: Range<usize>,
+    scale: f32,
+) -> SoftmaxState {
     let mut max = f32::NEG_INFINITY;
     for s in &mut s[visible.clone()] {
         *s *= scale;
@@ -115,13 +143,26 @@ pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>,
             // SAFETY: 8 of 16 floats.
             unsafe {
                 let p = s.as_mut_ptr().add(i * 8);
-                let v = exp(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_set1_ps(max)));
+                let mut v = exp(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_set1_ps(max)));
+                if ty == KvType::Bf16 {
+                    v = round_bf16(v);
+                }
                 *sum = _mm256_add_ps(*sum, v);
                 _mm256_storeu_ps(p, v);
             }
         }
     }
     SoftmaxState { max, sum: reduce(sum) }
+}
+
+/// [`crate::math::round_bf16`] of numbers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_bf16(x: __m256) -> __m256 {
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
 }
 
 /// [`crate::math::exp`].
@@ -175,19 +216,21 @@ unsafe fn values_of<const N: usize>(
         // SAFETY: blocks of KV_CHUNK positions, as many as dim / 32; positions.end <= KV_CHUNK.
         unsafe {
             let base = values.as_ptr().add(block * ty.bytes(KV_CHUNK * BLOCK_LEN));
-            for j in positions.clone() {
-                let at = base.add(scales + j * 2 * step(ty));
-                let mut scale = [_mm256_setzero_ps(); 2];
-                if ty == KvType::Q8_0 {
-                    let half = base.add(j * 2).cast::<i16>().read_unaligned();
-                    scale = [_mm256_cvtph_ps(_mm_set1_epi16(half)); 2];
-                }
-                let v = [load16(ty, at, scale), load16(ty, at.add(step(ty)), scale)];
-                for (n, sums) in sums.iter_mut().enumerate() {
-                    let p = _mm256_set1_ps(*p.get_unchecked(n * KV_CHUNK + j));
-                    for (sums, v) in sums.iter_mut().zip(v) {
-                        sums[0] = _mm256_fmadd_ps(v[0], p, sums[0]);
-                        sums[1] = _mm256_fmadd_ps(v[1], p, sums[1]);
+            for pair in positions.start / 2..positions.end.div_ceil(2) {
+                for odd in 0..2 {
+                    let j = 2 * pair + odd;
+                    let mut scale = [_mm256_setzero_ps(); 2];
+                    if ty == KvType::Q8_0 {
+                        let half = base.add(j * 2).cast::<i16>().read_unaligned();
+                        scale = [_mm256_cvtph_ps(_mm_set1_epi16(half)); 2];
+                    }
+                    let v = [0, 1].map(|i| load16(ty, base.add(scales), BLOCK_LEN, pair, odd, i, scale));
+                    for (n, sums) in sums.iter_mut().enumerate() {
+                        let p = _mm256_set1_ps(*p.get_unchecked(n * KV_CHUNK + j));
+                        for (sums, v) in sums.iter_mut().zip(v) {
+                            sums[0] = _mm256_fmadd_ps(v[0], p, sums[0]);
+                            sums[1] = _mm256_fmadd_ps(v[1], p, sums[1]);
+                        }
                     }
                 }
             }

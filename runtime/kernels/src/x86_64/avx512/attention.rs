@@ -9,51 +9,72 @@ use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 use crate::math::{EXP_MIN, EXP_POLY, LANES, LN2_HI, LN2_LO, LOG2E};
 
-/// How one type of cache is read, 16 values at a time.
+/// How one type of cache is read, 16 values of a row at a time.
 trait Cache {
-    /// Bytes of 32 values; those of a block of scales are apart.
-    const BLOCK: usize;
-    /// Bytes of 16 values.
+    /// Bytes of 16 values; those of scales are apart.
     const STEP: usize;
+    /// Values `16 * i..` of row `2 * pair + odd`, rows of `width` values beginning at `rows`.
+    ///
     /// # Safety
-    /// STEP bytes at `p`.
-    unsafe fn load(p: *const u8, scale: __m512) -> __m512;
+    /// The row must exist; `odd` is 0 or 1.
+    unsafe fn load(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize, scale: __m512) -> __m512;
 }
 
+/// # Safety
+/// As [`Cache::load`], rows lying one after the other.
+#[inline]
+unsafe fn row_at<C: Cache>(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize) -> *const u8 {
+    // SAFETY: the caller's promise.
+    unsafe { rows.add(((2 * pair + odd) * width / 16 + i) * C::STEP) }
+}
+
+struct Bf16;
 struct F16;
 struct F32;
 struct Q8;
 
-impl Cache for F16 {
-    const BLOCK: usize = 64;
+impl Cache for Bf16 {
     const STEP: usize = 32;
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load(p: *const u8, _: __m512) -> __m512 {
+    unsafe fn load(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize, _: __m512) -> __m512 {
+        // SAFETY: the caller's promise; the words of a pair of rows take as much as two rows.
+        let words = unsafe { _mm512_loadu_si512(rows.add((pair * width / 16 + i) * 64).cast()) };
+        _mm512_castsi512_ps(if odd == 0 {
+            _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+        } else {
+            _mm512_slli_epi32::<16>(words)
+        })
+    }
+}
+
+impl Cache for F16 {
+    const STEP: usize = 32;
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize, _: __m512) -> __m512 {
         // SAFETY: the caller's promise.
-        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(row_at::<Self>(rows, width, pair, odd, i).cast()) })
     }
 }
 
 impl Cache for F32 {
-    const BLOCK: usize = 128;
     const STEP: usize = 64;
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load(p: *const u8, _: __m512) -> __m512 {
+    unsafe fn load(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize, _: __m512) -> __m512 {
         // SAFETY: the caller's promise.
-        unsafe { _mm512_loadu_ps(p.cast()) }
+        unsafe { _mm512_loadu_ps(row_at::<Self>(rows, width, pair, odd, i).cast()) }
     }
 }
 
 impl Cache for Q8 {
-    const BLOCK: usize = 32;
     const STEP: usize = 16;
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn load(p: *const u8, scale: __m512) -> __m512 {
+    unsafe fn load(rows: *const u8, width: usize, pair: usize, odd: usize, i: usize, scale: __m512) -> __m512 {
         // SAFETY: the caller's promise.
-        let q = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
+        let q = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(row_at::<Self>(rows, width, pair, odd, i).cast()) });
         _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale)
     }
 }
@@ -62,29 +83,35 @@ impl Cache for Q8 {
 macro_rules! by_type_and_count {
     ($ty:expr, $n:expr, $f:ident($($arg:expr),*)) => {
         match $ty {
-            KvType::F16 => by_type_and_count!(@count F16, $n, $f($($arg),*)),
-            KvType::F32 => by_type_and_count!(@count F32, $n, $f($($arg),*)),
-            KvType::Q8_0 => by_type_and_count!(@count Q8, $n, $f($($arg),*)),
+            KvType::Bf16 => by_count!($n, $f<Bf16>($($arg),*)),
+            KvType::F16 => by_count!($n, $f<F16>($($arg),*)),
+            KvType::F32 => by_count!($n, $f<F32>($($arg),*)),
+            KvType::Q8_0 => by_count!($n, $f<Q8>($($arg),*)),
         }
     };
-    (@count $c:ty, $n:expr, $f:ident($($arg:expr),*)) => {
+}
+
+/// Runs a function generic over the number of queries (after `$c`, where given).
+macro_rules! by_count {
+    ($n:expr, $f:ident<$($c:ty)?>($($arg:expr),*)) => {
         match $n {
-            1 => $f::<$c, 1>($($arg),*),
-            2 => $f::<$c, 2>($($arg),*),
-            3 => $f::<$c, 3>($($arg),*),
-            4 => $f::<$c, 4>($($arg),*),
-            5 => $f::<$c, 5>($($arg),*),
-            6 => $f::<$c, 6>($($arg),*),
-            7 => $f::<$c, 7>($($arg),*),
-            8 => $f::<$c, 8>($($arg),*),
-            9 => $f::<$c, 9>($($arg),*),
-            10 => $f::<$c, 10>($($arg),*),
-            11 => $f::<$c, 11>($($arg),*),
-            12 => $f::<$c, 12>($($arg),*),
+            1 => $f::<$($c,)? 1>($($arg),*),
+            2 => $f::<$($c,)? 2>($($arg),*),
+            3 => $f::<$($c,)? 3>($($arg),*),
+            4 => $f::<$($c,)? 4>($($arg),*),
+            5 => $f::<$($c,)? 5>($($arg),*),
+            6 => $f::<$($c,)? 6>($($arg),*),
+            7 => $f::<$($c,)? 7>($($arg),*),
+            8 => $f::<$($c,)? 8>($($arg),*),
+            9 => $f::<$($c,)? 9>($($arg),*),
+            10 => $f::<$($c,)? 10>($($arg),*),
+            11 => $f::<$($c,)? 11>($($arg),*),
+            12 => $f::<$($c,)? 12>($($arg),*),
             n => unreachable!("{n} queries"),
         }
     };
 }
+pub(super) use by_count;
 
 pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]) {
     let n = q.len() / dim;
@@ -142,7 +169,8 @@ unsafe fn scores_tiles<C: Cache, const N: usize, const T: usize>(
     out: &mut [f32],
 ) {
     let scaled = C::STEP == 16;
-    let block_bytes = C::BLOCK * KV_TILE + if scaled { 2 * KV_TILE } else { 0 };
+    let scales = if scaled { 2 * KV_TILE } else { 0 };
+    let block_bytes = scales + C::STEP * BLOCK_LEN;
     let tile_bytes = dim / BLOCK_LEN * block_bytes;
     // SAFETY: tiles in the chunk, `block` among the blocks of a tile; scores of each query have KV_CHUNK floats.
     unsafe {
@@ -151,7 +179,7 @@ unsafe fn scores_tiles<C: Cache, const N: usize, const T: usize>(
         let scale: [__m512; T] = std::array::from_fn(|t| {
             if scaled { _mm512_cvtph_ps(_mm256_loadu_si256(at[t].cast())) } else { _mm512_setzero_ps() }
         });
-        let at = at.map(|p| p.add(block_bytes - C::BLOCK * KV_TILE));
+        let at = at.map(|p| p.add(scales));
         let mut acc = [[_mm512_setzero_ps(); T]; N];
         let out = out.as_mut_ptr().add(tile * KV_TILE);
         if block > 0 {
@@ -161,14 +189,16 @@ unsafe fn scores_tiles<C: Cache, const N: usize, const T: usize>(
                 }
             }
         }
-        for (i, q) in q.iter().enumerate() {
-            let k: [__m512; T] = std::array::from_fn(|t| {
-                _mm_prefetch::<_MM_HINT_T0>(at[t].wrapping_add(i * C::STEP + 4096).cast());
-                C::load(at[t].add(i * C::STEP), scale[t])
-            });
-            for (acc, &q) in acc.iter_mut().zip(q) {
-                for (acc, k) in acc.iter_mut().zip(k) {
-                    *acc = _mm512_fmadd_ps(k, _mm512_set1_ps(q), *acc);
+        for (pair, q) in q.as_chunks::<2>().0.iter().enumerate() {
+            for (odd, q) in q.iter().enumerate() {
+                let k: [__m512; T] = std::array::from_fn(|t| {
+                    _mm_prefetch::<_MM_HINT_T0>(at[t].wrapping_add((2 * pair + odd) * C::STEP + 4096).cast());
+                    C::load(at[t], KV_TILE, pair, odd, 0, scale[t])
+                });
+                for (acc, &q) in acc.iter_mut().zip(q) {
+                    for (acc, k) in acc.iter_mut().zip(k) {
+                        *acc = _mm512_fmadd_ps(k, _mm512_set1_ps(q), *acc);
+                    }
                 }
             }
         }
@@ -181,7 +211,13 @@ unsafe fn scores_tiles<C: Cache, const N: usize, const T: usize>(
 }
 
 #[target_feature(enable = "avx512f,avx512dq")]
-pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>, scale: f32) -> SoftmaxState {
+pub(super) fn softmax(
+    ty: KvType,
+    s: &mut [f32],
+    tiles: Range<usize>,
+    visible: Range<usize>,
+    scale: f32,
+) -> SoftmaxState {
     assert!(s.len() == KV_CHUNK && tiles.end * KV_TILE <= KV_CHUNK);
     let positions = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let seen = |tile: usize| {
@@ -207,12 +243,25 @@ pub(super) fn softmax(s: &mut [f32], tiles: Range<usize>, visible: Range<usize>,
         unsafe {
             let p = s.as_mut_ptr().add(tile * KV_TILE);
             let v = exp(_mm512_sub_ps(_mm512_loadu_ps(p), _mm512_set1_ps(max)));
-            let v = _mm512_maskz_mov_ps(seen(tile), v);
+            let mut v = _mm512_maskz_mov_ps(seen(tile), v);
+            if ty == KvType::Bf16 {
+                v = round_bf16(v);
+            }
             sum = _mm512_add_ps(sum, v);
             _mm512_storeu_ps(p, v);
         }
     }
     SoftmaxState { max, sum: reduce(sum) }
+}
+
+/// [`crate::math::round_bf16`] of numbers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_bf16(x: __m512) -> __m512 {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
 }
 
 /// [`crate::math::exp`].
@@ -257,21 +306,24 @@ unsafe fn values_of<C: Cache, const N: usize>(
         let mut sums = [[_mm512_setzero_ps(); 2]; N];
         // SAFETY: blocks of KV_CHUNK positions, as many as dim / 32; positions.end <= KV_CHUNK.
         unsafe {
-            let base = values.as_ptr().add(block * (C::BLOCK * KV_CHUNK + scales));
-            for j in positions.clone() {
-                let at = base.add(scales + j * C::BLOCK);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2048).cast());
-                let scale = if scaled {
-                    let half = base.add(j * 2).cast::<i16>().read_unaligned();
-                    _mm512_cvtph_ps(_mm256_set1_epi16(half))
-                } else {
-                    _mm512_setzero_ps()
-                };
-                let v = [C::load(at, scale), C::load(at.add(C::STEP), scale)];
-                for (n, sums) in sums.iter_mut().enumerate() {
-                    let p = _mm512_set1_ps(*p.get_unchecked(n * KV_CHUNK + j));
-                    for (sum, v) in sums.iter_mut().zip(v) {
-                        *sum = _mm512_fmadd_ps(v, p, *sum);
+            let base = values.as_ptr().add(block * (2 * C::STEP * KV_CHUNK + scales));
+            let rows = base.add(scales);
+            for pair in positions.start / 2..positions.end.div_ceil(2) {
+                for odd in 0..2 {
+                    let j = 2 * pair + odd;
+                    _mm_prefetch::<_MM_HINT_T0>(rows.wrapping_add(j * 2 * C::STEP + 2048).cast());
+                    let scale = if scaled {
+                        let half = base.add(j * 2).cast::<i16>().read_unaligned();
+                        _mm512_cvtph_ps(_mm256_set1_epi16(half))
+                    } else {
+                        _mm512_setzero_ps()
+                    };
+                    let v: [__m512; 2] = std::array::from_fn(|i| C::load(rows, BLOCK_LEN, pair, odd, i, scale));
+                    for (n, sums) in sums.iter_mut().enumerate() {
+                        let p = _mm512_set1_ps(*p.get_unchecked(n * KV_CHUNK + j));
+                        for (sum, v) in sums.iter_mut().zip(v) {
+                            *sum = _mm512_fmadd_ps(v, p, *sum);
+                        }
                     }
                 }
             }

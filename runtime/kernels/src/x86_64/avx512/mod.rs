@@ -4,6 +4,7 @@
 //! sums start at `bias = -offset * Σ a`; sums of integers are exact, so this changes nothing.
 
 mod attention;
+mod bf16;
 mod experts;
 mod float;
 mod gemm;
@@ -13,7 +14,12 @@ mod quantize;
 
 use crate::dispatch::{Isa, Table};
 
-pub(crate) static TABLE: Table = Table {
+pub(crate) static TABLE: Table = VNNI;
+
+pub(crate) static BF16_TABLE: Table =
+    Table { isa: Isa::Avx512Bf16, scores: bf16::scores, values: bf16::values, ..VNNI };
+
+const VNNI: Table = Table {
     isa: Isa::Avx512Vnni,
     quantize_q8: quantize::quantize_q8,
     quantize_q4_0: quantize::quantize_q4_0,

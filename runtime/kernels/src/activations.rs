@@ -10,6 +10,7 @@
 
 use crate::aligned::AlignedBuf;
 use crate::block::BLOCK_LEN;
+use crate::pool::Pool;
 
 /// Rows per unit.
 pub(crate) const UNIT_ROWS: usize = 4;
@@ -28,7 +29,7 @@ pub(crate) struct ActRow<'a> {
 }
 
 /// A batch of activation rows quantized to Q8_0. Filled by [`crate::Kernels::quantize_acts`] and
-/// [`crate::Kernels::gather_acts`]; refilling allocates only when there are more rows than ever before.
+/// [`crate::Kernels::gather_acts_pool`]; refilling allocates only when there are more rows than ever before.
 #[derive(Debug, Clone)]
 pub struct Q8Acts {
     k: usize,
@@ -144,12 +145,12 @@ pub(crate) struct RowsMut<'a> {
 }
 
 impl<'a> RowsMut<'a> {
-    pub(crate) fn rows(&self) -> usize {
+    fn rows(&self) -> usize {
         self.d.len() / padded_blocks(self.k)
     }
 
     /// Cuts off the first `rows` rows, a whole number of units unless it takes all.
-    pub(crate) fn split(self, rows: usize) -> (RowsMut<'a>, RowsMut<'a>) {
+    fn split(self, rows: usize) -> (RowsMut<'a>, RowsMut<'a>) {
         let kbp = padded_blocks(self.k);
         let unit_bytes = self.k / BLOCK_LEN * UNIT_BLOCK;
         let units = if self.units.is_empty() { 0 } else { rows.div_ceil(UNIT_ROWS) * unit_bytes };
@@ -159,6 +160,27 @@ impl<'a> RowsMut<'a> {
         let (u0, u1) = self.units.split_at_mut(units);
         let k = self.k;
         (RowsMut { k, q: q0, d: d0, bias: b0, units: u0 }, RowsMut { k, q: q1, d: d1, bias: b1, units: u1 })
+    }
+
+    /// [`Self::fill`] shared among the threads of a pool.
+    pub(crate) fn fill_pool(self, pool: &Pool, fill: &(impl Fn(usize, &mut [i8], &mut [f32], &mut [i32]) + Sync)) {
+        let rows = self.rows();
+        if pool.n_threads() == 1 || rows < 2 * UNIT_ROWS {
+            return self.fill(fill);
+        }
+        let per_task = rows.div_ceil(pool.n_threads()).next_multiple_of(UNIT_ROWS);
+        let (mut tasks, mut rest) = (Vec::with_capacity(pool.n_threads()), self);
+        while rest.rows() > per_task {
+            let (first, others) = rest.split(per_task);
+            tasks.push(Some(first));
+            rest = others;
+        }
+        tasks.push(Some(rest));
+        pool.run_chunks(&mut tasks, 1, &|i, task| {
+            if let Some(part) = task[0].take() {
+                part.fill(|row, q, d, bias| fill(i * per_task + row, q, d, bias));
+            }
+        });
     }
 
     /// Fills every row by `fill(row, q, d, bias)`, slices without padding, then the units.
@@ -184,9 +206,9 @@ impl<'a> RowsMut<'a> {
                     let (values, scales) = block.split_at_mut(128);
                     let at = if present { row * kbp + b } else { 0 };
                     let q = &self.q[at * BLOCK_LEN..(at + 1) * BLOCK_LEN];
-                    for (g, q) in q.chunks_exact(4).enumerate() {
-                        let quad = if present { [q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8] } else { [0; 4] };
-                        values[(g * UNIT_ROWS + t) * 4..][..4].copy_from_slice(&quad);
+                    let quads = values.as_chunks_mut::<4>().0.iter_mut().skip(t).step_by(UNIT_ROWS);
+                    for (quad, q) in quads.zip(q.as_chunks::<4>().0) {
+                        *quad = if present { q.map(|q| q as u8) } else { [0; 4] };
                     }
                     let (d, bias) = if present { (self.d[at], self.bias[at]) } else { (0.0, 0) };
                     scales[t * 4..][..4].copy_from_slice(&d.to_ne_bytes());

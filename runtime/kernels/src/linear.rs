@@ -35,41 +35,20 @@ impl Kernels {
     pub fn quantize_acts_pool(self, pool: &Pool, x: &[f32], acts: &mut Q8Acts) {
         let k = acts.k();
         assert!(x.len().is_multiple_of(k), "quantize_acts: {} floats are not rows of {k}", x.len());
-        let rows = x.len() / k;
-        let per_task = rows.div_ceil(pool.n_threads()).next_multiple_of(UNIT_ROWS);
-        if pool.n_threads() == 1 || rows < 2 * UNIT_ROWS {
-            return self.quantize_acts(x, acts);
-        }
-        let mut rest = Some(acts.begin(rows));
-        let mut tasks: Vec<_> = std::iter::from_fn(|| {
-            let r = rest.take()?;
-            let n = r.rows();
-            if n <= per_task {
-                return Some(Some(r));
-            }
-            let (first, others) = r.split(per_task);
-            rest = Some(others);
-            Some(Some(first))
-        })
-        .collect();
-        pool.run_chunks(&mut tasks, 1, &|i, task| {
-            let Some(part) = task[0].take() else { return };
-            part.fill(|row, q, d, bias| {
-                let row = i * per_task + row;
-                // SAFETY: as in `quantize_acts`.
-                unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
-            });
+        acts.begin(x.len() / k).fill_pool(pool, &|row, q, d, bias| {
+            // SAFETY: as in `quantize_acts`.
+            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
         });
     }
 
-    /// Copies some rows of a batch, in the order of `rows`: the tokens that go to one expert.
+    /// Copies some rows of a batch, in the order of `rows`, shared among the threads of a pool: the tokens that go to one expert.
     ///
     /// # Panics
     /// If the two differ in `k` or a row does not exist.
-    pub fn gather_acts(self, src: &Q8Acts, rows: &[u32], dst: &mut Q8Acts) {
+    pub fn gather_acts_pool(self, pool: &Pool, src: &Q8Acts, rows: &[u32], dst: &mut Q8Acts) {
         assert_eq!(src.k(), dst.k(), "gather_acts: k");
         let kb = src.blocks();
-        dst.begin(rows.len()).fill(|i, q, d, bias| {
+        dst.begin(rows.len()).fill_pool(pool, &|i, q, d, bias| {
             let from = src.row(rows[i] as usize);
             q.copy_from_slice(&from.q[..kb * BLOCK_LEN]);
             d.copy_from_slice(&from.d[..kb]);

@@ -66,7 +66,17 @@ impl Default for LoadOptions {
     }
 }
 
+/// Tokens of a prompt that go through the layers together under a budget, which their buffers are part of.
+const BATCH: usize = 512;
+/// Without a budget: every matrix is unpacked half as often.
+const BATCH_UNLIMITED: usize = 1024;
+
 impl LoadOptions {
+    /// Tokens of a prompt that go through the layers together. It changes no bit.
+    pub(crate) fn batch(&self) -> usize {
+        if self.memory.is_some() { BATCH } else { BATCH_UNLIMITED }
+    }
+
     /// How keys and values of a model with weights of type `weights` are kept.
     pub(crate) fn kv_type_for(&self, weights: WeightType) -> KvType {
         self.kv_type.unwrap_or(if weights.is_quantized() { KvType::Bf16 } else { KvType::F16 })
@@ -91,6 +101,7 @@ pub struct Engine {
     end_ids: Vec<u32>,
     plan: MemoryPlan,
     kv_type: KvType,
+    batch: usize,
 }
 
 impl Engine {
@@ -148,7 +159,7 @@ impl Engine {
         }?;
         let kv_type = options.kv_type_for(source.format().ty());
         let model = Model::load(&source, config, store, options)?;
-        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type })
+        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type, batch: options.batch() })
     }
 
     /// The shape of the model.
@@ -189,6 +200,11 @@ impl Engine {
     /// How keys and values are kept.
     pub fn kv_type(&self) -> KvType {
         self.kv_type
+    }
+
+    /// Tokens of a prompt that go through the layers together.
+    pub(crate) fn batch(&self) -> usize {
+        self.batch
     }
 
     /// What the expert cache did since it was made.

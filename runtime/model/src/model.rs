@@ -139,7 +139,7 @@ impl Model {
         }
         Attention { config: &self.config, position, kv }.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
         layer.attn_output.forward(cx, &mut scratch.acts, &a.attn, &a.delta)?;
-        ops::add(&a.x, &a.delta)?;
+        ops::add(cx, &a.x, &a.delta)?;
 
         // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
         if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(routing)) {

@@ -18,7 +18,7 @@ use crate::session::Work;
 /// Groups of 32 neurons that one task takes when there is one token.
 const TASK_GROUPS: usize = 4;
 /// Neurons that one task takes when there are many.
-const TASK_NEURONS: usize = 64;
+const TASK_NEURONS: usize = 32;
 /// Tasks that a thread should find, so that none waits long for another.
 const TASKS_PER_THREAD: usize = 4;
 /// Outputs that one task takes, at least.
@@ -250,7 +250,7 @@ impl Moe {
         let acts = batch.acts.get_or_insert_with(|| Q8Acts::new(n_embd, 1));
         let hidden_acts = batch.hidden_acts.get_or_insert_with(|| Q8Acts::new(n_ff, 1));
         if format.ty().is_quantized() {
-            cx.kernels.gather_acts(input.acts, tokens, acts);
+            cx.kernels.gather_acts_pool(&cx.pool, input.acts, tokens, acts);
         } else {
             batch.floats.clear();
             for &token in tokens {
@@ -272,7 +272,7 @@ impl Moe {
         let down = lease.wait(rank, Matrix::Down)?;
         let hidden = ExpertInput { floats: hidden, acts: hidden_acts };
         let out = &mut parts[pairs.start * n_embd..pairs.end * n_embd];
-        cx.pool.run_columns(out, n_embd, TASK_OUTPUTS, &|mut out| {
+        cx.pool.run_columns(out, n_embd, OUTPUT_CHUNK, &|mut out| {
             cx.kernels.expert_down_batch(format, down, hidden, &mut out);
         });
         Ok(())

@@ -12,9 +12,6 @@ use crate::moe::MoeScratch;
 use crate::ops::{Rope, Scratch};
 use crate::router::Routing;
 
-/// Tokens of a prompt that go through the layers together.
-pub(crate) const BATCH: usize = 512;
-
 /// What computing touched, counted since the session began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
@@ -92,7 +89,7 @@ impl<'e> Session<'e> {
     pub fn new(engine: &'e Engine) -> Result<Self, ModelError> {
         let config = engine.config();
         let kv = (0..config.n_layers)
-            .map(|layer| LayerKv::new(config, layer, engine.kv_type(), engine.ctx(), BATCH))
+            .map(|layer| LayerKv::new(config, layer, engine.kv_type(), engine.ctx(), engine.batch()))
             .collect();
         let buffers = Buffers {
             scratch: Scratch::default(),
@@ -193,7 +190,7 @@ impl<'e> Session<'e> {
     ) -> Result<ControlFlow<()>, ModelError> {
         self.check(tokens)?;
         let mut done = 0;
-        for batch in tokens.chunks(BATCH) {
+        for batch in tokens.chunks(self.engine.batch()) {
             self.run(batch, done + batch.len() == tokens.len(), |_, _, _| Ok(()))?;
             done += batch.len();
             if progress(done).is_break() {
@@ -228,7 +225,7 @@ impl<'e> Session<'e> {
     ) -> Result<(), ModelError> {
         self.check(tokens)?;
         let mut done = 0;
-        for batch in tokens.chunks(BATCH) {
+        for batch in tokens.chunks(self.engine.batch()) {
             let activations = self.run(batch, false, |layer, activations, routing| {
                 activations.with_residual(|x| on_layer(layer, x, routing))
             })?;
@@ -293,7 +290,7 @@ impl Buffers {
         }
         let batch = match &mut self.batch {
             Some(batch) => batch,
-            None => self.batch.insert(Activations::new(engine.config(), BATCH)?),
+            None => self.batch.insert(Activations::new(engine.config(), engine.batch())?),
         };
         batch.first(n)
     }

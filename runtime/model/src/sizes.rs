@@ -13,7 +13,6 @@ use crate::kv_cache::{LayerKv, POSITION_STEP};
 use crate::moe::Moe;
 use crate::ops::Linear;
 use crate::plan::{FixedCosts, MemoryPlan, PlanShape, VariableCosts};
-use crate::session::BATCH;
 use crate::weights::{self, TensorSource};
 
 /// The expert format as the store wants it: where matrices lie in a slot, and how to put them there.
@@ -72,7 +71,7 @@ pub(crate) fn plan(
     let fixed = FixedCosts {
         process: resident_bytes(),
         dense: dense(source, config)?,
-        scratch: scratch(config, source.n_vocab()),
+        scratch: scratch(config, source.n_vocab(), options.batch()),
         io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
     };
     let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
@@ -81,7 +80,7 @@ pub(crate) fn plan(
     let window_layers = (0..config.n_layers).filter(|&layer| config.windows[layer].is_some());
     let ring = |layer| {
         let ctx = options.ctx.unwrap_or(config.context_length);
-        LayerKv::bytes(config, kv_type, LayerKv::positions(config, layer, ctx, BATCH))
+        LayerKv::bytes(config, kv_type, LayerKv::positions(config, layer, ctx, options.batch()))
     };
     let variable = VariableCosts {
         kv_full_per_token: full_layers * per_step / POSITION_STEP as u64,
@@ -145,12 +144,12 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelEr
 }
 
 /// Activations and scratch of one session: one token, one batch, the experts' parts, logits.
-fn scratch(config: &ModelConfig, n_vocab: usize) -> u64 {
-    let activations = (BATCH + 1) * Activations::bytes_per_token(config);
-    let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, BATCH)).iter().sum::<usize>();
+fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize) -> u64 {
+    let activations = (batch + 1) * Activations::bytes_per_token(config);
+    let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, batch)).iter().sum::<usize>();
     // Logits, and what sampling makes of them.
     let head = 4 * n_vocab * size_of::<f32>();
-    (activations + inputs + Moe::scratch_bytes(config, BATCH) + head) as u64
+    (activations + inputs + Moe::scratch_bytes(config, batch) + head) as u64
 }
 
 /// Resident memory of this process now, in bytes; 0 where the system does not tell.

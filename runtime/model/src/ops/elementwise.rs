@@ -38,12 +38,15 @@ impl RmsNorm {
     }
 }
 
-/// Adds `delta` to `x`.
-pub(crate) fn add(x: &Tensor, delta: &Tensor) -> Result<(), ModelError> {
+/// Adds `delta` to `x`; both `[tokens, n_embd]`.
+pub(crate) fn add(cx: &Compute, x: &Tensor, delta: &Tensor) -> Result<(), ModelError> {
+    let chunk = ROWS * x.dim(1)?;
     in_place("add", x, delta, |x, delta| {
-        for (x, delta) in x.iter_mut().zip(delta) {
-            *x += delta;
-        }
+        cx.pool.run_chunks(x, chunk, &|i, x| {
+            for (x, delta) in x.iter_mut().zip(&delta[i * chunk..]) {
+                *x += delta;
+            }
+        });
         Ok(())
     })
 }

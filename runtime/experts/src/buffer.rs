@@ -2,8 +2,10 @@
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -65,10 +67,57 @@ impl Mapping {
         self.len
     }
 
+    /// Puts the `len` bytes of `file` from `offset` on, as whole pages of the page cache, in the place of the memory from `at` on, and
+    /// waits until they are there. From then on they can only be read.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where the file ends before; otherwise what the system reports, `EFAULT` for what cannot be read.
+    ///
+    /// # Safety
+    /// While this runs nobody touches these pages, and nobody writes to them afterwards.
+    pub(crate) unsafe fn map_file(&self, at: usize, len: usize, file: &File, offset: u64) -> io::Result<()> {
+        let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(inside, "a mapping of {len} bytes at {at} in {}", self.len);
+        if file.metadata()?.len() < offset.saturating_add(len as u64) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_FIXED);
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range is part of this mapping, which stays the owner of its addresses; the caller excludes others.
+        let start = unsafe {
+            let start = self.as_ptr().add(at).cast();
+            libc::mmap(start, len, prot, flags, file.as_raw_fd(), offset)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the range was mapped just now.
+        unsafe { populate(start, len) }
+    }
+
     /// The first byte; valid for `len()` bytes as long as the mapping lives.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
+}
+
+/// Waits until all pages of a file's mapping are there. Touching one that cannot be read would be a signal; this is an error.
+///
+/// # Safety
+/// The range is mapped.
+#[cfg(target_os = "linux")]
+unsafe fn populate(start: *mut libc::c_void, len: usize) -> io::Result<()> {
+    // SAFETY: the caller's promise; the one is a hint to read ahead, the other brings pages in, and neither changes a byte.
+    let refused = unsafe {
+        libc::madvise(start, len, libc::MADV_WILLNEED);
+        libc::madvise(start, len, libc::MADV_POPULATE_READ)
+    };
+    if refused == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(not(target_os = "linux"))]
+unsafe fn populate(_start: *mut libc::c_void, _len: usize) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 impl Drop for Mapping {

@@ -8,7 +8,8 @@ use crate::error::{StoreError, matrix_name};
 use crate::inflight::{Job, Pieces};
 use crate::io::{ExpertIo, bounce_bytes, read_covering, read_into};
 use crate::slots::Slab;
-use st_gguf::{ExpertIndex, Layout, Matrix};
+use st_gguf::{ByteRange, ExpertIndex, Layout, Matrix};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -82,30 +83,51 @@ impl Reader {
     /// The job was handed out by the table and is not finished: until it is, nobody else touches the piece's bytes.
     pub(crate) unsafe fn read(&self, job: &Job, bounce: &mut AlignedBuf, cost: &mut Cost) -> Result<u32, StoreError> {
         let file_range = self.file_range(job);
-        // SAFETY: the table hands each piece of a load to one thread and shows it to readers only when it is finished; the
-        // ranges of different pieces do not overlap.
-        let dest = unsafe { self.slab.write(job.slot, self.pieces.range(job.piece)) };
-        let mut attempt = self.read_once(job, &file_range, bounce, dest, cost);
+        let mut once = |cost: &mut Cost| match self.io.mappable() {
+            // SAFETY: as the caller promises; nobody writes to a slot of a store that maps.
+            Some(file) => unsafe { self.map_once(job, &file_range, file, cost) },
+            // SAFETY: as the caller promises.
+            None => unsafe { self.read_once(job, &file_range, bounce, cost) },
+        };
+        let mut attempt = once(cost);
         if let Err(error) = &attempt {
             tracing::debug!(offset = file_range.start, %error, "a read failed and is made once more");
             cost.retries += 1;
-            attempt = self.read_once(job, &file_range, bounce, dest, cost);
+            attempt = once(cost);
         }
         attempt.map_err(|cause| self.failure(job, cause))?;
         self.io.done_with(file_range);
-        Ok(if job.verify { crc32c::crc32c(dest) } else { 0 })
+        // SAFETY: the piece is this thread's until the job is finished, and it writes no more.
+        let checksum = || crc32c::crc32c(unsafe { self.slab.read(job.slot, self.pieces.range(job.piece)) });
+        Ok(if job.verify { checksum() } else { 0 })
     }
 
-    fn read_once(
+    /// # Safety
+    /// As for [`Reader::read`], and the job's piece is the whole slot, to which nobody ever writes.
+    unsafe fn map_once(&self, job: &Job, file_range: &Range<u64>, file: &File, cost: &mut Cost) -> io::Result<()> {
+        let started = Instant::now();
+        cost.reads += 1;
+        let len = self.pieces.range(job.piece).len();
+        // SAFETY: the table hands a load to one thread and shows it to readers only when it is finished.
+        let mapped = unsafe { self.slab.map(job.slot, len, file, file_range.start) };
+        cost.reading += started.elapsed();
+        mapped.map(|()| cost.bytes += len as u64)
+    }
+
+    /// # Safety
+    /// As for [`Reader::read`].
+    unsafe fn read_once(
         &self,
         job: &Job,
         file_range: &Range<u64>,
         bounce: &mut AlignedBuf,
-        dest: &mut [u8],
         cost: &mut Cost,
     ) -> io::Result<()> {
         let started = Instant::now();
         cost.reads += 1;
+        // SAFETY: the table hands each piece of a load to one thread and shows it to readers only when it is finished; the
+        // ranges of different pieces do not overlap.
+        let dest = unsafe { self.slab.write(job.slot, self.pieces.range(job.piece)) };
         match self.index.layout() {
             Layout::Offload => {
                 let delivered = read_into(self.io.as_ref(), bounce, file_range.clone(), dest);
@@ -179,12 +201,18 @@ impl Reader {
 /// What a thread's bounce buffer has to hold: a matrix in canonical form and what its pages cover beyond it; nothing for
 /// records that lie on pages, since they are read right into their slots.
 pub(crate) fn bounce_bytes_for(index: &ExpertIndex, format: &dyn SlotFormat) -> usize {
-    let on_page = |layer| index.record(layer, 0).is_some_and(|record| record.offset.is_multiple_of(PAGE as u64));
     match index.layout() {
-        Layout::Offload if (0..index.n_layers()).all(on_page) => 0,
+        Layout::Offload if records_on_pages(index) => 0,
         Layout::Offload => bounce_bytes(format.slot_bytes()),
         Layout::Gguf => bounce_bytes(Matrix::ALL.map(|m| format.canonical_bytes(m)).into_iter().max().unwrap_or(0)),
     }
+}
+
+/// Whether every expert is a record of whole pages.
+pub(crate) fn records_on_pages(index: &ExpertIndex) -> bool {
+    let page = PAGE as u64;
+    let on_page = |record: ByteRange| record.offset.is_multiple_of(page) && record.len.is_multiple_of(page);
+    (0..index.n_layers()).all(|layer| index.record(layer, 0).is_some_and(on_page))
 }
 
 /// Compares the index with the format and splits an expert into pieces.

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::buffer::{Mapping, PAGE};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 
@@ -49,6 +50,19 @@ impl Slab {
     pub(crate) unsafe fn read(&self, slot: u32, range: Range<usize>) -> &[u8] {
         // SAFETY: `ptr` checked the bounds; the memory is initialised (zeroed by the kernel); the caller excludes writers.
         unsafe { std::slice::from_raw_parts(self.ptr(slot, &range), range.len()) }
+    }
+
+    /// Puts the first `len` bytes of `file` from `offset` on in the place of the slot's.
+    ///
+    /// # Errors
+    /// As [`Mapping::map_file`].
+    ///
+    /// # Safety
+    /// As for [`Slab::write`], and nobody writes to the slot afterwards.
+    pub(crate) unsafe fn map(&self, slot: u32, len: usize, file: &File, offset: u64) -> io::Result<()> {
+        assert!((slot as usize) < self.n_slots && len <= self.stride, "slot out of bounds");
+        // SAFETY: passed on to the caller; slots are whole pages and do not overlap.
+        unsafe { self.mapping.map_file(slot as usize * self.stride, len, file, offset) }
     }
 
     /// The bytes `range` of `slot`, to be filled.

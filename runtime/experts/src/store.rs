@@ -12,7 +12,7 @@ use crate::inflight::Job;
 use crate::io::{self, ExpertIo, Measured};
 use crate::lease::Lease;
 use crate::options::{MAX_IO_THREADS, MAX_LEASE, StoreMemory, StoreOptions, count_experts};
-use crate::reader::{Cost, Reader};
+use crate::reader::{Cost, Reader, records_on_pages};
 use crate::sched;
 use crate::slots::Slab;
 use crate::stats::StoreStats;
@@ -92,7 +92,8 @@ impl ExpertStore {
             .map(|range| range.offset..range.end())
             .collect();
         let (budgeted, threads) = (options.n_slots < n_experts, options.io_threads.clamp(1, MAX_IO_THREADS));
-        let (io, measured) = io::open(&source, options.io, budgeted, &samples, threads, options.huge_pages)?;
+        let mappable = !budgeted && records_on_pages(&index);
+        let (io, measured) = io::open(&source, options.io, budgeted, mappable, &samples, threads, options.huge_pages)?;
         let mut store = Self::with_io(io, index, format, options)?;
         store.measured = measured;
         Ok(store)
@@ -127,7 +128,8 @@ impl ExpertStore {
             Vec::new()
         };
         let gate = GuessGate::new(index.n_layers());
-        let reader = Reader::new(io, index, format, options.whole_records, slab)?;
+        let whole_records = options.whole_records || io.mappable().is_some();
+        let reader = Reader::new(io, index, format, whole_records, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
         let guesses = options.prefetch && guess_slots > 0 && n_slots < n_keys;
         let table = Table::new(

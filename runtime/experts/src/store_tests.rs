@@ -351,6 +351,29 @@ fn a_truncated_file_is_an_error_with_the_reason() {
     }
 }
 
+/// Where nothing is evicted, slots are made of the file's own pages; a file that ends early is an error there, too.
+#[test]
+#[cfg(target_os = "linux")]
+fn records_are_mapped_where_every_expert_stays() {
+    let name = |fixture: &Fixture, options| store(fixture, options).unwrap().io_name();
+    for (layout, expected) in [(Layout::Gguf, "buffered"), (Layout::Offload, "mapped")] {
+        let fixture = Fixture::new(layout, 2, 4, ODD);
+        assert_eq!(name(&fixture, StoreOptions::default()), expected);
+        assert_eq!(name(&fixture, StoreOptions { io: IoMode::Buffered, ..Default::default() }), "buffered");
+        assert_ne!(name(&fixture, StoreOptions { n_slots: 4, ..Default::default() }), "mapped");
+    }
+    let fixture = Fixture::new(Layout::Offload, 2, 4, ODD);
+    let store = store(&fixture, StoreOptions::default()).unwrap();
+    check(&fixture, 0, &store.acquire(0, &[0, 3]).unwrap());
+    let last = fixture.index.record(1, 3).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&fixture.path).unwrap().set_len(last.end() - 1).unwrap();
+    let error = store.acquire(1, &[3]).unwrap().wait(0, Matrix::Gate).unwrap_err();
+    let StoreError::Read { cause, offset, .. } = error else { panic!("{error}") };
+    assert_eq!((cause.kind(), offset), (std::io::ErrorKind::UnexpectedEof, last.offset));
+    assert_eq!(store.stats().retries, 1);
+    check(&fixture, 0, &store.acquire(0, &[0, 3, 1]).unwrap());
+}
+
 /// Several sessions at once, each with its own leases, and threads of one session waiting for the same expert.
 #[test]
 fn threads_share_one_read_and_see_the_same_bytes() {

@@ -35,6 +35,10 @@ impl BufferedIo {
         Ok(io)
     }
 
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Takes `range` out of the page cache, as far as it is clean and in nobody's use.
     pub(super) fn forget(&self, range: Range<u64>) {
         self.advise(range, Advice::DontNeed);

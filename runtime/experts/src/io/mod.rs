@@ -5,6 +5,7 @@
 
 mod buffered;
 mod direct;
+mod mapped;
 mod noop;
 mod probe;
 
@@ -15,6 +16,7 @@ pub use probe::{Measured, open};
 
 use crate::buffer::{AlignedBuf, PAGE};
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -23,7 +25,7 @@ use std::sync::Arc;
 /// How to read experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum IoMode {
-    /// Measure under a budget, otherwise through the page cache.
+    /// Measure under a budget; otherwise records as the page cache has them, without a copy, or through it.
     #[default]
     Auto,
     /// Past the page cache; an error where the file system does not offer it.
@@ -49,12 +51,17 @@ pub trait ExpertIo: Send + Sync + Debug {
     /// Called when all of `range` has been read and will not be wanted again soon.
     fn done_with(&self, _range: Range<u64>) {}
 
+    /// The file whose pages take the place of a slot's, instead of being read into it. Where there is one, records lie on pages.
+    fn mappable(&self) -> Option<&File> {
+        None
+    }
+
     /// The file, for messages.
     fn path(&self) -> Option<&Path> {
         None
     }
 
-    /// What to call this way of reading: `direct`, `buffered`, `memory`.
+    /// What to call this way of reading: `direct`, `buffered`, `mapped`, `memory`.
     fn name(&self) -> &'static str;
 }
 
@@ -69,6 +76,10 @@ impl<I: ExpertIo + ?Sized> ExpertIo for Arc<I> {
 
     fn done_with(&self, range: Range<u64>) {
         (**self).done_with(range);
+    }
+
+    fn mappable(&self) -> Option<&File> {
+        (**self).mappable()
     }
 
     fn path(&self) -> Option<&Path> {

@@ -3,8 +3,10 @@
 //! Direct reads win where the model far exceeds memory and lose on some drives and file systems, so `auto` measures: a few
 //! matrices from all over the file, read by as many threads as will read later, each way on ranges of its own that are
 //! taken out of the page cache first. Without a budget every expert is read once and the page cache is there to be used:
-//! the next start finds the file in it.
+//! the next start finds the file in it. Records that are what a slot holds need not be read at all: the slot is made of the
+//! page cache's own pages.
 
+use super::mapped::MappedIo;
 use super::{BufferedIo, DirectIo, ExpertIo, IoMode, SourceIo, bounce_bytes, read_covering};
 use crate::buffer::{AlignedBuf, PAGE};
 use crate::error::StoreError;
@@ -33,7 +35,8 @@ pub struct Measured {
 }
 
 /// Opens `source`'s file for reading experts. `samples` are ranges that will be read later, to measure with; `threads` is how
-/// many reads will be under way at once, `huge_pages` into what memory.
+/// many reads will be under way at once, `huge_pages` into what memory. `mappable` says that nothing will be evicted and that
+/// records are whole pages.
 ///
 /// # Errors
 /// [`StoreError::DirectRefused`] where direct I/O is demanded and not possible, [`StoreError::Open`] where the file is gone.
@@ -41,6 +44,7 @@ pub fn open(
     source: &Arc<dyn ReadAt>,
     mode: IoMode,
     budgeted: bool,
+    mappable: bool,
     samples: &[Range<u64>],
     threads: usize,
     huge_pages: bool,
@@ -76,7 +80,17 @@ pub fn open(
             };
             Ok((io, measured))
         }
-        IoMode::Auto | IoMode::Buffered => Ok((Box::new(open_buffered(source, path, budgeted).map_err(opened)?), None)),
+        IoMode::Auto | IoMode::Buffered => {
+            let buffered = open_buffered(source, path, budgeted).map_err(opened)?;
+            let io: Box<dyn ExpertIo> = match (mode, mappable) {
+                (IoMode::Auto, true) => match MappedIo::over(buffered) {
+                    Ok(mapped) => Box::new(mapped),
+                    Err(buffered) => Box::new(buffered),
+                },
+                _ => Box::new(buffered),
+            };
+            Ok((io, None))
+        }
     }
 }
 
@@ -178,7 +192,7 @@ mod tests {
         let mut bounce = AlignedBuf::new(bounce_bytes(10_000)).unwrap();
         for mode in [IoMode::Auto, IoMode::Buffered, IoMode::Direct] {
             for budgeted in [false, true] {
-                let (io, measured) = match open(&source, mode, budgeted, &samples, 2, true) {
+                let (io, measured) = match open(&source, mode, budgeted, false, &samples, 2, true) {
                     Ok(opened) => opened,
                     // Some file systems for temporary files offer no direct I/O; then it must be this error.
                     Err(StoreError::DirectRefused { .. }) if mode == IoMode::Direct => continue,
@@ -202,11 +216,11 @@ mod tests {
         let file = file(&[1; 9000]);
         let source: Arc<dyn ReadAt> = Arc::new(FileSource::open(file.path()).unwrap());
         std::fs::rename(self::file(&[2; 9000]).into_temp_path().keep().unwrap(), file.path()).unwrap();
-        let error = open(&source, IoMode::Buffered, false, &[], 1, false).unwrap_err();
+        let error = open(&source, IoMode::Buffered, false, false, &[], 1, false).unwrap_err();
         assert!(matches!(&error, StoreError::Open { path, .. } if path == file.path()), "{error}");
 
         let source: Arc<dyn ReadAt> = Arc::new(StaticSource(b"embedded"));
-        let (io, _) = open(&source, IoMode::Direct, true, &[], 1, false).unwrap();
+        let (io, _) = open(&source, IoMode::Direct, true, false, &[], 1, false).unwrap();
         assert_eq!((io.name(), io.alignment()), ("memory", 1));
     }
 }

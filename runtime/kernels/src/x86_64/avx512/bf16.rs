@@ -10,6 +10,9 @@ use crate::block::BLOCK_LEN;
 use crate::dispatch::MAX_QUERIES;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 
+/// Dimensions whose sums stay in registers.
+const DIMS: usize = 128;
+
 pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]) {
     if ty != KvType::Bf16 {
         return attention::scores(ty, dim, keys, tiles, q, out);
@@ -26,12 +29,13 @@ pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
 /// As checked in [`scores`], N being the number of queries.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn scores_of<const N: usize>(dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]) {
-    // Pairs of 32 dimensions at a time, pair by pair, to be broadcast from one run of memory.
-    let mut turned = [[0; N]; BLOCK_LEN / 2];
-    for block in 0..dim / BLOCK_LEN {
+    // Pairs of some dimensions at a time, pair by pair, to be broadcast from one run of memory.
+    let mut turned = [[0; N]; DIMS / 2];
+    for first in (0..dim).step_by(DIMS) {
+        let turned = &mut turned[..DIMS.min(dim - first) / 2];
         for (i, turned) in turned.iter_mut().enumerate() {
             for (n, turned) in turned.iter_mut().enumerate() {
-                let at = n * dim + block * BLOCK_LEN + 2 * i;
+                let at = n * dim + first + 2 * i;
                 *turned = pair(q[at], q[at + 1]);
             }
         }
@@ -39,38 +43,37 @@ unsafe fn scores_of<const N: usize>(dim: usize, keys: &[u8], tiles: Range<usize>
         // SAFETY: the tiles are in the chunk.
         unsafe {
             while tile + 2 <= tiles.end {
-                scores_tiles::<N, 2>(dim, keys, tile, block, &turned, out);
+                scores_tiles::<N, 2>(dim, keys, tile, first, turned, out);
                 tile += 2;
             }
             if tile < tiles.end {
-                scores_tiles::<N, 1>(dim, keys, tile, block, &turned, out);
+                scores_tiles::<N, 1>(dim, keys, tile, first, turned, out);
             }
         }
     }
 }
 
-/// Block `block` of dimensions of `T` tiles; sums go on from what `out` holds, except for the first block.
+/// The dimensions from `first` on that `q` has, of `T` tiles; sums go on from what `out` holds, except for the first.
 ///
 /// # Safety
-/// The tiles must be in the chunk.
+/// The tiles must be in the chunk, and the dimensions in a tile.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn scores_tiles<const N: usize, const T: usize>(
     dim: usize,
     keys: &[u8],
     tile: usize,
-    block: usize,
-    q: &[[i32; N]; BLOCK_LEN / 2],
+    first: usize,
+    q: &[[i32; N]],
     out: &mut [f32],
 ) {
-    let (block_bytes, tile_bytes) = (KvType::Bf16.bytes(KV_TILE * BLOCK_LEN), KvType::Bf16.bytes(KV_TILE * dim));
-    // SAFETY: tiles in the chunk, `block` among the blocks of a tile; scores of each query have KV_CHUNK floats.
+    // SAFETY: tiles in the chunk, dimensions in a tile; scores of each query have KV_CHUNK floats.
     unsafe {
         let at: [*const u8; T] =
-            std::array::from_fn(|t| keys.as_ptr().add((tile + t) * tile_bytes + block * block_bytes));
+            std::array::from_fn(|t| keys.as_ptr().add(KvType::Bf16.bytes(KV_TILE * ((tile + t) * dim + first))));
         let mut acc = [[_mm512_setzero_ps(); T]; N];
         let out = out.as_mut_ptr().add(tile * KV_TILE);
-        if block > 0 {
+        if first > 0 {
             for (n, acc) in acc.iter_mut().enumerate() {
                 for (t, acc) in acc.iter_mut().enumerate() {
                     *acc = _mm512_loadu_ps(out.add(n * KV_CHUNK + t * KV_TILE));

@@ -129,9 +129,14 @@ pub(crate) fn request_up(up: &UpLayout, region: &[u8], rows: &[u32], prefetch: i
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     for &row in rows {
         let nibbles = nibbles.as_ptr().wrapping_add(row as usize * up.row_bytes);
-        let scales = scales.as_ptr().wrapping_add(row as usize * up.kb * 2);
-        for (at, lines) in [(nibbles, up.kb.div_ceil(4)), (scales, up.kb.div_ceil(32) + 1)] {
-            (0..lines).for_each(|line| prefetch(at.wrapping_add(line * 64)));
-        }
+        (0..up.kb.div_ceil(4)).for_each(|line| prefetch(nibbles.wrapping_add(line * 64)));
+        request_up_scales(up, scales, row as usize, &prefetch);
     }
+}
+
+/// Requests the scales of `row` of up, by `prefetch`; `scales` are those of all rows.
+#[inline(always)]
+pub(crate) fn request_up_scales(up: &UpLayout, scales: &[u8], row: usize, prefetch: impl Fn(*const u8)) {
+    let scales = scales.as_ptr().wrapping_add(row * up.kb * 2);
+    (0..up.kb.div_ceil(32) + 1).for_each(|line| prefetch(scales.wrapping_add(line * 64)));
 }

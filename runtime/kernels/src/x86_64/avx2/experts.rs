@@ -7,7 +7,7 @@ use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::LiveGroups;
+use crate::live::{self, LiveGroups};
 use crate::x86_64::{FOURS_AHEAD, prefetch, request_up};
 
 /// Rows of up are taken four at a time; lanes are rows.
@@ -25,11 +25,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
         let next = ahead.next().map_or(row, quad);
         let w = row.map(|r| &nibbles[r * up.row_bytes..][..up.kb * 16]);
         let s = row.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]);
-        for r in next {
-            for line in 0..up.kb.div_ceil(32) + 1 {
-                prefetch(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64));
-            }
-        }
+        next.iter().for_each(|&row| live::request_up_scales(up, scales, row, prefetch));
         let mut acc = _mm_setzero_ps();
         for b in 0..up.kb {
             // SAFETY: the activations have 32 bytes in block `b`.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::LiveGroups;
+use crate::live::{self, LiveGroups};
 use crate::x86_64::{FOURS_AHEAD, prefetch, request_up};
 
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
@@ -28,11 +28,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
         let w = row.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr());
         let s = row.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr());
         let next_w = next.map(|r| nibbles.as_ptr().wrapping_add(r * up.row_bytes));
-        for r in next {
-            for line in 0..up.kb.div_ceil(32) + 1 {
-                prefetch(scales.as_ptr().wrapping_add(r * up.kb * 2 + line * 64));
-            }
-        }
+        next.iter().for_each(|&row| live::request_up_scales(up, scales, row, prefetch));
         let mut acc = _mm_setzero_ps();
         for c in 0..chunks {
             // SAFETY: rows have chunks * 64 bytes of nibbles and kb scales; the activations are padded to chunks * 4

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(crate) struct Reader {
     io: Box<dyn ExpertIo>,
+    /// Whether slots are made of the file's pages; then nobody ever writes to one.
+    maps: bool,
     index: ExpertIndex,
     format: Arc<dyn SlotFormat>,
     pub(crate) pieces: Pieces,
@@ -45,8 +47,9 @@ impl Reader {
         whole_records: bool,
         slab: Slab,
     ) -> Result<Self, StoreError> {
-        let pieces = check_format(&index, format.as_ref(), whole_records)?;
-        Ok(Self { io, index, format, pieces, slab })
+        let maps = io.mappable().is_some() && records_on_pages(&index);
+        let pieces = check_format(&index, format.as_ref(), whole_records || maps)?;
+        Ok(Self { io, maps, index, format, pieces, slab })
     }
 
     pub(crate) fn io(&self) -> &dyn ExpertIo {
@@ -83,8 +86,8 @@ impl Reader {
     /// The job was handed out by the table and is not finished: until it is, nobody else touches the piece's bytes.
     pub(crate) unsafe fn read(&self, job: &Job, bounce: &mut AlignedBuf, cost: &mut Cost) -> Result<u32, StoreError> {
         let file_range = self.file_range(job);
-        let mut once = |cost: &mut Cost| match self.io.mappable() {
-            // SAFETY: as the caller promises; nobody writes to a slot of a store that maps.
+        let mut once = |cost: &mut Cost| match self.io.mappable().filter(|_| self.maps) {
+            // SAFETY: as the caller promises; pieces are whole slots where the store maps.
             Some(file) => unsafe { self.map_once(job, &file_range, file, cost) },
             // SAFETY: as the caller promises.
             None => unsafe { self.read_once(job, &file_range, bounce, cost) },

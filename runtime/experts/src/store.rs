@@ -128,8 +128,7 @@ impl ExpertStore {
             Vec::new()
         };
         let gate = GuessGate::new(index.n_layers());
-        let whole_records = options.whole_records || io.mappable().is_some();
-        let reader = Reader::new(io, index, format, whole_records, slab)?;
+        let reader = Reader::new(io, index, format, options.whole_records, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
         let guesses = options.prefetch && guess_slots > 0 && n_slots < n_keys;
         let table = Table::new(

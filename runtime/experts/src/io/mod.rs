@@ -51,7 +51,7 @@ pub trait ExpertIo: Send + Sync + Debug {
     /// Called when all of `range` has been read and will not be wanted again soon.
     fn done_with(&self, _range: Range<u64>) {}
 
-    /// The file whose pages take the place of a slot's, instead of being read into it. Where there is one, records lie on pages.
+    /// The file whose pages may take the place of a slot's, where records lie on pages, instead of being read into it.
     fn mappable(&self) -> Option<&File> {
         None
     }

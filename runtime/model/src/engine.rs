@@ -71,10 +71,15 @@ const BATCH: usize = 512;
 /// Without a budget: every matrix is unpacked half as often.
 const BATCH_UNLIMITED: usize = 1024;
 
+/// Tokens of a prompt that go through the layers together under `budget`. It changes no bit.
+fn batch_within(budget: Option<u64>) -> usize {
+    if budget.is_some() { BATCH } else { BATCH_UNLIMITED }
+}
+
 impl LoadOptions {
-    /// Tokens of a prompt that go through the layers together. It changes no bit.
+    /// Tokens of a prompt that go through the layers together.
     pub(crate) fn batch(&self) -> usize {
-        if self.memory.is_some() { BATCH } else { BATCH_UNLIMITED }
+        batch_within(self.memory)
     }
 
     /// How keys and values of a model with weights of type `weights` are kept.
@@ -101,7 +106,6 @@ pub struct Engine {
     end_ids: Vec<u32>,
     plan: MemoryPlan,
     kv_type: KvType,
-    batch: usize,
 }
 
 impl Engine {
@@ -159,7 +163,7 @@ impl Engine {
         }?;
         let kv_type = options.kv_type_for(source.format().ty());
         let model = Model::load(&source, config, store, options)?;
-        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type, batch: options.batch() })
+        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type })
     }
 
     /// The shape of the model.
@@ -204,7 +208,7 @@ impl Engine {
 
     /// Tokens of a prompt that go through the layers together.
     pub(crate) fn batch(&self) -> usize {
-        self.batch
+        batch_within(self.plan.budget)
     }
 
     /// What the expert cache did since it was made.

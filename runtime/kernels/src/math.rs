@@ -1,7 +1,5 @@
 //! Scalar arithmetic whose exact order of operations every instruction set follows.
 
-use half::bf16;
-
 /// Lanes of the virtual vector in which sums of floats are kept, on any instruction set.
 pub(crate) const LANES: usize = 16;
 
@@ -20,7 +18,10 @@ pub(crate) fn reduce_add(v: &[f32; LANES]) -> f32 {
 /// The nearest value with 8 significant bits, ties to even.
 #[inline(always)]
 pub(crate) fn round_bf16(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
+    // As `bf16::from_f32`, without a branch, so that loops over it become vector code.
+    let bits = x.to_bits();
+    let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { up } & 0xffff_0000)
 }
 
 /// Below this, [`exp`] is 0.

@@ -7,7 +7,6 @@ use std::ops::Range;
 
 use super::attention::{self, by_count};
 use crate::block::BLOCK_LEN;
-use crate::dispatch::MAX_QUERIES;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 
 /// Dimensions whose sums stay in registers.
@@ -82,7 +81,7 @@ unsafe fn scores_tiles<const N: usize, const T: usize>(
         }
         for (i, q) in q.iter().enumerate() {
             let k: [__m512i; T] = std::array::from_fn(|t| {
-                _mm_prefetch::<_MM_HINT_T0>(at[t].wrapping_add(i * 4 * KV_TILE + 4096).cast());
+                _mm_prefetch::<_MM_HINT_T1>(at[t].wrapping_add(i * 4 * KV_TILE + 8192).cast());
                 _mm512_loadu_si512(at[t].add(i * 4 * KV_TILE).cast())
             });
             for (acc, &q) in acc.iter_mut().zip(q) {
@@ -106,14 +105,8 @@ pub(super) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
     let n = acc.len() / dim;
     assert!(values.len() == ty.bytes(KV_CHUNK * dim) && positions.end <= KV_CHUNK && p.len() == n * KV_CHUNK);
     let pairs = positions.start / 2..positions.end.div_ceil(2);
-    let mut turned = [[0; KV_CHUNK / 2]; MAX_QUERIES];
-    for (turned, p) in turned.iter_mut().zip(p.chunks_exact(KV_CHUNK)) {
-        for (turned, p) in turned.iter_mut().zip(p.as_chunks::<2>().0) {
-            *turned = pair(p[0], p[1]);
-        }
-    }
     // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
-    unsafe { by_count!(n, values_of<>(dim, values, pairs, &turned, acc)) }
+    unsafe { by_count!(n, values_of<>(dim, values, pairs, p, acc)) }
 }
 
 /// 32 dimensions at a time, all pairs of positions.
@@ -121,13 +114,13 @@ pub(super) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
 /// # Safety
 /// As checked in [`values`], N being the number of queries.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn values_of<const N: usize>(
-    dim: usize,
-    values: &[u8],
-    pairs: Range<usize>,
-    p: &[[i32; KV_CHUNK / 2]; MAX_QUERIES],
-    acc: &mut [f32],
-) {
+unsafe fn values_of<const N: usize>(dim: usize, values: &[u8], pairs: Range<usize>, p: &[f32], acc: &mut [f32]) {
+    let mut turned = [[0; KV_CHUNK / 2]; N];
+    for (turned, p) in turned.iter_mut().zip(p.as_chunks::<KV_CHUNK>().0) {
+        for (turned, p) in turned.iter_mut().zip(p.as_chunks::<2>().0) {
+            *turned = pair(p[0], p[1]);
+        }
+    }
     for block in 0..dim / BLOCK_LEN {
         let mut sums = [[_mm512_setzero_ps(); 2]; N];
         // SAFETY: blocks of KV_CHUNK positions, as many as dim / 32; pairs.end <= KV_CHUNK / 2.
@@ -135,10 +128,10 @@ unsafe fn values_of<const N: usize>(
             let base = values.as_ptr().add(block * KvType::Bf16.bytes(KV_CHUNK * BLOCK_LEN));
             for j in pairs.clone() {
                 let at = base.add(j * 4 * BLOCK_LEN);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2048).cast());
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2112).cast());
+                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192).cast());
+                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192 + 64).cast());
                 let v = [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(64).cast())];
-                for (sums, p) in sums.iter_mut().zip(p) {
+                for (sums, p) in sums.iter_mut().zip(&turned) {
                     let p = _mm512_set1_epi32(*p.get_unchecked(j));
                     for (sum, v) in sums.iter_mut().zip(v) {
                         *sum = add_products(*sum, v, p);

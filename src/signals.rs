@@ -2,7 +2,8 @@
 //!
 //! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -11,6 +12,7 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use st_convert::Cancel;
 
+use crate::report::Interrupted;
 use crate::terminal::Terminal;
 
 /// What the signal thread and the work share.
@@ -21,8 +23,8 @@ pub(crate) struct Interrupt {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The signal that arrived, 0 for none.
-    signal: AtomicI32,
+    /// The signals that arrived: bit `n` for signal `n`.
+    seen: AtomicU64,
     /// Set while nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
     idle: Mutex<Option<Idle>>,
     cancel: Cancel,
@@ -56,28 +58,36 @@ impl Interrupt {
         self.shared.flag.load(Ordering::Relaxed)
     }
 
+    /// An error where the work should stop.
+    pub(crate) fn check(&self) -> Result<(), Interrupted> {
+        if self.raised() { Err(Interrupted) } else { Ok(()) }
+    }
+
+    /// A break where the work should stop.
+    pub(crate) fn flow(&self) -> ControlFlow<()> {
+        if self.raised() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
     /// The request as conversions and downloads take it.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.shared.cancel
     }
 
-    /// Exit status of work that was stopped: 130 for Ctrl-C, as shells have it.
+    /// Exit status of work that was stopped, as shells have it: 130 for Ctrl-C, unless the process was asked to end as well.
     pub(crate) fn exit_status(&self) -> u8 {
-        match self.shared.signal.load(Ordering::Relaxed) {
-            0 => 128 + SIGINT as u8,
-            signal => 128u8.wrapping_add(signal as u8),
-        }
+        let signal = [SIGTERM, SIGHUP].into_iter().find(|&signal| self.shared.has_seen(signal)).unwrap_or(SIGINT);
+        128u8.wrapping_add(signal as u8)
     }
 
     /// Whether the process was asked to end, rather than an answer to stop.
     pub(crate) fn terminating(&self) -> bool {
-        matches!(self.shared.signal.load(Ordering::Relaxed), SIGTERM | SIGHUP)
+        [SIGTERM, SIGHUP].into_iter().any(|signal| self.shared.has_seen(signal))
     }
 
     /// Forgets a Ctrl-C that was acted on.
     pub(crate) fn clear(&self) {
+        self.shared.seen.fetch_and(!bit(SIGINT), Ordering::Relaxed);
         if !self.terminating() {
-            self.shared.signal.store(0, Ordering::Relaxed);
             self.shared.flag.store(false, Ordering::Relaxed);
         }
     }
@@ -95,12 +105,16 @@ impl Interrupt {
 }
 
 impl Shared {
+    fn has_seen(&self, signal: i32) -> bool {
+        self.seen.load(Ordering::Relaxed) & bit(signal) != 0
+    }
+
     fn receive(&self, signal: i32) {
-        let before = self.signal.swap(signal, Ordering::Relaxed);
+        let before = self.seen.fetch_or(bit(signal), Ordering::Relaxed);
         // Held to the end, so that a line that is complete at this moment changes nothing any more.
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // Work that does not look at the flag, or waits at a prompt, would never end.
-        if before == signal || (idle.is_some() && signal != SIGINT) {
+        if before & bit(signal) != 0 || (idle.is_some() && signal != SIGINT) {
             if let Some(Idle { terminal: Some(terminal) }) = &*idle {
                 terminal.restore();
             }
@@ -108,5 +122,30 @@ impl Shared {
         }
         self.flag.store(true, Ordering::Relaxed);
         self.cancel.cancel();
+    }
+}
+
+fn bit(signal: i32) -> u64 {
+    1 << signal
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_to_end_outlives_a_ctrl_c() {
+        let interrupt = Interrupt::default();
+        assert!(interrupt.check().is_ok() && interrupt.flow().is_continue());
+        interrupt.shared.receive(SIGINT);
+        assert!(interrupt.raised() && interrupt.flow().is_break());
+        assert_eq!((interrupt.terminating(), interrupt.exit_status()), (false, 130));
+        interrupt.clear();
+        assert!(!interrupt.raised());
+        interrupt.shared.receive(SIGTERM);
+        interrupt.shared.receive(SIGINT);
+        interrupt.clear();
+        assert!(interrupt.check().is_err());
+        assert_eq!((interrupt.terminating(), interrupt.exit_status()), (true, 143));
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pty_process::blocking::{Pty, open};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::tempdir;
 
 use crate::program::{arg, program, run};
@@ -206,6 +206,29 @@ fn ctrl_c_ends_the_answer_and_not_the_program() {
         assert!(story.starts_with(shown) || shown.starts_with(story), "{shown:?}");
         chat.say("/clear");
     }
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
+/// A message whose answer never began is no part of the conversation.
+#[test]
+fn ctrl_c_while_the_prompt_is_read_forgets_the_message() {
+    let (_folder, long) = altered(|metadata, _| {
+        metadata.insert("smallthinker.context_length", 1_u32 << 17);
+    });
+    let folder = tempdir().expect("a folder");
+    let [before, after] = ["before", "after"].map(|name| folder.path().join(name));
+    let words = "Once upon a time there was a fox. ".repeat(8000);
+    let saved = json!({"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "Yes."}]});
+    std::fs::write(&before, saved.to_string()).expect("written");
+    let mut chat = Chat::begin(&[arg(&long)]);
+    chat.say(&format!("/load {}", arg(&before)));
+    chat.press(b"And then?\r");
+    chat.until(TAKES);
+    chat.press(CTRL_C);
+    assert_eq!(chat.until(WAITS).replace("^C", "").trim(), "");
+    chat.say(&format!("/save {}", arg(&after)));
+    assert_eq!(messages(&after), messages(&before));
     chat.press(CTRL_D);
     assert_eq!(chat.end(), 0);
 }

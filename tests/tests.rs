@@ -13,4 +13,5 @@ mod program;
 mod regression;
 mod reject;
 mod routing;
+mod sessions;
 mod stops;

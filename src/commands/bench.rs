@@ -3,6 +3,7 @@
 //! The prompt is English text and generation goes on greedily from it, so that routing and neuron sparsity are the
 //! model's own; a file without a tokenizer gets scattered token ids, and the result says so.
 
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -139,21 +140,19 @@ fn measure_all(
     for repetition in 0..=args.repetitions {
         let counts = repetition > 0;
         if args.prompt_tokens > 0 {
-            start(&mut session, &tokens[..args.depth])?;
+            start(&mut session, &tokens[..args.depth], context)?;
             let measured = measure(&mut session, |session| {
-                Ok(session.forward(&tokens[args.depth..args.depth + args.prompt_tokens])?)
+                feed(session, &tokens[args.depth..args.depth + args.prompt_tokens], context)
             })?;
             if counts {
                 prompt.add(args.prompt_tokens, measured);
             }
         }
         if args.generated_tokens > 0 {
-            start(&mut session, &tokens[..=args.depth])?;
+            start(&mut session, &tokens[..=args.depth], context)?;
             let measured = measure(&mut session, |session| {
                 for _ in 0..args.generated_tokens {
-                    if context.interrupt.raised() {
-                        return Err(Interrupted.into());
-                    }
+                    context.interrupt.check()?;
                     let next = greedy.sample(session.logits())?;
                     session.forward(&[next])?;
                 }
@@ -163,9 +162,7 @@ fn measure_all(
                 generation.add(args.generated_tokens, measured);
             }
         }
-        if context.interrupt.raised() {
-            return Err(Interrupted.into());
-        }
+        context.interrupt.check()?;
     }
 
     Ok([prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect())
@@ -183,12 +180,16 @@ struct Facts<'a> {
     cache: Option<Value>,
 }
 
-fn start(session: &mut Session<'_>, tokens: &[u32]) -> anyhow::Result<()> {
+fn start(session: &mut Session<'_>, tokens: &[u32], context: &Context) -> anyhow::Result<()> {
     session.reset();
-    if !tokens.is_empty() {
-        session.forward(tokens)?;
+    if tokens.is_empty() { Ok(()) } else { feed(session, tokens, context) }
+}
+
+fn feed(session: &mut Session<'_>, tokens: &[u32], context: &Context) -> anyhow::Result<()> {
+    match session.feed(tokens, &mut |_| context.interrupt.flow())? {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Interrupted.into()),
     }
-    Ok(())
 }
 
 /// What `act` takes.

@@ -12,7 +12,7 @@ use st_model::MemoryPlan;
 
 use super::Context;
 use crate::cli::CacheSimArgs;
-use crate::report::{Advice, Interrupted};
+use crate::report::Advice;
 use crate::size::show_size;
 use crate::{table, ui};
 
@@ -24,9 +24,7 @@ pub(crate) fn run(args: &CacheSimArgs, context: &Context) -> anyhow::Result<Exit
     let header = trace.header();
     let mut sizes = Vec::new();
     for n_slots in sizes_of(args, &replay, header)? {
-        if context.interrupt.raised() {
-            return Err(Interrupted.into());
-        }
+        context.interrupt.check()?;
         sizes.push(Size { n_slots, header, rows: replay.all_policies(n_slots) });
     }
     let text = match args.json {

@@ -204,8 +204,13 @@ impl<'a> Chat<'a> {
     fn say(&mut self, text: &str) -> anyhow::Result<()> {
         self.messages.push(Message::new(Role::User, text));
         match self.answer(text) {
-            Ok(answer) => {
+            Ok(Some(answer)) => {
                 self.messages.push(Message::new(Role::Assistant, answer));
+                Ok(())
+            }
+            Ok(None) => {
+                self.messages.pop();
+                self.context.ui.note("stopped before an answer began: the message is forgotten");
                 Ok(())
             }
             Err(error) => {
@@ -215,7 +220,8 @@ impl<'a> Chat<'a> {
         }
     }
 
-    fn answer(&mut self, text: &str) -> anyhow::Result<String> {
+    /// `None` where it was stopped before there was any text.
+    fn answer(&mut self, text: &str) -> anyhow::Result<Option<String>> {
         let ids = match self.template {
             Some(template) => self.tokenizer.encode(&template.render(&self.all_messages(), true)?, true)?,
             None => self.tokenizer.encode_prompt(text, true)?,
@@ -228,7 +234,8 @@ impl<'a> Chat<'a> {
         if answer.finish_reason == FinishReason::Length && self.session.len() == self.session.ctx() {
             self.context.ui.note("note: the context is full; /clear begins anew");
         }
-        Ok(answer.text)
+        let stopped = answer.finish_reason == FinishReason::Cancelled && answer.text.is_empty();
+        Ok((!stopped).then_some(answer.text))
     }
 
     fn save(&self, path: &Path) -> anyhow::Result<()> {

@@ -9,7 +9,6 @@ use super::Context;
 use crate::cli::{EngineArgs, IoName, KvName};
 use crate::machine::physical_cores;
 use crate::models::Model;
-use crate::report::Interrupted;
 use crate::size::show_size;
 
 /// Compute threads of a command.
@@ -54,9 +53,7 @@ pub(crate) fn load_file(
         ..LoadOptions::default()
     };
     let engine = Engine::load_with(file, &options, &Loading(context))?;
-    if context.interrupt.raised() {
-        return Err(Interrupted.into());
-    }
+    context.interrupt.check()?;
     Ok(engine)
 }
 
@@ -69,7 +66,7 @@ impl LoadProgress for Loading<'_> {
     }
 
     fn reading(&self) -> ControlFlow<()> {
-        if self.0.interrupt.raised() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        self.0.interrupt.flow()
     }
 }
 

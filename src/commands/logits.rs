@@ -9,7 +9,7 @@ use st_model::{ModelConfig, ModelError, Reference, Session};
 use super::{Context, engine, tokens};
 use crate::cli::{EngineArgs, IoName, LogitsArgs};
 use crate::models::Model;
-use crate::report::{Advice, Interrupted};
+use crate::report::Advice;
 use crate::tensor_file::{Dtype, TensorFile};
 
 /// Tokens that are run between two looks at whether to stop.
@@ -47,9 +47,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
     let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
     let mut session = Session::new(&engine)?;
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {
-        if context.interrupt.raised() {
-            return Err(Interrupted.into());
-        }
+        context.interrupt.check()?;
         let first = n * STRETCH;
         // The model's callbacks fail only for the model's reasons; a failed write is kept until they return.
         let written = std::cell::RefCell::new(Ok(()));
@@ -81,9 +79,7 @@ fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Con
     let config = reference.config().clone();
     let mut out: Option<Output> = None;
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {
-        if context.interrupt.raised() {
-            return Err(Interrupted.into());
-        }
+        context.interrupt.check()?;
         let first = n * STRETCH;
         let mut layers = Vec::new();
         let logits = reference.forward_traced(stretch, |_, trace| {

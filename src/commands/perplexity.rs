@@ -14,7 +14,7 @@ use super::run::no_tokenizer;
 use super::{Context, engine};
 use crate::cli::PerplexityArgs;
 use crate::models::Model;
-use crate::report::{Advice, Interrupted};
+use crate::report::Advice;
 use crate::ui;
 
 const DEFAULT_WINDOW: usize = 512;
@@ -37,12 +37,13 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
     let mut score = Score::default();
     let mut windows = 0;
     for chunk in chunks(&ids, window) {
-        if context.interrupt.raised() {
-            return Err(Interrupted.into());
-        }
+        context.interrupt.check()?;
         session.reset();
         let first = chunk.len() / 2;
         session.forward_all(chunk, |position, logits| {
+            if context.interrupt.raised() {
+                return Err(ModelError::Cancelled);
+            }
             if position + 1 >= first.max(1)
                 && let Some(&next) = chunk.get(position + 1)
             {

@@ -4,13 +4,13 @@ use std::io::{self, IsTerminal, Read};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use serde_json::json;
 use st_model::chat::{Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, generate};
+use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, Step, generate};
 
 use super::chat::Chat;
 use super::routing::RoutingFile;
@@ -18,6 +18,9 @@ use super::{Context, engine, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::report::{Advice, Interrupted, OutputError};
 use crate::ui;
+
+/// How long a prompt is run before a bar shows how far it is.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What there is to answer.
 enum Input {
@@ -105,16 +108,28 @@ pub(crate) fn answer(
     let engine = session.engine();
     let mut failure: Option<OutputError> = None;
     let mut ends_line = true;
-    let answer = generate(session, prompt, sampler, options, &mut |text| {
-        if !style.json && !text.is_empty() {
-            ends_line = text.ends_with('\n');
-            if let Err(error) = ui::print(text) {
-                failure = Some(error);
-                return ControlFlow::Break(());
+    let (bar, start) = (ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64), Instant::now());
+    let answer = generate(session, prompt, sampler, options, &mut |step| {
+        match step {
+            Step::Prompt(done) if start.elapsed() > PATIENCE => bar.set_position(done as u64),
+            Step::Prompt(_) => {}
+            Step::Text(text) => {
+                if !bar.is_finished() {
+                    bar.finish_and_clear();
+                }
+                if !style.json && !text.is_empty() {
+                    ends_line = text.ends_with('\n');
+                    if let Err(error) = ui::print(text) {
+                        failure = Some(error);
+                        return ControlFlow::Break(());
+                    }
+                }
             }
         }
-        if context.interrupt.raised() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+        context.interrupt.flow()
+    });
+    bar.finish_and_clear();
+    let answer = answer?;
     if let Some(error) = failure {
         return Err(error.into());
     }

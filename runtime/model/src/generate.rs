@@ -23,6 +23,15 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
 }
 
+/// How far an answer is.
+#[derive(Clone, Copy, Debug)]
+pub enum Step<'a> {
+    /// So many tokens of the prompt were run.
+    Prompt(usize),
+    /// A token was made; its text, empty where nothing can be shown yet.
+    Text(&'a str),
+}
+
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -90,8 +99,8 @@ pub struct Generation {
     pub stats: GenerateStats,
 }
 
-/// Runs `prompt` in `session` and answers it. `on_text` gets each new piece of text and may break to stop; it is
-/// called for every token, with an empty text where nothing can be shown yet.
+/// Runs `prompt` in `session` and answers it. `on_step` is called after each layer of the prompt and for every token made, and
+/// may break to stop.
 ///
 /// A cancelled or failed answer leaves the session usable: it holds the tokens that were run.
 ///
@@ -103,7 +112,7 @@ pub fn generate(
     prompt: &[u32],
     sampler: &mut Sampler,
     options: &GenerateOptions,
-    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    on_step: &mut dyn FnMut(Step<'_>) -> ControlFlow<()>,
 ) -> Result<Generation, ModelError> {
     let engine = session.engine();
     let room = session.ctx() - session.len();
@@ -121,7 +130,7 @@ pub fn generate(
     };
     let (before, experts_before) = (session.work(), engine.store_stats());
     let start = Instant::now();
-    if session.feed(prompt, &mut |_| on_text(""))?.is_break() {
+    if session.feed(prompt, &mut |done| on_step(Step::Prompt(done)))?.is_break() {
         answer.finish_reason = FinishReason::Cancelled;
         return Ok(answer);
     }
@@ -144,7 +153,7 @@ pub fn generate(
         let step = stream.push(engine.tokenizer().map_or(&[][..], |tokenizer| tokenizer.visible_bytes(id)));
         answer.text.push_str(step.text);
         let stopped = step.stopped.is_some();
-        if on_text(step.text).is_break() {
+        if on_step(Step::Text(step.text)).is_break() {
             answer.finish_reason = FinishReason::Cancelled;
             break;
         }
@@ -165,7 +174,7 @@ pub fn generate(
     if !rest.text.is_empty() {
         answer.text.push_str(rest.text);
         // The answer is over: a wish to stop changes nothing any more.
-        let _ = on_text(rest.text);
+        let _ = on_step(Step::Text(rest.text));
     }
     Ok(answer)
 }

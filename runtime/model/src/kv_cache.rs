@@ -12,13 +12,16 @@ use crate::config::ModelConfig;
 pub(crate) struct LayerKv {
     buffer: KvBuffer,
     window: Option<usize>,
+    /// One past the furthest position stored since [`Self::forget`].
+    end: usize,
 }
 
 impl LayerKv {
     /// Room for `ctx` positions, or for a window and a batch where the layer slides.
     pub(crate) fn new(config: &ModelConfig, layer: usize, ty: KvType, ctx: usize, batch: usize) -> Self {
         let positions = Self::positions(config, layer, ctx, batch);
-        Self { buffer: KvBuffer::new(ty, config.n_kv_heads, config.head_dim, positions), window: config.windows[layer] }
+        let buffer = KvBuffer::new(ty, config.n_kv_heads, config.head_dim, positions);
+        Self { buffer, window: config.windows[layer], end: 0 }
     }
 
     /// Positions that the layer needs room for.
@@ -38,6 +41,12 @@ impl LayerKv {
     /// Stores one position; `keys` and `values` are `[n_kv_heads * head_dim]`.
     pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
         self.buffer.write(position, keys, values);
+        self.end = self.end.max(position + 1);
+    }
+
+    /// Begins anew: what is stored will not be read again.
+    pub(crate) fn forget(&mut self) {
+        self.end = 0;
     }
 
     /// What the kernels read.
@@ -50,11 +59,11 @@ impl LayerKv {
         self.window
     }
 
-    /// The shortest that a conversation of `len` positions can be cut to: what a ring has overwritten does not come
-    /// back.
-    pub(crate) fn shortest_cut(&self, len: usize) -> usize {
+    /// The fewest positions that a conversation can be cut to: what a ring has overwritten does not come back, even where
+    /// the conversation was cut since.
+    pub(crate) fn shortest_cut(&self) -> usize {
         match self.window {
-            Some(window) if len > self.buffer.capacity() => (len - self.buffer.capacity() + window - 1).min(len),
+            Some(window) if self.end > self.buffer.capacity() => self.end - self.buffer.capacity() + window - 1,
             _ => 0,
         }
     }

@@ -31,7 +31,7 @@ mod weights;
 pub use config::{Gating, ModelConfig};
 pub use engine::{Engine, LoadOptions};
 pub use error::ModelError;
-pub use generate::{FinishReason, GenerateOptions, GenerateStats, Generation, generate};
+pub use generate::{FinishReason, GenerateOptions, GenerateStats, Generation, Step, generate};
 pub use plan::MemoryPlan;
 pub use progress::LoadProgress;
 pub use reference::{LayerTrace, Reference};

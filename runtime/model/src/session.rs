@@ -156,15 +156,17 @@ impl<'e> Session<'e> {
     /// Forgets everything.
     pub fn reset(&mut self) {
         self.tokens.clear();
+        self.kv.iter_mut().for_each(LayerKv::forget);
     }
 
     /// Keeps what the conversation has in common with `tokens` and forgets the rest; returns how many tokens are
     /// kept. At least the last of `tokens` is left to be run, since its logits are wanted.
     pub fn keep_prefix(&mut self, tokens: &[u32]) -> usize {
         let common = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        let mut keep = common.min(tokens.len().saturating_sub(1));
-        if keep < self.kv.iter().map(|kv| kv.shortest_cut(self.tokens.len())).max().unwrap_or(0) {
-            keep = 0;
+        let keep = common.min(tokens.len().saturating_sub(1));
+        if keep == 0 || keep < self.kv.iter().map(LayerKv::shortest_cut).max().unwrap_or(0) {
+            self.reset();
+            return 0;
         }
         self.tokens.truncate(keep);
         keep
@@ -179,7 +181,8 @@ impl<'e> Session<'e> {
         self.feed(tokens, &mut |_| ControlFlow::Continue(())).map(|_| ())
     }
 
-    /// [`Session::forward`] that tells after each batch how many tokens are done, and stops where `progress` breaks.
+    /// [`Session::forward`] that tells after each layer how far it is, in tokens, and stops where `progress` breaks: then the
+    /// session is at its last whole batch.
     ///
     /// # Errors
     /// As [`Session::forward`].
@@ -189,13 +192,20 @@ impl<'e> Session<'e> {
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, ModelError> {
         self.check(tokens)?;
+        let n_layers = self.engine.config().n_layers;
         let mut done = 0;
         for batch in tokens.chunks(self.engine.batch()) {
-            self.run(batch, done + batch.len() == tokens.len(), |_, _, _| Ok(()))?;
-            done += batch.len();
-            if progress(done).is_break() {
-                return Ok(ControlFlow::Break(()));
+            let ran = self.run(batch, done + batch.len() == tokens.len(), |layer, _, _| {
+                match progress(done + batch.len() * (layer + 1) / n_layers) {
+                    ControlFlow::Continue(()) => Ok(()),
+                    ControlFlow::Break(()) => Err(ModelError::Cancelled),
+                }
+            });
+            match ran {
+                Err(ModelError::Cancelled) => return Ok(ControlFlow::Break(())),
+                ran => drop(ran?),
             }
+            done += batch.len();
         }
         Ok(ControlFlow::Continue(()))
     }

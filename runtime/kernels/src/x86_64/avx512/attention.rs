@@ -218,9 +218,29 @@ pub(super) fn softmax(
     visible: Range<usize>,
     scale: f32,
 ) -> SoftmaxState {
+    if visible == (tiles.start * KV_TILE..tiles.end * KV_TILE) {
+        softmax_of::<true>(ty, s, tiles, visible, scale)
+    } else {
+        softmax_of::<false>(ty, s, tiles, visible, scale)
+    }
+}
+
+/// With `WHOLE` every position of the tiles is visible.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn softmax_of<const WHOLE: bool>(
+    ty: KvType,
+    s: &mut [f32],
+    tiles: Range<usize>,
+    visible: Range<usize>,
+    scale: f32,
+) -> SoftmaxState {
     assert!(s.len() == KV_CHUNK && tiles.end * KV_TILE <= KV_CHUNK);
     let positions = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let seen = |tile: usize| {
+        if WHOLE {
+            return !0;
+        }
         let p = _mm512_add_epi32(positions, _mm512_set1_epi32((tile * KV_TILE) as i32));
         _mm512_cmpge_epi32_mask(p, _mm512_set1_epi32(visible.start as i32))
             & _mm512_cmplt_epi32_mask(p, _mm512_set1_epi32(visible.end as i32))

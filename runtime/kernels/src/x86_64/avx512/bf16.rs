@@ -28,31 +28,27 @@ pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
 /// As checked in [`scores`], N being the number of queries.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn scores_of<const N: usize>(dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]) {
-    // Pairs of some dimensions at a time, pair by pair, to be broadcast from one run of memory.
-    let mut turned = [[0; N]; DIMS / 2];
+    let mut paired = [[0; DIMS / 2]; N];
     for first in (0..dim).step_by(DIMS) {
-        let turned = &mut turned[..DIMS.min(dim - first) / 2];
-        for (i, turned) in turned.iter_mut().enumerate() {
-            for (n, turned) in turned.iter_mut().enumerate() {
-                let at = n * dim + first + 2 * i;
-                *turned = pair(q[at], q[at + 1]);
-            }
+        let dims = first..dim.min(first + DIMS);
+        for (paired, q) in paired.iter_mut().zip(q.chunks_exact(dim)) {
+            pair_up(&q[dims.clone()], paired);
         }
         let mut tile = tiles.start;
         // SAFETY: the tiles are in the chunk.
         unsafe {
             while tile + 2 <= tiles.end {
-                scores_tiles::<N, 2>(dim, keys, tile, first, turned, out);
+                scores_tiles::<N, 2>(dim, keys, tile, dims.clone(), &paired, out);
                 tile += 2;
             }
             if tile < tiles.end {
-                scores_tiles::<N, 1>(dim, keys, tile, first, turned, out);
+                scores_tiles::<N, 1>(dim, keys, tile, dims, &paired, out);
             }
         }
     }
 }
 
-/// The dimensions from `first` on that `q` has, of `T` tiles; sums go on from what `out` holds, except for the first.
+/// The dimensions `dims` of `T` tiles; sums go on from what `out` holds, except for the first.
 ///
 /// # Safety
 /// The tiles must be in the chunk, and the dimensions in a tile.
@@ -62,31 +58,32 @@ unsafe fn scores_tiles<const N: usize, const T: usize>(
     dim: usize,
     keys: &[u8],
     tile: usize,
-    first: usize,
-    q: &[[i32; N]],
+    dims: Range<usize>,
+    q: &[[i32; DIMS / 2]; N],
     out: &mut [f32],
 ) {
     // SAFETY: tiles in the chunk, dimensions in a tile; scores of each query have KV_CHUNK floats.
     unsafe {
         let at: [*const u8; T] =
-            std::array::from_fn(|t| keys.as_ptr().add(KvType::Bf16.bytes(KV_TILE * ((tile + t) * dim + first))));
+            std::array::from_fn(|t| keys.as_ptr().add(KvType::Bf16.bytes(KV_TILE * ((tile + t) * dim + dims.start))));
         let mut acc = [[_mm512_setzero_ps(); T]; N];
         let out = out.as_mut_ptr().add(tile * KV_TILE);
-        if first > 0 {
+        if dims.start > 0 {
             for (n, acc) in acc.iter_mut().enumerate() {
                 for (t, acc) in acc.iter_mut().enumerate() {
                     *acc = _mm512_loadu_ps(out.add(n * KV_CHUNK + t * KV_TILE));
                 }
             }
         }
-        for (i, q) in q.iter().enumerate() {
+        for i in 0..dims.len().min(DIMS) / 2 {
             let k: [__m512i; T] = std::array::from_fn(|t| {
                 _mm_prefetch::<_MM_HINT_T1>(at[t].wrapping_add(i * 4 * KV_TILE + 8192).cast());
                 _mm512_loadu_si512(at[t].add(i * 4 * KV_TILE).cast())
             });
-            for (acc, &q) in acc.iter_mut().zip(q) {
+            for (acc, q) in acc.iter_mut().zip(q) {
+                let q = _mm512_set1_epi32(*q.get_unchecked(i));
                 for (acc, k) in acc.iter_mut().zip(k) {
-                    *acc = add_products(*acc, k, _mm512_set1_epi32(q));
+                    *acc = add_products(*acc, k, q);
                 }
             }
         }
@@ -115,11 +112,9 @@ pub(super) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
 /// As checked in [`values`], N being the number of queries.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn values_of<const N: usize>(dim: usize, values: &[u8], pairs: Range<usize>, p: &[f32], acc: &mut [f32]) {
-    let mut turned = [[0; KV_CHUNK / 2]; N];
-    for (turned, p) in turned.iter_mut().zip(p.as_chunks::<KV_CHUNK>().0) {
-        for (turned, p) in turned.iter_mut().zip(p.as_chunks::<2>().0) {
-            *turned = pair(p[0], p[1]);
-        }
+    let mut paired = [[0; KV_CHUNK / 2]; N];
+    for (paired, p) in paired.iter_mut().zip(p.chunks_exact(KV_CHUNK)) {
+        pair_up(p, paired);
     }
     for block in 0..dim / BLOCK_LEN {
         let mut sums = [[_mm512_setzero_ps(); 2]; N];
@@ -131,7 +126,7 @@ unsafe fn values_of<const N: usize>(dim: usize, values: &[u8], pairs: Range<usiz
                 _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192).cast());
                 _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192 + 64).cast());
                 let v = [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(64).cast())];
-                for (sums, p) in sums.iter_mut().zip(&turned) {
+                for (sums, p) in sums.iter_mut().zip(&paired) {
                     let p = _mm512_set1_epi32(*p.get_unchecked(j));
                     for (sum, v) in sums.iter_mut().zip(v) {
                         *sum = add_products(*sum, v, p);
@@ -147,10 +142,12 @@ unsafe fn values_of<const N: usize>(dim: usize, values: &[u8], pairs: Range<usiz
     }
 }
 
-/// Two values, already rounded, as a word: the first in the upper half.
+/// Values, already rounded, two to a word: the first in the upper half.
 #[inline(always)]
-fn pair(first: f32, second: f32) -> i32 {
-    (first.to_bits() | second.to_bits() >> 16) as i32
+fn pair_up(values: &[f32], words: &mut [i32]) {
+    for (word, [first, second]) in words.iter_mut().zip(values.as_chunks().0) {
+        *word = (first.to_bits() | second.to_bits() >> 16) as i32;
+    }
 }
 
 /// `acc + upper halves' products + lower halves' products`, lane by lane and in this order.

@@ -201,10 +201,10 @@ impl<'e> Session<'e> {
                     ControlFlow::Break(()) => Err(ModelError::Cancelled),
                 }
             });
-            match ran {
-                Err(ModelError::Cancelled) => return Ok(ControlFlow::Break(())),
-                ran => drop(ran?),
+            if matches!(ran, Err(ModelError::Cancelled)) {
+                return Ok(ControlFlow::Break(()));
             }
+            ran?;
             done += batch.len();
         }
         Ok(ControlFlow::Continue(()))

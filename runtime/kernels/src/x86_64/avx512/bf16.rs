@@ -8,9 +8,12 @@ use std::ops::Range;
 use super::attention::{self, by_count};
 use crate::block::BLOCK_LEN;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
+use crate::x86_64::prefetch;
 
 /// Dimensions whose sums stay in registers.
 const DIMS: usize = 128;
+/// How far ahead of the bytes in use the next ones are requested: what follows the keys of a chunk is its values.
+const AHEAD: usize = 8192;
 
 pub(super) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q: &[f32], out: &mut [f32]) {
     if ty != KvType::Bf16 {
@@ -62,7 +65,8 @@ unsafe fn scores_tiles<const N: usize, const T: usize>(
     q: &[[i32; DIMS / 2]; N],
     out: &mut [f32],
 ) {
-    // SAFETY: tiles in the chunk, dimensions in a tile; scores of each query have KV_CHUNK floats.
+    // SAFETY: tiles in the chunk, dimensions in a tile, no more than DIMS of them taken; scores of each query have KV_CHUNK
+    // floats.
     unsafe {
         let at: [*const u8; T] =
             std::array::from_fn(|t| keys.as_ptr().add(KvType::Bf16.bytes(KV_TILE * ((tile + t) * dim + dims.start))));
@@ -77,7 +81,7 @@ unsafe fn scores_tiles<const N: usize, const T: usize>(
         }
         for i in 0..dims.len().min(DIMS) / 2 {
             let k: [__m512i; T] = std::array::from_fn(|t| {
-                _mm_prefetch::<_MM_HINT_T1>(at[t].wrapping_add(i * 4 * KV_TILE + 8192).cast());
+                prefetch(at[t].wrapping_add(i * 4 * KV_TILE + AHEAD));
                 _mm512_loadu_si512(at[t].add(i * 4 * KV_TILE).cast())
             });
             for (acc, q) in acc.iter_mut().zip(q) {
@@ -123,8 +127,8 @@ unsafe fn values_of<const N: usize>(dim: usize, values: &[u8], pairs: Range<usiz
             let base = values.as_ptr().add(block * KvType::Bf16.bytes(KV_CHUNK * BLOCK_LEN));
             for j in pairs.clone() {
                 let at = base.add(j * 4 * BLOCK_LEN);
-                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192).cast());
-                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(8192 + 64).cast());
+                prefetch(at.wrapping_add(AHEAD));
+                prefetch(at.wrapping_add(AHEAD + 64));
                 let v = [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(64).cast())];
                 for (sums, p) in sums.iter_mut().zip(&paired) {
                     let p = _mm512_set1_epi32(*p.get_unchecked(j));

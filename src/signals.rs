@@ -3,7 +3,7 @@
 //! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -23,12 +23,11 @@ pub(crate) struct Interrupt {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The signals that arrived: bit `n` for signal `n`.
+    /// The signals that arrived and were not acted on: bit `n` for signal `n`.
     seen: AtomicU64,
     /// Set while nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
     idle: Mutex<Option<Idle>>,
     cancel: Cancel,
-    flag: AtomicBool,
 }
 
 /// Waiting for a line to be typed, at a terminal that wants its settings back.
@@ -55,7 +54,7 @@ impl Interrupt {
 
     /// Whether the work should stop.
     pub(crate) fn raised(&self) -> bool {
-        self.shared.flag.load(Ordering::Relaxed)
+        self.shared.seen.load(Ordering::Relaxed) != 0
     }
 
     /// An error where the work should stop.
@@ -75,21 +74,22 @@ impl Interrupt {
 
     /// Exit status of work that was stopped, as shells have it: 130 for Ctrl-C, unless the process was asked to end as well.
     pub(crate) fn exit_status(&self) -> u8 {
-        let signal = [SIGTERM, SIGHUP].into_iter().find(|&signal| self.shared.has_seen(signal)).unwrap_or(SIGINT);
-        128u8.wrapping_add(signal as u8)
+        128u8.wrapping_add(self.request_to_end().unwrap_or(SIGINT) as u8)
     }
 
     /// Whether the process was asked to end, rather than an answer to stop.
     pub(crate) fn terminating(&self) -> bool {
-        [SIGTERM, SIGHUP].into_iter().any(|signal| self.shared.has_seen(signal))
+        self.request_to_end().is_some()
+    }
+
+    fn request_to_end(&self) -> Option<i32> {
+        let seen = self.shared.seen.load(Ordering::Relaxed);
+        [SIGTERM, SIGHUP].into_iter().find(|&signal| seen & bit(signal) != 0)
     }
 
     /// Forgets a Ctrl-C that was acted on.
     pub(crate) fn clear(&self) {
         self.shared.seen.fetch_and(!bit(SIGINT), Ordering::Relaxed);
-        if !self.terminating() {
-            self.shared.flag.store(false, Ordering::Relaxed);
-        }
     }
 
     /// Runs `wait`, which waits for a line to be typed and looks at no flag; `None` where the process was asked to end
@@ -105,10 +105,6 @@ impl Interrupt {
 }
 
 impl Shared {
-    fn has_seen(&self, signal: i32) -> bool {
-        self.seen.load(Ordering::Relaxed) & bit(signal) != 0
-    }
-
     fn receive(&self, signal: i32) {
         let before = self.seen.fetch_or(bit(signal), Ordering::Relaxed);
         // Held to the end, so that a line that is complete at this moment changes nothing any more.
@@ -120,7 +116,6 @@ impl Shared {
             }
             std::process::exit(128 + signal);
         }
-        self.flag.store(true, Ordering::Relaxed);
         self.cancel.cancel();
     }
 }

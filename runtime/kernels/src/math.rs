@@ -53,6 +53,17 @@ pub(crate) fn exp(x: f32) -> f32 {
 mod tests {
     use super::*;
 
+    /// Every upper half, with lower halves on both sides of a tie.
+    #[test]
+    fn rounding_to_bf16_is_that_of_half() {
+        for upper in 0..=u32::from(u16::MAX) {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(upper << 16 | lower);
+                assert_eq!(round_bf16(x).to_bits(), half::bf16::from_f32(x).to_f32().to_bits(), "{x:e}");
+            }
+        }
+    }
+
     #[test]
     fn exp_is_within_its_bound() {
         let mut worst = 0f64;

@@ -121,6 +121,8 @@ pub(super) fn gemm(
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tokens<const NIBBLES: bool>(kb: usize, panel: &[u8], unit: &[u8], out: &mut [f32]) {
     let ones = _mm256_set1_epi16(1);
+    // A loop of known length would be unrolled and put in the order of tokens, which needs more registers than there are.
+    let groups = std::hint::black_box(8);
     out.fill(0.0);
     for b in 0..kb {
         // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
@@ -128,7 +130,7 @@ unsafe fn tokens<const NIBBLES: bool>(kb: usize, panel: &[u8], unit: &[u8], out:
             let w = panel.as_ptr().add(b * PANEL_BLOCK);
             let a: *const i8 = unit.as_ptr().add(b * UNIT_BLOCK).cast();
             let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
-            for g in 0..8 {
+            for g in 0..groups {
                 let w0 = _mm256_loadu_si256(w.add(g * 64).cast());
                 let w1 = _mm256_loadu_si256(w.add(g * 64 + 32).cast());
                 for (t, sums) in sums.iter_mut().enumerate() {

@@ -113,7 +113,8 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
         // SAFETY: each of the 8 panels has a block `b` of 8 groups and scales; the chunk is 64 bytes of each of the 32 rows
         // and 256 bytes of scales.
         unsafe {
-            let block = |v: usize| panels.as_ptr().cast_mut().add((v * down.fb + b) * PANEL_BLOCK);
+            let panels = panels.as_mut_ptr();
+            let block = |v: usize| panels.add((v * down.fb + b) * PANEL_BLOCK);
             for quad in 0..8 {
                 let at: [usize; 4] = std::array::from_fn(|i| (quad * 4 + i) * down.row_bytes);
                 for (v, w) in interleave(load_rows(rows.as_ptr(), &at, chunk)).into_iter().enumerate() {

@@ -24,6 +24,22 @@ pub(crate) fn round_bf16(x: f32) -> f32 {
     f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { up } & 0xffff_0000)
 }
 
+/// Multiplies scores by `scale` and returns the greatest; NaN never is.
+#[inline(always)]
+pub(crate) fn scale_and_max(scores: &mut [f32], scale: f32) -> f32 {
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let mut scale_lanes = |scores: &mut [f32]| {
+        for (s, max) in scores.iter_mut().zip(&mut max) {
+            *s *= scale;
+            *max = if *s > *max { *s } else { *max };
+        }
+    };
+    let (whole, rest) = scores.as_chunks_mut::<LANES>();
+    whole.iter_mut().for_each(|lanes| scale_lanes(lanes));
+    scale_lanes(rest);
+    max.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// Below this, [`exp`] is 0.
 pub(crate) const EXP_MIN: f32 = -87.0;
 pub(crate) const LOG2E: f32 = std::f32::consts::LOG2_E;
@@ -33,20 +49,23 @@ pub(crate) const LN2_LO: f32 = -2.121_944_4e-4;
 pub(crate) const EXP_POLY: [f32; 7] =
     [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5, 1.0];
 
-/// e^x for x <= 0, with a relative error below 2e-7; 0 below [`EXP_MIN`].
+/// Added to a small float, leaves its nearest integer in the lowest bits.
+const ROUND: f32 = 1.5 * (1 << 23) as f32;
+
+/// e^x for x <= 0, with a relative error below 2e-7; 0 below [`EXP_MIN`] and for NaN. Without a branch, so that loops over it
+/// become vector code.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    if x < EXP_MIN || x.is_nan() {
-        return 0.0;
-    }
-    let n = (x * LOG2E).round_ties_even();
+    let rounded = x * LOG2E + ROUND;
+    let n = rounded - ROUND;
     let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
     let mut p = EXP_POLY[0];
     for c in &EXP_POLY[1..] {
         p = p.mul_add(r, *c);
     }
     p = p.mul_add(r, 1.0);
-    f32::from_bits((p.to_bits() as i32 + ((n as i32) << 23)) as u32)
+    let e = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    if x >= EXP_MIN { e } else { 0.0 }
 }
 
 #[cfg(test)]
@@ -76,6 +95,7 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-87.1), 0.0);
+        assert_eq!(exp(f32::NAN), 0.0);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use crate::WeightType;
 use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType, key_at, value_at};
-use crate::math::{LANES, exp, reduce_add, round_bf16};
+use crate::math::{LANES, exp, reduce_add, round_bf16, scale_and_max};
 
 #[inline]
 fn lanes_dot(w: impl Fn(usize) -> f32, x: &[f32]) -> f32 {
@@ -51,6 +51,7 @@ pub(crate) fn scores(ty: KvType, dim: usize, keys: &[u8], tiles: Range<usize>, q
     }
 }
 
+#[inline(always)]
 pub(crate) fn softmax(
     ty: KvType,
     s: &mut [f32],
@@ -58,18 +59,17 @@ pub(crate) fn softmax(
     visible: Range<usize>,
     scale: f32,
 ) -> SoftmaxState {
-    let mut max = f32::NEG_INFINITY;
-    for s in &mut s[visible.clone()] {
-        *s *= scale;
-        max = max.max(*s);
-    }
+    let max = scale_and_max(&mut s[visible.clone()], scale);
+    let seen = tiles.start * KV_TILE..tiles.end * KV_TILE;
+    s[seen.start..visible.start].fill(f32::NEG_INFINITY);
+    s[visible.end..seen.end].fill(f32::NEG_INFINITY);
     let mut sum = [0f32; LANES];
-    for p in tiles.start * KV_TILE..tiles.end * KV_TILE {
-        s[p] = if visible.contains(&p) { exp(s[p] - max) } else { 0.0 };
-        if ty == KvType::Bf16 {
-            s[p] = round_bf16(s[p]);
+    for lanes in s[seen].as_chunks_mut::<LANES>().0 {
+        for (s, sum) in lanes.iter_mut().zip(&mut sum) {
+            let e = exp(*s - max);
+            *s = if ty == KvType::Bf16 { round_bf16(e) } else { e };
+            *sum += *s;
         }
-        sum[p % LANES] += s[p];
     }
     SoftmaxState { max, sum: reduce_add(&sum) }
 }

@@ -3,6 +3,8 @@
 mod float;
 mod quantized;
 
+pub(crate) use float::softmax;
+
 use crate::dispatch::{Isa, Table};
 
 pub(crate) static TABLE: Table = Table {
@@ -24,7 +26,7 @@ pub(crate) static TABLE: Table = Table {
     dots: float::dots,
     rms_norm: float::rms_norm,
     scores: float::scores,
-    softmax: float::softmax,
+    softmax,
     values: float::values,
     merge: float::merge,
 };

@@ -3,11 +3,11 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::float::reduce;
 use crate::block::BLOCK_LEN;
 use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
-use crate::math::{self, EXP_MIN, EXP_POLY, LN2_HI, LN2_LO, LOG2E};
+use crate::math;
+use crate::scalar;
 
 /// Values `16 * i..` of row `2 * pair + odd`, rows of `width` cached values beginning at `rows`; times `scale` where they are int8.
 ///
@@ -130,57 +130,7 @@ pub(super) fn softmax(
     visible: Range<usize>,
     scale: f32,
 ) -> SoftmaxState {
-    let mut max = f32::NEG_INFINITY;
-    for s in &mut s[visible.clone()] {
-        *s *= scale;
-        max = max.max(*s);
-    }
-    let mut sum = [_mm256_setzero_ps(); 2];
-    s[tiles.start * KV_TILE..visible.start].fill(f32::NEG_INFINITY);
-    s[visible.end..tiles.end * KV_TILE].fill(f32::NEG_INFINITY);
-    for s in s[tiles.start * KV_TILE..tiles.end * KV_TILE].chunks_exact_mut(KV_TILE) {
-        for (i, sum) in sum.iter_mut().enumerate() {
-            // SAFETY: 8 of 16 floats.
-            unsafe {
-                let p = s.as_mut_ptr().add(i * 8);
-                let mut v = exp(_mm256_sub_ps(_mm256_loadu_ps(p), _mm256_set1_ps(max)));
-                if ty == KvType::Bf16 {
-                    v = round_bf16(v);
-                }
-                *sum = _mm256_add_ps(*sum, v);
-                _mm256_storeu_ps(p, v);
-            }
-        }
-    }
-    SoftmaxState { max, sum: reduce(sum) }
-}
-
-/// [`crate::math::round_bf16`] of numbers.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn round_bf16(x: __m256) -> __m256 {
-    let bits = _mm256_castps_si256(x);
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
-}
-
-/// [`crate::math::exp`].
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn exp(x: __m256) -> __m256 {
-    let in_range = _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(EXP_MIN));
-    let n = _mm256_mul_ps(x, _mm256_set1_ps(LOG2E));
-    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
-    let r = _mm256_fmadd_ps(n, _mm256_set1_ps(-LN2_HI), x);
-    let r = _mm256_fmadd_ps(n, _mm256_set1_ps(-LN2_LO), r);
-    let mut p = _mm256_set1_ps(EXP_POLY[0]);
-    for c in &EXP_POLY[1..] {
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
-    }
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0));
-    let n = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
-    _mm256_and_ps(in_range, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n)))
+    scalar::softmax(ty, s, tiles, visible, scale)
 }
 
 pub(super) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usize>, p: &[f32], acc: &mut [f32]) {

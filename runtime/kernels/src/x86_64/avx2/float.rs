@@ -7,13 +7,6 @@ use half::{bf16, f16};
 use crate::WeightType;
 use crate::math::{LANES, reduce_add};
 
-/// Sum of 16 lanes in the order of [`reduce_add`].
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn reduce(v: [__m256; 2]) -> f32 {
-    reduce_add(&lanes(v))
-}
-
 #[inline]
 #[target_feature(enable = "avx2")]
 fn lanes(v: [__m256; 2]) -> [f32; LANES] {

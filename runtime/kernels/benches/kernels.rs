@@ -1,7 +1,7 @@
 //! Kernels against the machine: what they read or compute per second, beside what a plain read loop reaches.
 //!
-//! `cargo bench -p st-kernels [-- FILTER]`. Weights rotate through more memory than the caches hold, as they do when a model
-//! decodes. Threads: 2, or as many as there are.
+//! `cargo bench -p st-kernels [-- FILTER]`, with every instruction set that this CPU has (FILTER `/avx2/`: with that one). Weights
+//! rotate through more memory than the caches hold, as they do when a model decodes. Threads: 2, or as many as there are.
 #![allow(clippy::print_stdout, missing_docs)]
 
 use std::cell::Cell;
@@ -357,8 +357,11 @@ fn main() {
     println!("plain read loop, {threads} threads: {:.1} GB/s", read_bandwidth / 1e9);
     let mut bench = Bench { criterion, pool, kernels: Kernels::detect(), read_bandwidth };
     fork_join(&mut bench);
-    linear(&mut bench);
-    experts(&mut bench);
-    attention(&mut bench);
+    for kernels in Isa::ALL.into_iter().filter_map(Kernels::for_isa).filter(|k| k.isa() != Isa::Scalar) {
+        bench.kernels = kernels;
+        linear(&mut bench);
+        experts(&mut bench);
+        attention(&mut bench);
+    }
     bench.criterion.final_summary();
 }

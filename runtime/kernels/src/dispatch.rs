@@ -22,6 +22,8 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// [`Self::Avx2`] with VNNI for vectors of 256 bits.
+    AvxVnni,
     /// x86-64 with AVX-512 (F, BW, VL, DQ) and VNNI.
     Avx512Vnni,
     /// [`Self::Avx512Vnni`] with products of BF16 pairs.
@@ -32,13 +34,15 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best last.
-    pub const ALL: [Isa; 5] = [Self::Scalar, Self::NeonDot, Self::Avx2, Self::Avx512Vnni, Self::Avx512Bf16];
+    pub const ALL: [Isa; 6] =
+        [Self::Scalar, Self::NeonDot, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// A short name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::NeonDot => "neon-dotprod",
@@ -149,6 +153,8 @@ impl Kernels {
             Isa::Scalar => Some(&scalar::TABLE),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86_64::has_avx2().then_some(&x86_64::avx2::TABLE),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => x86_64::avx_vnni(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => x86_64::has_avx512().then_some(&x86_64::avx512::TABLE),
             #[cfg(target_arch = "x86_64")]

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
+use crate::dispatch::Table;
 use crate::expert_format::UpLayout;
 use crate::live;
 
@@ -27,6 +28,18 @@ fn request_up(up: &UpLayout, region: &[u8], rows: &[u32]) {
 /// Whether this CPU runs the AVX2 kernels.
 pub(crate) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// The AVX2 kernels with VNNI, in the encoding that this CPU has.
+pub(crate) fn avx_vnni() -> Option<&'static Table> {
+    if !has_avx2() {
+        None
+    } else if is_x86_feature_detected!("avxvnni") {
+        Some(&avx2::vnni::TABLE)
+    } else {
+        (is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vl"))
+            .then_some(&avx2::vnni::EVEX_TABLE)
+    }
 }
 
 /// Whether this CPU runs the AVX-512 kernels and multiplies pairs of BF16.

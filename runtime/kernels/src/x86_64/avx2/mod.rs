@@ -10,11 +10,14 @@ mod float;
 mod gemm;
 mod gemv;
 mod quantize;
+pub(crate) mod vnni;
 
 use crate::dispatch::{Isa, Table};
 use crate::scalar;
 
-pub(crate) static TABLE: Table = Table {
+pub(crate) static TABLE: Table = AVX2;
+
+const AVX2: Table = Table {
     isa: Isa::Avx2,
     quantize_q8: quantize::quantize_q8,
     quantize_q4_0: quantize::quantize_q4_0,

@@ -3,6 +3,7 @@
 
     python3 scripts/bench_vs_llama.py --st-tool target/release/st-tool --llama-bin BUILD/bin MODEL.gguf \\
         [--st-model MODEL-offload.gguf] [--rounds 3] [--reps 3] [--threads 2,1] [--tests decode,depth,p512,p4096,start] [--repack 1]
+        [--isa avx2]
 
 BUILD/bin holds llama.cpp's llama-bench and llama-completion, built for this machine. Each round runs every test once
 with either program, one after the other, and the next round in the opposite order, so that drift meets both; before each run the
@@ -41,10 +42,14 @@ def llama_speed(args, test, threads):
     return json.loads(run.out)[0]["avg_ts"], run.peak_bytes
 
 
+def st_isa(args):
+    return ["--isa", args.isa] if args.isa else []
+
+
 def st_speed(args, test, threads):
     prompt, generated, depth = TESTS[test]
     run = procs.run([args.st_tool, "bench", args.st_model, "-p", prompt, "-n", generated, "-d", depth, "-r", args.reps,
-                     "--threads", threads, "-o", "json", "--quiet"])
+                     "--threads", threads, "-o", "json", "--quiet"] + st_isa(args))
     return json.loads(run.out)["tests"][0]["tokens_per_second"]["median"], run.peak_bytes
 
 
@@ -59,7 +64,7 @@ def llama_start(args, threads):
 def st_start(args, threads):
     procs.warm(args.st_model)
     run = procs.run([args.st_tool, "run", args.st_model, "--raw", "-p", PROMPT, "-n", 1, "--temp", 0, "--ctx", 512,
-                     "--threads", threads, "--quiet"])
+                     "--threads", threads, "--quiet"] + st_isa(args))
     return run.first_byte or run.seconds, run.peak_bytes
 
 
@@ -76,6 +81,7 @@ def main():
     parser.add_argument("--repack", type=int, default=1, help="1: llama.cpp repacks weights at load; 0: not")
     parser.add_argument("--settle", type=float, default=8, help="seconds of rest before each run")
     parser.add_argument("--env", action="append", default=[], help="NAME=VALUE for llama.cpp")
+    parser.add_argument("--isa", help="instruction set for st-tool (give a llama.cpp that is built for the same)")
     parser.add_argument("--label", default="llama.cpp")
     parser.add_argument("--json")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use st_model::Isa;
 
 use crate::size::parse_size;
 
@@ -178,6 +179,9 @@ pub(crate) struct EngineArgs {
     /// How experts are read from disk (for measuring).
     #[arg(long, value_name = "MODE", default_value = "auto")]
     pub(crate) io: IoName,
+    /// Kernels of this instruction set instead of the best that the CPU has (for measuring).
+    #[arg(long, value_name = "NAME", value_parser = parse_isa)]
+    pub(crate) isa: Option<Isa>,
 }
 
 #[derive(Debug, Args)]
@@ -413,6 +417,11 @@ impl QuantizeArgs {
             _ => TypeName::F32,
         }
     }
+}
+
+fn parse_isa(text: &str) -> Result<Isa, String> {
+    let named = Isa::ALL.into_iter().find(|isa| isa.name() == text);
+    named.ok_or_else(|| format!("the names are {}", Isa::ALL.map(Isa::name).join(", ")))
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -162,6 +162,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
         ModelError::ContextFull { .. } => {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
+        ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
         ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
         ModelError::Gguf(error) => return gguf_hint(error),
         _ => return None,

@@ -53,6 +53,7 @@ fn wrong_arguments_are_exit_status_2() {
     run(["run", "-p", "x", "-f", "y"]).misused("cannot be used with");
     run(["run", "--raw", "--system", "x"]).misused("cannot be used with");
     run(["run", "--kv-type", "q5"]).misused("invalid value");
+    run(["bench", "--isa", "x"]).misused("avx2");
     run(["logits", "tiny", "--token-ids", "1"]).misused("--output");
     run(["download"]).misused("MODEL");
     run(["perplexity", "tiny"]).misused("--file");
@@ -453,6 +454,11 @@ fn bench_measures_both_kinds_of_work() {
     let experts = &object["tests"][1]["experts"];
     let count = |key: &str| experts[key].as_u64().expect("a number");
     assert_eq!(count("hits") + count("misses"), 8 * 8 * 4);
+    let portable = json(&run(["bench", "-p", "8", "-n", "0", "-r", "1", "--isa", "scalar", "-o", "json"]).ok());
+    assert_eq!(portable["isa"], "scalar");
+    let foreign = if cfg!(target_arch = "aarch64") { "avx2" } else { "neon-dotprod" };
+    let refused = run(["bench", "--isa", foreign]).fails(&["this CPU", foreign]);
+    assert!(refused.hint().contains("without --isa"));
     run(["bench", "-p", "0", "-n", "0"]).fails(&["nothing to measure"]);
     run(["bench", "-p", "4000"]).fails(&["4000", "2048"]);
 }

@@ -113,6 +113,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let facts = Facts {
         model: name,
         threads,
+        isa: engine.isa().name(),
         depth: args.depth,
         bandwidth,
         routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
@@ -172,6 +173,8 @@ fn measure_all(
 struct Facts<'a> {
     model: &'a str,
     threads: usize,
+    /// Whose kernels computed.
+    isa: &'static str,
     depth: usize,
     /// Bytes per second.
     bandwidth: f64,
@@ -236,9 +239,10 @@ fn markdown(rows: &[Measured], facts: &Facts<'_>) -> String {
         ));
     }
     out.push_str(&format!(
-        "\n{}, {} threads, depth {}, routing of {}; memory read at {:.2} GB/s by the same threads",
+        "\n{}, {} threads, {}, depth {}, routing of {}; memory read at {:.2} GB/s by the same threads",
         facts.model,
         facts.threads,
+        facts.isa,
         facts.depth,
         facts.routing,
         facts.bandwidth / 1e9
@@ -272,6 +276,7 @@ fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
     json!({
         "model": facts.model,
         "threads": facts.threads,
+        "isa": facts.isa,
         "depth": facts.depth,
         "routing": facts.routing,
         "memory_bytes_per_second": facts.bandwidth,

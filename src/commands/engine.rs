@@ -50,6 +50,7 @@ pub(crate) fn load_file(
         prefetch: !args.no_prefetch,
         guess: !args.no_guess,
         io_threads: args.reads.map(usize::from),
+        isa: args.isa,
         ..LoadOptions::default()
     };
     let engine = Engine::load_with(file, &options, &Loading(context))?;

@@ -42,6 +42,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
         no_guess: false,
         reads: None,
         io: IoName::Auto,
+        isa: None,
     };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), None, context)?;
     let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;

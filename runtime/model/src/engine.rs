@@ -201,6 +201,11 @@ impl Engine {
         self.model.n_vocab()
     }
 
+    /// The instruction set that computes.
+    pub fn isa(&self) -> Isa {
+        self.model.isa()
+    }
+
     /// How keys and values are kept.
     pub fn kv_type(&self) -> KvType {
         self.kv_type

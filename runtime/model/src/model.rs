@@ -4,6 +4,7 @@
 //! residual stream before norm and attention, so that the experts it chose can be read while attention runs.
 
 use st_experts::ExpertStore;
+use st_kernels::Isa;
 
 use crate::activations::Activations;
 use crate::config::ModelConfig;
@@ -105,6 +106,11 @@ impl Model {
     /// Rows of the embedding.
     pub(crate) fn n_vocab(&self) -> usize {
         self.embedding.n_out()
+    }
+
+    /// The instruction set of the kernels.
+    pub(crate) fn isa(&self) -> Isa {
+        self.compute.kernels.isa()
     }
 
     /// The expert cache.

@@ -30,12 +30,14 @@ pub enum Isa {
     Avx512Bf16,
     /// AArch64 with the dot product instructions.
     NeonDot,
+    /// [`Self::NeonDot`] with products of int8 matrices.
+    NeonI8mm,
 }
 
 impl Isa {
     /// Every instruction set, best last.
-    pub const ALL: [Isa; 6] =
-        [Self::Scalar, Self::NeonDot, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Bf16];
+    pub const ALL: [Isa; 7] =
+        [Self::Scalar, Self::NeonDot, Self::NeonI8mm, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// A short name.
     pub fn name(self) -> &'static str {
@@ -46,6 +48,7 @@ impl Isa {
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::NeonDot => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
         }
     }
 }
@@ -161,6 +164,8 @@ impl Kernels {
             Isa::Avx512Bf16 => x86_64::has_avx512_bf16().then_some(&x86_64::avx512::BF16_TABLE),
             #[cfg(target_arch = "aarch64")]
             Isa::NeonDot => aarch64::has_neon_dot().then_some(&aarch64::TABLE),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => aarch64::has_neon_i8mm().then_some(&aarch64::MATRIX_TABLE),
             _ => None,
         };
         table.map(|table| Self { table })

@@ -1,62 +1,110 @@
 //! Many tokens: weights are unpacked once into a panel (16 rows, bytes and f32 scales; nibbles with their offset of 8, Q8_0 signed),
 //! which then meets four tokens at a time.
+//!
+//! A panel's bytes lie in the order that the product takes them: `K` columns of each of the 16 rows, then the next `K`.
 
 use std::arch::aarch64::*;
 
-use half::f16;
-
-use super::{add_block, sdot_lane};
+use super::{add_block, load_f16, nibbles, sdot_lane, smmla};
 use crate::WeightType;
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::r16::{R16_ROWS, tile_bytes};
 
-/// f16 scale `from` bytes into `scales` as scale `r` of a panel block.
-fn put_scale(block: &mut [u8], r: usize, scales: &[u8], from: usize) {
-    let d = f16::from_le_bytes([scales[from], scales[from + 1]]).to_f32();
-    block[512 + r * 4..][..4].copy_from_slice(&d.to_ne_bytes());
+/// Columns that `sdot` takes of a row.
+pub(super) const DOT: usize = 4;
+/// Columns that `smmla` takes of a row.
+pub(super) const MATRIX: usize = 8;
+
+/// 16 f16 scales to the scales of a panel block.
+#[inline]
+#[target_feature(enable = "neon")]
+fn put_scales(block: &mut [u8], scales: &[u8]) {
+    let (scales, block) = (&scales[..32], &mut block[512..PANEL_BLOCK]);
+    for i in 0..4 {
+        // SAFETY: 32 bytes of scales, 64 of the block.
+        unsafe { vst1q_f32(block.as_mut_ptr().add(i * 16).cast(), load_f16(scales.as_ptr().add(i * 8))) };
+    }
 }
 
-pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+/// Columns `4 * g..` of row `r` of a panel block.
+#[inline(always)]
+fn put_quad<const K: usize>(block: &mut [u8], g: usize, r: usize, quad: u32) {
+    let column = g * 4;
+    let at = column / K * K * R16_ROWS + r * K + column % K;
+    block[at..at + 4].copy_from_slice(&quad.to_ne_bytes());
+}
+
+/// The low nibbles of four bytes as group `g`, the high ones as group `g + 4`.
+#[inline(always)]
+fn put_nibbles<const K: usize>(block: &mut [u8], g: usize, r: usize, quad: [u8; 4]) {
+    let w = u32::from_ne_bytes(quad);
+    put_quad::<K>(block, g, r, w & 0x0f0f_0f0f);
+    put_quad::<K>(block, g + 4, r, w >> 4 & 0x0f0f_0f0f);
+}
+
+#[target_feature(enable = "neon")]
+pub(super) fn panel_r16<const K: usize>(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
         let (scales, values) = tile.split_at(32);
-        if ty == WeightType::Q4_0 {
-            let (lo, hi) = block[..512].split_at_mut(256);
-            for ((w, lo), hi) in values.iter().zip(lo).zip(hi) {
-                (*lo, *hi) = (w & 15, w >> 4);
+        let groups = if ty == WeightType::Q4_0 { 4 } else { 8 };
+        for g in (0..groups).step_by(2) {
+            for i in 0..4 {
+                // SAFETY: a tile has 64 bytes for each group, and a block for each of 8.
+                unsafe {
+                    let [a, b] = [g, g + 1].map(|g| vld1q_u8(values.as_ptr().add(g * 64 + i * 16)));
+                    if ty == WeightType::Q4_0 {
+                        let ((a_lo, a_hi), (b_lo, b_hi)) = (nibbles(a), nibbles(b));
+                        put_two_groups::<K>(block, g, i, a_lo, b_lo);
+                        put_two_groups::<K>(block, g + 4, i, a_hi, b_hi);
+                    } else {
+                        put_two_groups::<K>(block, g, i, vreinterpretq_s8_u8(a), vreinterpretq_s8_u8(b));
+                    }
+                }
             }
-        } else {
-            block[..512].copy_from_slice(values);
         }
-        for r in 0..R16_ROWS {
-            put_scale(block, r, scales, r * 2);
+        put_scales(block, scales);
+    }
+}
+
+/// Columns of groups `g` (even) and `g + 1` of rows `4 * i..` of a panel block.
+///
+/// # Safety
+/// `block` must have these groups and rows.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn put_two_groups<const K: usize>(block: &mut [u8], g: usize, i: usize, a: int8x16_t, b: int8x16_t) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let p = block.as_mut_ptr().add(g * 64 + i * 4 * K);
+        if K == MATRIX {
+            vst2q_s32(p.cast(), int32x4x2_t(vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b)));
+        } else {
+            vst1q_s8(p.cast(), a);
+            vst1q_s8(p.add(64).cast(), b);
         }
     }
 }
 
-pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+#[target_feature(enable = "neon")]
+pub(super) fn panel_up<const K: usize>(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     for (b, block) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
-        for r in 0..R16_ROWS {
+        let mut d = [0; 2 * R16_ROWS];
+        for (r, d) in d.chunks_exact_mut(2).enumerate() {
+            d.copy_from_slice(&scales[((first + r) * up.kb + b) * 2..][..2]);
             let qs = &nibbles[(first + r) * up.row_bytes + b * 16..][..16];
-            for (g, quad) in qs.chunks_exact(4).enumerate() {
-                put_quad(block, g, r, [quad[0], quad[1], quad[2], quad[3]], 0);
-                put_quad(block, g + 4, r, [quad[0], quad[1], quad[2], quad[3]], 4);
+            for (g, quad) in qs.as_chunks().0.iter().enumerate() {
+                put_nibbles::<K>(block, g, r, *quad);
             }
-            put_scale(block, r, scales, ((first + r) * up.kb + b) * 2);
         }
+        put_scales(block, &d);
     }
 }
 
-/// The low (`shift` 0) or high (4) nibbles of four bytes as group `g` of row `r` of a panel block.
-#[inline(always)]
-fn put_quad(block: &mut [u8], g: usize, r: usize, quad: [u8; 4], shift: u32) {
-    let w = u32::from_ne_bytes(quad) >> shift & 0x0f0f_0f0f;
-    block[(g * R16_ROWS + r) * 4..][..4].copy_from_slice(&w.to_ne_bytes());
-}
-
-pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+#[target_feature(enable = "neon")]
+pub(super) fn panel_down<const K: usize>(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
     for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
         let (scales, rows) = group.split_at(down.padded * 2);
         for v in 0..8 {
@@ -67,17 +115,16 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
                 for r in 0..R16_ROWS {
                     // Output 16v + r of the chunk is in byte 16L + 4v + e, where r = 4L + e.
                     let at = r / 4 * 16 + v % 4 * 4 + r % 4;
-                    put_quad(block, quad, r, w.map(|w| w[at]), if v < 4 { 0 } else { 4 });
+                    let w = u32::from_ne_bytes(w.map(|w| w[at]));
+                    put_quad::<K>(block, quad, r, w >> (v / 4 * 4) & 0x0f0f_0f0f);
                 }
             }
-            for r in 0..R16_ROWS {
-                put_scale(block, r, scales, (chunk * 128 + v * 16 + r) * 2);
-            }
+            put_scales(block, &scales[chunk * 256 + v * 32..]);
         }
     }
 }
 
-pub(super) fn gemm(
+pub(super) fn gemm<const K: usize>(
     ty: WeightType,
     kb: usize,
     panel: &[u8],
@@ -87,7 +134,10 @@ pub(super) fn gemm(
     assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
     for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
         // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
-        unsafe { tokens(kb, panel, unit, i32::from(ty == WeightType::Q4_0), out) };
+        unsafe {
+            let bias = i32::from(ty == WeightType::Q4_0);
+            if K == MATRIX { pairs(kb, panel, unit, bias, out) } else { tokens(kb, panel, unit, bias, out) }
+        };
     }
 }
 
@@ -121,6 +171,47 @@ unsafe fn tokens(kb: usize, panel: &[u8], unit: &[u8], bias: i32, out: &mut [f32
                     let d_w = vld1q_f32(w.add(512 + i * 16).cast());
                     let p = out.as_mut_ptr().add(t * R16_ROWS + i * 4);
                     vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, vdupq_n_f32(d_a[t])));
+                }
+            }
+        }
+    }
+}
+
+/// As [`tokens`], two tokens and two rows of the panel to an instruction.
+///
+/// # Safety
+/// As of [`tokens`].
+#[target_feature(enable = "neon,i8mm")]
+unsafe fn pairs(kb: usize, panel: &[u8], unit: &[u8], bias: i32, out: &mut [f32]) {
+    out.fill(0.0);
+    for b in 0..kb {
+        // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
+        unsafe {
+            let w = panel.as_ptr().add(b * PANEL_BLOCK);
+            let a = unit.as_ptr().add(b * UNIT_BLOCK);
+            let d_a: [f32; UNIT_ROWS] = a.add(128).cast::<[f32; UNIT_ROWS]>().read_unaligned();
+            let start = vmulq_n_s32(vld1q_s32(a.add(144).cast()), bias);
+            // Of tokens 0 and 1, and of 2 and 3: two rows for the first, two for the second.
+            let mut sums = [[vzip1q_s32(start, start); 8], [vzip2q_s32(start, start); 8]];
+            for g in 0..4 {
+                let q = [0, 16].map(|i| vld1q_s32(a.add(g * 32 + i).cast()));
+                let q = [vzip1q_s32(q[0], q[1]), vzip2q_s32(q[0], q[1])].map(|q| vreinterpretq_s8_s32(q));
+                for i in 0..8 {
+                    let w = vld1q_s8(w.add(g * 128 + i * 16).cast());
+                    sums[0][i] = smmla(sums[0][i], q[0], w);
+                    sums[1][i] = smmla(sums[1][i], q[1], w);
+                }
+            }
+            for (pair, sums) in sums.iter().enumerate() {
+                for i in 0..4 {
+                    let [two, next] = [sums[2 * i], sums[2 * i + 1]].map(|sums| vreinterpretq_s64_s32(sums));
+                    let d_w = vld1q_f32(w.add(512 + i * 16).cast());
+                    for (t, sum) in [vzip1q_s64(two, next), vzip2q_s64(two, next)].into_iter().enumerate() {
+                        let t = 2 * pair + t;
+                        let p = out.as_mut_ptr().add(t * R16_ROWS + i * 4);
+                        let sum = vreinterpretq_s32_s64(sum);
+                        vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, vdupq_n_f32(d_a[t])));
+                    }
                 }
             }
         }

@@ -15,7 +15,19 @@ use std::arch::asm;
 use crate::dispatch::{Isa, Table};
 use crate::scalar;
 
-pub(crate) static TABLE: Table = Table {
+pub(crate) static TABLE: Table = DOT;
+
+/// With products of two rows and two columns.
+pub(crate) static MATRIX_TABLE: Table = Table {
+    isa: Isa::NeonI8mm,
+    panel_r16: gemm::panel_r16::<{ gemm::MATRIX }>,
+    panel_up: gemm::panel_up::<{ gemm::MATRIX }>,
+    panel_down: gemm::panel_down::<{ gemm::MATRIX }>,
+    gemm: gemm::gemm::<{ gemm::MATRIX }>,
+    ..DOT
+};
+
+const DOT: Table = Table {
     isa: Isa::NeonDot,
     quantize_q8: scalar::TABLE.quantize_q8,
     quantize_q4_0: scalar::TABLE.quantize_q4_0,
@@ -27,10 +39,10 @@ pub(crate) static TABLE: Table = Table {
     request_up: experts::request_up,
     q8_rows: gemv::q8_rows,
     down: experts::down,
-    panel_r16: gemm::panel_r16,
-    panel_up: gemm::panel_up,
-    panel_down: gemm::panel_down,
-    gemm: gemm::gemm,
+    panel_r16: gemm::panel_r16::<{ gemm::DOT }>,
+    panel_up: gemm::panel_up::<{ gemm::DOT }>,
+    panel_down: gemm::panel_down::<{ gemm::DOT }>,
+    gemm: gemm::gemm::<{ gemm::DOT }>,
     dots: scalar::TABLE.dots,
     rms_norm: scalar::TABLE.rms_norm,
     scores: attention::scores,
@@ -42,6 +54,24 @@ pub(crate) static TABLE: Table = Table {
 /// Whether this CPU runs the NEON kernels.
 pub(crate) fn has_neon_dot() -> bool {
     std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod")
+}
+
+/// Whether this CPU runs the NEON kernels and multiplies int8 matrices.
+pub(crate) fn has_neon_i8mm() -> bool {
+    has_neon_dot() && std::arch::is_aarch64_feature_detected!("i8mm")
+}
+
+/// Adds the products of two rows of `a` with two of `b`, 8 signed bytes each: `[a0·b0, a0·b1, a1·b0, a1·b1]`. (The intrinsic is not
+/// stable.)
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+fn smmla(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: registers only.
+    unsafe {
+        asm!("smmla {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) acc, in(vreg) a, in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
 }
 
 /// Adds to each 32-bit lane the products of its four signed bytes. (The intrinsic is not stable.)

@@ -20,36 +20,43 @@ pub(crate) struct Live {
     /// Four hidden values each.
     quads: [i32; 8],
     n: usize,
+    /// How many rows each step requests.
+    n_requested: usize,
 }
 
 impl Live {
-    fn new(down: &DownLayout, group: &[u8], hidden: &HiddenGroup) -> Self {
+    const NONE: Self = Self {
+        scales: std::ptr::null(),
+        rows: std::ptr::null(),
+        d: 0.0,
+        bias: 0,
+        offsets: [0; 32],
+        quads: [0; 8],
+        n: 0,
+        n_requested: 0,
+    };
+
+    fn set(&mut self, down: &DownLayout, group: &[u8], hidden: &HiddenGroup, n_chunks: usize) {
         let (scales, rows) = group.split_at(down.padded * 2);
-        let mut live = Self {
-            scales: scales.as_ptr(),
-            rows: rows.as_ptr(),
-            d: hidden.d,
-            bias: hidden.bias,
-            offsets: [0; 32],
-            quads: [0; 8],
-            n: 0,
-        };
+        (self.scales, self.rows) = (scales.as_ptr(), rows.as_ptr());
+        (self.d, self.bias) = (hidden.d, hidden.bias);
         let mut acts = [0i8; 32];
         let mut mask = hidden.live;
+        self.n = 0;
         while mask != 0 {
             let n = mask.trailing_zeros() as usize;
             mask &= mask - 1;
-            live.offsets[live.n] = n * down.row_bytes;
-            acts[live.n] = hidden.q[n];
-            live.n += 1;
+            self.offsets[self.n] = n * down.row_bytes;
+            acts[self.n] = hidden.q[n];
+            self.n += 1;
         }
+        self.n_requested = self.n.div_ceil(n_chunks.max(1));
         // What fills the last four has activation 0 and a row that is read anyway.
-        let last = live.offsets[live.n.saturating_sub(1)];
-        live.offsets[live.n..live.n.next_multiple_of(4)].fill(last);
-        for (quad, acts) in live.quads.iter_mut().zip(acts.chunks_exact(4)) {
+        let last = self.offsets[self.n.saturating_sub(1)];
+        self.offsets[self.n..self.n.next_multiple_of(4)].fill(last);
+        for (quad, acts) in self.quads.iter_mut().zip(acts.chunks_exact(4)) {
             *quad = i32::from_ne_bytes([acts[0] as u8, acts[1] as u8, acts[2] as u8, acts[3] as u8]);
         }
-        live
     }
 
     /// Four rows and their hidden values at a time.
@@ -62,8 +69,8 @@ impl Live {
     /// whole so that memory is read in runs, and the chunk's scales.
     #[inline(always)]
     pub(crate) fn request(&self, chunks: &Range<usize>, i: usize, prefetch: impl Fn(*const u8)) {
-        let n = chunks.len();
-        for row in &self.offsets[self.n * i / n..self.n * (i + 1) / n] {
+        let upto = |i: usize| self.n.min(i * self.n_requested);
+        for row in &self.offsets[upto(i)..upto(i + 1)] {
             for chunk in chunks.clone() {
                 prefetch(self.rows.wrapping_add(row + chunk * 64));
             }
@@ -81,8 +88,11 @@ pub(crate) struct LiveGroups<'a> {
     /// What is left of the region, and of the hidden values.
     region: &'a [u8],
     hidden: &'a [HiddenGroup],
-    /// The group to compute, the one after it, and the one to request meanwhile.
-    queue: [Option<Live>; 3],
+    /// The last three that were drawn, in turn: the one to compute, the one after it, and the one to request meanwhile.
+    drawn: [Live; 3],
+    n_drawn: usize,
+    n_computed: usize,
+    n_chunks: usize,
 }
 
 impl<'a> LiveGroups<'a> {
@@ -95,10 +105,13 @@ impl<'a> LiveGroups<'a> {
         chunks: &Range<usize>,
         prefetch: impl Fn(*const u8),
     ) -> Self {
-        let mut groups = Self { down, region, hidden, queue: [None, None, None] };
-        groups.queue = [None, groups.draw(), groups.draw()];
-        for first in groups.queue.iter().flatten() {
-            (0..chunks.len()).for_each(|i| first.request(chunks, i, &prefetch));
+        let n_chunks = chunks.len();
+        let drawn = [Live::NONE; 3];
+        let mut groups = Self { down, region, hidden, drawn, n_drawn: 0, n_computed: 0, n_chunks };
+        groups.draw();
+        groups.draw();
+        for first in &groups.drawn[..groups.n_drawn] {
+            (0..n_chunks).for_each(|i| first.request(chunks, i, &prefetch));
         }
         groups
     }
@@ -106,20 +119,25 @@ impl<'a> LiveGroups<'a> {
     /// The next group to compute, and the one to request meanwhile.
     #[inline]
     pub(crate) fn advance(&mut self) -> Option<(&Live, Option<&Live>)> {
-        self.queue = [self.queue[1].take(), self.queue[2].take(), self.draw()];
-        let [current, _, ahead] = &self.queue;
-        current.as_ref().map(|current| (current, ahead.as_ref()))
+        self.draw();
+        let at = self.n_computed;
+        if at == self.n_drawn {
+            return None;
+        }
+        self.n_computed += 1;
+        Some((&self.drawn[at % 3], (at + 2 < self.n_drawn).then(|| &self.drawn[(at + 2) % 3])))
     }
 
-    fn draw(&mut self) -> Option<Live> {
+    fn draw(&mut self) {
         while let Some((hidden, rest)) = self.hidden.split_first() {
             let (group, region) = self.region.split_at(self.down.group_bytes);
             (self.hidden, self.region) = (rest, region);
             if hidden.live != 0 {
-                return Some(Live::new(self.down, group, hidden));
+                self.drawn[self.n_drawn % 3].set(self.down, group, hidden, self.n_chunks);
+                self.n_drawn += 1;
+                return;
             }
         }
-        None
     }
 }
 

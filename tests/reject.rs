@@ -142,7 +142,10 @@ fn tokenizers_that_are_broken() {
     let (_folder, path) = altered(|metadata, _| drop(metadata.insert("tokenizer.ggml.eos_token_id", 2048u32)));
     refused(&path, &["tokenizer.ggml.eos_token_id", "2048"]);
     let (_folder, path) = altered(|metadata, _| drop(metadata.insert("tokenizer.chat_template", "{% if %}")));
-    refused(&path, &["chat template"]);
+    refused(&path, &["chat template", "does not compile"]);
+    assert!(run(["run", arg(&path), "-p", "x"]).hint().contains("--raw"));
+    // What is no chat needs no template.
+    assert!(!run(["run", arg(&path), "--raw", "-p", "Once upon", "-n", "3", "--temp", "0"]).ok().is_empty());
     let (_folder, path) = altered(|metadata, _| {
         metadata.insert("tokenizer.chat_template", "{{ raise_exception('only \u{1b}[31mred foxes') }}");
     });

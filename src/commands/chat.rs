@@ -15,7 +15,7 @@ use st_model::sampler::Sampler;
 use st_model::tokenizer::Tokenizer;
 use st_model::{Engine, FinishReason, GenerateOptions, GenerateStats, Session};
 
-use super::run::{Style, answer, no_template, no_tokenizer};
+use super::run::{Style, answer, bad_template, no_template, no_tokenizer};
 use super::{Context, stats};
 use crate::cli::RunArgs;
 use crate::report::{self, Interrupted, is_closed_output};
@@ -103,10 +103,12 @@ impl<'a> Chat<'a> {
         context: &'a Context,
     ) -> anyhow::Result<Self> {
         let engine = session.engine();
-        let template = match (args.raw, engine.chat_template()) {
-            (true, _) => None,
-            (false, Some(template)) => Some(template),
-            (false, None) => return Err(no_template("a chat needs one").into()),
+        let template = match args.raw {
+            true => None,
+            false => {
+                let template = engine.chat_template().map_err(bad_template)?;
+                Some(template.ok_or_else(|| no_template("a chat needs one"))?)
+            }
         };
         Ok(Self {
             engine,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use serde_json::json;
-use st_model::chat::{Message, Role};
+use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, Step, generate};
 
@@ -165,7 +165,7 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     if args.raw {
         return Ok(tokenizer.encode_prompt(text, true)?);
     }
-    let Some(template) = engine.chat_template() else {
+    let Some(template) = engine.chat_template().map_err(bad_template)? else {
         if args.system.is_some() {
             return Err(no_template("a system message needs one").into());
         }
@@ -178,14 +178,22 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     Ok(tokenizer.encode(&template.render(&messages, true)?, true)?)
 }
 
+/// What goes without a chat template.
+const RAW: &str = "--raw -p TEXT continues a text as it is";
+
 /// The error for text where there are only token ids.
 pub(crate) fn no_tokenizer() -> Advice {
     Advice::new("the file has no tokenizer, so it takes no text", "--token-ids 1,2,3 takes the prompt as token ids")
 }
 
+/// The error for a chat where its format cannot be used.
+pub(crate) fn bad_template(error: &ChatError) -> Advice {
+    Advice::new(error.to_string(), RAW)
+}
+
 /// The error for a chat where there is no format for one.
 pub(crate) fn no_template(why: &str) -> Advice {
-    Advice::new(format!("the file has no chat template, and {why}"), "--raw -p TEXT continues a text as it is")
+    Advice::new(format!("the file has no chat template, and {why}"), RAW)
 }
 
 fn read_input(args: &RunArgs) -> anyhow::Result<Input> {

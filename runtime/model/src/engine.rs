@@ -10,7 +10,7 @@ use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
 use st_kernels::{Isa, Kernels, KvType, WeightType};
 
-use crate::chat::ChatTemplate;
+use crate::chat::{ChatError, ChatTemplate};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::model::Model;
@@ -102,7 +102,7 @@ impl LoadOptions {
 pub struct Engine {
     model: Model,
     tokenizer: Option<Tokenizer>,
-    chat_template: Option<ChatTemplate>,
+    chat_template: Result<Option<ChatTemplate>, ChatError>,
     end_ids: Vec<u32>,
     plan: MemoryPlan,
     kv_type: KvType,
@@ -138,7 +138,7 @@ impl Engine {
     ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_metadata(&file.header.metadata)?;
         let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?;
-        let chat_template = ChatTemplate::from_metadata(&file.header.metadata)?;
+        let chat_template = ChatTemplate::from_metadata(&file.header.metadata);
         let end_ids = match &tokenizer {
             Some(tokenizer) => tokenizer.end_ids().to_vec(),
             None => crate::tokenizer::end_ids(&file.header.metadata)?,
@@ -182,8 +182,11 @@ impl Engine {
     }
 
     /// The file's chat template, where it has one.
-    pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        self.chat_template.as_ref()
+    ///
+    /// # Errors
+    /// Where it cannot be used. Only chats need one, so this keeps no model from being loaded.
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, &ChatError> {
+        self.chat_template.as_ref().map(Option::as_ref)
     }
 
     /// Tokens that end an answer.

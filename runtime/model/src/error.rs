@@ -135,9 +135,6 @@ pub enum ModelError {
     /// The file's tokenizer is broken.
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::TokenizerError),
-    /// The file's chat template is broken.
-    #[error(transparent)]
-    Chat(#[from] crate::chat::ChatError),
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),

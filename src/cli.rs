@@ -159,7 +159,7 @@ pub(crate) struct LayoutArgs {
 }
 
 /// Where the weights are and what running them may cost.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct EngineArgs {
     /// The most memory this process may use, all told, such as 1GiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -390,9 +390,10 @@ pub(crate) enum KvName {
     F32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum IoName {
     /// Measure, then choose.
+    #[default]
     Auto,
     /// Past the page cache.
     Direct,

@@ -7,7 +7,7 @@ use st_gguf::{GgufFile, check_output};
 use st_model::{ModelConfig, ModelError, Reference, Session};
 
 use super::{Context, engine, tokens};
-use crate::cli::{EngineArgs, IoName, LogitsArgs};
+use crate::cli::{EngineArgs, LogitsArgs};
 use crate::models::Model;
 use crate::report::Advice;
 use crate::tensor_file::{Dtype, TensorFile};
@@ -35,15 +35,7 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
 }
 
 fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
-    let engine_args = EngineArgs {
-        memory: args.memory,
-        threads: args.threads,
-        no_prefetch: false,
-        no_guess: false,
-        reads: None,
-        io: IoName::Auto,
-        isa: None,
-    };
+    let engine_args = EngineArgs { memory: args.memory, threads: args.threads, ..EngineArgs::default() };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), None, context)?;
     let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
     let mut session = Session::new(&engine)?;

@@ -82,6 +82,17 @@ impl LoadOptions {
         batch_within(self.memory)
     }
 
+    /// The kernels that pack and compute.
+    ///
+    /// # Errors
+    /// [`ModelError::Isa`] where the CPU lacks the instruction set that is asked for.
+    pub(crate) fn kernels(&self) -> Result<Kernels, ModelError> {
+        match self.isa {
+            Some(isa) => Kernels::for_isa(isa).ok_or(ModelError::Isa { name: isa.name() }),
+            None => Ok(Kernels::detect()),
+        }
+    }
+
     /// How keys and values of a model with weights of type `weights` are kept.
     pub(crate) fn kv_type_for(&self, weights: WeightType) -> KvType {
         self.kv_type.unwrap_or(if weights.is_quantized() { KvType::Bf16 } else { KvType::F16 })
@@ -150,7 +161,7 @@ impl Engine {
         let source = TensorSource::new(&file, &config, progress)?;
         let plan = sizes::plan(&source, &config, options)?;
         progress.planned(&plan);
-        let (index, format) = (source.experts().clone(), sizes::slot_format(&source, Kernels::detect()));
+        let (index, format) = (source.experts().clone(), sizes::slot_format(&source, options.kernels()?));
         let store_options = StoreOptions {
             n_slots: plan.n_slots,
             top_k: config.n_experts_used,

@@ -69,7 +69,7 @@ impl Model {
         store: ExpertStore,
         options: &LoadOptions,
     ) -> Result<Self, ModelError> {
-        let compute = Compute::new(options.threads, options.isa)?;
+        let compute = Compute::new(options.threads, options.kernels()?)?;
         let c = &config;
         let matrix = |name: String, rows: usize, cols: usize| Linear::load(source, &compute, &[(name, rows)], cols);
         let norm = |name: String| -> Result<RmsNorm, ModelError> {

@@ -63,11 +63,10 @@ pub(crate) fn plan(
     config: &ModelConfig,
     options: &LoadOptions,
 ) -> Result<MemoryPlan, ModelError> {
-    let kernels = Kernels::detect();
-    let slots = Slots { format: source.format().clone(), kernels };
+    let slots = slot_format(source, options.kernels()?);
     // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
-    let one = ExpertStore::memory_for(source.experts(), &slots, &StoreOptions { n_slots: 1, ..options.store() });
+    let one = ExpertStore::memory_for(source.experts(), &*slots, &StoreOptions { n_slots: 1, ..options.store() });
     let fixed = FixedCosts {
         process: resident_bytes(),
         dense: dense(source, config)?,

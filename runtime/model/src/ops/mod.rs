@@ -9,7 +9,7 @@ mod elementwise;
 mod linear;
 
 use candle_core::{CpuStorage, Layout, Tensor};
-use st_kernels::{Isa, Kernels, Pool};
+use st_kernels::{Kernels, Pool};
 
 use crate::error::ModelError;
 
@@ -27,15 +27,11 @@ pub(crate) struct Compute {
 }
 
 impl Compute {
-    /// Kernels of `isa`, or of the best instruction set that the CPU has, on `threads` threads.
+    /// `kernels` on `threads` threads.
     ///
     /// # Errors
-    /// [`ModelError::Isa`] where the CPU lacks `isa`; [`ModelError::Threads`] where threads cannot be started.
-    pub(crate) fn new(threads: usize, isa: Option<Isa>) -> Result<Self, ModelError> {
-        let kernels = match isa {
-            Some(isa) => Kernels::for_isa(isa).ok_or(ModelError::Isa { name: isa.name() })?,
-            None => Kernels::detect(),
-        };
+    /// [`ModelError::Threads`] where threads cannot be started.
+    pub(crate) fn new(threads: usize, kernels: Kernels) -> Result<Self, ModelError> {
         let pool = Pool::new(threads).map_err(|cause| ModelError::Threads { threads, cause })?;
         Ok(Self { kernels, pool })
     }

@@ -124,92 +124,90 @@ pub(super) fn panel_down<const K: usize>(down: &DownLayout, region: &[u8], chunk
     }
 }
 
-pub(super) fn gemm<const K: usize>(
-    ty: WeightType,
-    kb: usize,
-    panel: &[u8],
-    units: &[u8],
-    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
-) {
-    assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
-    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
-        // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
-        unsafe {
-            let bias = i32::from(ty == WeightType::Q4_0);
-            if K == MATRIX { pairs(kb, panel, unit, bias, out) } else { tokens(kb, panel, unit, bias, out) }
-        };
-    }
-}
+/// Sums of integers of four tokens and 16 rows.
+type Sums = [[int32x4_t; 4]; UNIT_ROWS];
+type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
-/// Four tokens; `bias` is 1 if the panel's values have an offset of 8, else 0.
-///
-/// # Safety
-/// `panel` and `unit` have kb blocks, `out` 64 floats.
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn tokens(kb: usize, panel: &[u8], unit: &[u8], bias: i32, out: &mut [f32]) {
-    out.fill(0.0);
-    for b in 0..kb {
-        // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
-        unsafe {
-            let w = panel.as_ptr().add(b * PANEL_BLOCK);
-            let a = unit.as_ptr().add(b * UNIT_BLOCK);
-            let d_a: [f32; UNIT_ROWS] = a.add(128).cast::<[f32; UNIT_ROWS]>().read_unaligned();
-            let start: [i32; UNIT_ROWS] = a.add(144).cast::<[i32; UNIT_ROWS]>().read_unaligned();
-            let mut sums: [[int32x4_t; 4]; UNIT_ROWS] = std::array::from_fn(|t| [vdupq_n_s32(start[t] * bias); 4]);
-            for g in 0..8 {
-                let q = vld1q_s8(a.add(g * 16).cast());
+pub(super) fn gemm_dot(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    gemm(ty, kb, panel, units, out, |w, a, start| {
+        let mut sums: Sums = [
+            [vdupq_laneq_s32::<0>(start); 4],
+            [vdupq_laneq_s32::<1>(start); 4],
+            [vdupq_laneq_s32::<2>(start); 4],
+            [vdupq_laneq_s32::<3>(start); 4],
+        ];
+        for g in 0..8 {
+            // SAFETY: 8 groups of 4 columns, of 16 rows and of 4 tokens.
+            unsafe {
+                let q = vld1q_s8(a.add(g * 16));
                 for i in 0..4 {
-                    let w = vld1q_s8(w.add(g * 64 + i * 16).cast());
+                    let w = vld1q_s8(w.add(g * 64 + i * 16));
                     sums[0][i] = sdot_lane::<0>(sums[0][i], w, q);
                     sums[1][i] = sdot_lane::<1>(sums[1][i], w, q);
                     sums[2][i] = sdot_lane::<2>(sums[2][i], w, q);
                     sums[3][i] = sdot_lane::<3>(sums[3][i], w, q);
                 }
             }
-            for (t, sums) in sums.into_iter().enumerate() {
-                for (i, sum) in sums.into_iter().enumerate() {
-                    let d_w = vld1q_f32(w.add(512 + i * 16).cast());
-                    let p = out.as_mut_ptr().add(t * R16_ROWS + i * 4);
-                    vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, vdupq_n_f32(d_a[t])));
-                }
-            }
         }
-    }
+        sums
+    });
 }
 
-/// As [`tokens`], two tokens and two rows of the panel to an instruction.
-///
-/// # Safety
-/// As of [`tokens`].
+/// Two tokens and two rows of the panel to an instruction.
 #[target_feature(enable = "neon,i8mm")]
-unsafe fn pairs(kb: usize, panel: &[u8], unit: &[u8], bias: i32, out: &mut [f32]) {
-    out.fill(0.0);
-    for b in 0..kb {
-        // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
-        unsafe {
-            let w = panel.as_ptr().add(b * PANEL_BLOCK);
-            let a = unit.as_ptr().add(b * UNIT_BLOCK);
-            let d_a: [f32; UNIT_ROWS] = a.add(128).cast::<[f32; UNIT_ROWS]>().read_unaligned();
-            let start = vmulq_n_s32(vld1q_s32(a.add(144).cast()), bias);
-            // Of tokens 0 and 1, and of 2 and 3: two rows for the first, two for the second.
-            let mut sums = [[vzip1q_s32(start, start); 8], [vzip2q_s32(start, start); 8]];
-            for g in 0..4 {
+pub(super) fn gemm_matrix(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    gemm(ty, kb, panel, units, out, |w, a, start| {
+        // Of tokens 0 and 1, and of 2 and 3: two rows for the first, two for the second.
+        let mut sums = [[vzip1q_s32(start, start); 8], [vzip2q_s32(start, start); 8]];
+        for g in 0..4 {
+            // SAFETY: 4 groups of 8 columns, of 16 rows and of 4 tokens.
+            unsafe {
                 let q = [0, 16].map(|i| vld1q_s32(a.add(g * 32 + i).cast()));
                 let q = [vzip1q_s32(q[0], q[1]), vzip2q_s32(q[0], q[1])].map(|q| vreinterpretq_s8_s32(q));
                 for i in 0..8 {
-                    let w = vld1q_s8(w.add(g * 128 + i * 16).cast());
+                    let w = vld1q_s8(w.add(g * 128 + i * 16));
                     sums[0][i] = smmla(sums[0][i], q[0], w);
                     sums[1][i] = smmla(sums[1][i], q[1], w);
                 }
             }
-            for (pair, sums) in sums.iter().enumerate() {
-                for i in 0..4 {
-                    let [two, next] = [sums[2 * i], sums[2 * i + 1]].map(|sums| vreinterpretq_s64_s32(sums));
-                    let d_w = vld1q_f32(w.add(512 + i * 16).cast());
-                    for (t, sum) in [vzip1q_s64(two, next), vzip2q_s64(two, next)].into_iter().enumerate() {
-                        let t = 2 * pair + t;
+        }
+        std::array::from_fn(|t| {
+            std::array::from_fn(|i| {
+                let [a, b] = [2 * i, 2 * i + 1].map(|i| vreinterpretq_s64_s32(sums[t / 2][i]));
+                vreinterpretq_s32_s64(if t % 2 == 0 { vzip1q_s64(a, b) } else { vzip2q_s64(a, b) })
+            })
+        })
+    });
+}
+
+/// Four tokens at a time; `sums` takes the bytes of one block of the panel and of the unit, and what the sums start from.
+#[inline]
+#[target_feature(enable = "neon")]
+fn gemm(
+    ty: WeightType,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut Outputs,
+    sums: impl Fn(*const i8, *const i8, int32x4_t) -> Sums,
+) {
+    assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
+    // Only nibbles have an offset.
+    let offset = i32::from(ty == WeightType::Q4_0);
+    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
+        out.fill(0.0);
+        for b in 0..kb {
+            // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
+            unsafe {
+                let w = panel.as_ptr().add(b * PANEL_BLOCK);
+                let a = unit.as_ptr().add(b * UNIT_BLOCK);
+                let d_a: [f32; UNIT_ROWS] = a.add(128).cast::<[f32; UNIT_ROWS]>().read_unaligned();
+                let start = vmulq_n_s32(vld1q_s32(a.add(144).cast()), offset);
+                for (t, sums) in sums(w.cast(), a.cast(), start).into_iter().enumerate() {
+                    for (i, sum) in sums.into_iter().enumerate() {
+                        let d_w = vld1q_f32(w.add(512 + i * 16).cast());
                         let p = out.as_mut_ptr().add(t * R16_ROWS + i * 4);
-                        let sum = vreinterpretq_s32_s64(sum);
                         vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, vdupq_n_f32(d_a[t])));
                     }
                 }

@@ -23,7 +23,7 @@ pub(crate) static MATRIX_TABLE: Table = Table {
     panel_r16: gemm::panel_r16::<{ gemm::MATRIX }>,
     panel_up: gemm::panel_up::<{ gemm::MATRIX }>,
     panel_down: gemm::panel_down::<{ gemm::MATRIX }>,
-    gemm: gemm::gemm::<{ gemm::MATRIX }>,
+    gemm: gemm::gemm_matrix,
     ..DOT
 };
 
@@ -42,7 +42,7 @@ const DOT: Table = Table {
     panel_r16: gemm::panel_r16::<{ gemm::DOT }>,
     panel_up: gemm::panel_up::<{ gemm::DOT }>,
     panel_down: gemm::panel_down::<{ gemm::DOT }>,
-    gemm: gemm::gemm::<{ gemm::DOT }>,
+    gemm: gemm::gemm_dot,
     dots: scalar::TABLE.dots,
     rms_norm: scalar::TABLE.rms_norm,
     scores: attention::scores,

@@ -95,65 +95,104 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     }
 }
 
-pub(super) fn gemm(
-    ty: WeightType,
-    kb: usize,
-    panel: &[u8],
-    units: &[u8],
-    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
-) {
-    assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
-    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
-        // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
-        unsafe {
-            match ty {
-                WeightType::Q4_0 => tokens::<true>(kb, panel, unit, out),
-                _ => tokens::<false>(kb, panel, unit, out),
-            }
-        }
-    }
-}
+/// Sums of integers of four tokens; those of 16 rows are two vectors.
+pub(super) type Sums = [[__m256i; 2]; UNIT_ROWS];
+pub(super) type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
-/// Four tokens; sums and outputs of 16 rows for each are two vectors.
-///
-/// # Safety
-/// `panel` and `unit` have kb blocks, `out` 64 floats.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tokens<const NIBBLES: bool>(kb: usize, panel: &[u8], unit: &[u8], out: &mut [f32]) {
-    let ones = _mm256_set1_epi16(1);
+pub(super) fn gemm(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
     // A loop of known length would be unrolled and put in the order of tokens, which needs more registers than there are.
     let groups = std::hint::black_box(8);
-    out.fill(0.0);
-    for b in 0..kb {
-        // SAFETY: block `b` of the panel and of the unit; out has 64 floats.
-        unsafe {
-            let w = panel.as_ptr().add(b * PANEL_BLOCK);
-            let a: *const i8 = unit.as_ptr().add(b * UNIT_BLOCK).cast();
+    match ty {
+        WeightType::Q4_0 => by_blocks(kb, panel, units, out, |w, a| {
             let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
             for g in 0..groups {
-                let w0 = _mm256_loadu_si256(w.add(g * 64).cast());
-                let w1 = _mm256_loadu_si256(w.add(g * 64 + 32).cast());
-                for (t, sums) in sums.iter_mut().enumerate() {
-                    let q = broadcast_quad(a.add((g * UNIT_ROWS + t) * 4));
-                    if NIBBLES {
-                        sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(w0, q));
-                        sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(w1, q));
-                    } else {
-                        sums[0] = _mm256_add_epi32(sums[0], dot_signed(w0, q));
-                        sums[1] = _mm256_add_epi32(sums[1], dot_signed(w1, q));
+                // SAFETY: 8 groups of 4 columns, of 16 rows and of 4 tokens.
+                unsafe {
+                    let w = load_group(w, g);
+                    for (t, sums) in sums.iter_mut().enumerate() {
+                        let q = broadcast_quad(a.add((g * UNIT_ROWS + t) * 4));
+                        sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(w[0], q));
+                        sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(w[1], q));
                     }
                 }
             }
-            for (t, sums) in sums.iter().enumerate() {
-                let d_a = _mm256_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
-                let bias = _mm256_set1_epi32(a.add(144 + t * 4).cast::<i32>().read_unaligned());
-                for (half, &sum) in sums.iter().enumerate() {
-                    let isum = if NIBBLES { _mm256_add_epi32(_mm256_madd_epi16(sum, ones), bias) } else { sum };
-                    let d = _mm256_mul_ps(_mm256_loadu_ps(w.add(512 + half * 32).cast()), d_a);
-                    let p = out.as_mut_ptr().add(t * R16_ROWS + half * 8);
-                    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), d, _mm256_loadu_ps(p)));
+            std::array::from_fn(|t| {
+                // SAFETY: the unit has 4 of them.
+                let bias = unsafe { load_bias(a, t) };
+                sums[t].map(|sum| _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), bias))
+            })
+        }),
+        _ => by_blocks(kb, panel, units, out, |w, a| {
+            let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
+            for g in 0..groups {
+                // SAFETY: as above.
+                unsafe {
+                    let w = load_group(w, g);
+                    for (t, sums) in sums.iter_mut().enumerate() {
+                        let q = broadcast_quad(a.add((g * UNIT_ROWS + t) * 4));
+                        sums[0] = _mm256_add_epi32(sums[0], dot_signed(w[0], q));
+                        sums[1] = _mm256_add_epi32(sums[1], dot_signed(w[1], q));
+                    }
                 }
             }
+            sums
+        }),
+    }
+}
+
+/// Columns `4 * g..` of a panel block's 16 rows.
+///
+/// # Safety
+/// `w` must be a panel block, `g` one of 8.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn load_group(w: *const u8, g: usize) -> [__m256i; 2] {
+    // SAFETY: the caller's promise.
+    std::array::from_fn(|half| unsafe { _mm256_loadu_si256(w.add(g * 64 + half * 32).cast()) })
+}
+
+/// -8 times the sum of token `t` of a unit's block, in every lane.
+///
+/// # Safety
+/// `a` must be a unit's block, `t` one of 4.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn load_bias(a: *const i8, t: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    _mm256_set1_epi32(unsafe { a.add(144 + t * 4).cast::<i32>().read_unaligned() })
+}
+
+/// Four tokens at a time; `sums` takes one block of the panel and of the unit.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn by_blocks(
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut Outputs,
+    sums: impl Fn(*const u8, *const i8) -> Sums,
+) {
+    assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
+    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
+        let mut acc = [[_mm256_setzero_ps(); 2]; UNIT_ROWS];
+        for b in 0..kb {
+            // SAFETY: block `b` of the panel and of the unit.
+            unsafe {
+                let w = panel.as_ptr().add(b * PANEL_BLOCK);
+                let a: *const i8 = unit.as_ptr().add(b * UNIT_BLOCK).cast();
+                for (t, (sums, acc)) in sums(w, a).iter().zip(&mut acc).enumerate() {
+                    let d_a = _mm256_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
+                    for (half, (&sum, acc)) in sums.iter().zip(acc).enumerate() {
+                        let d = _mm256_mul_ps(_mm256_loadu_ps(w.add(512 + half * 32).cast()), d_a);
+                        *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), d, *acc);
+                    }
+                }
+            }
+        }
+        for (acc, out) in acc.as_flattened().iter().zip(out.chunks_exact_mut(8)) {
+            // SAFETY: out has 8 floats.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), *acc) };
         }
     }
 }

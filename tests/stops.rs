@@ -28,7 +28,7 @@ const VOCABULARY: usize = 4096;
 
 /// A checkpoint of 40 MB: large enough to be stopped on the way.
 static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
-    let (folder, shapes) = begin_checkpoint(VOCABULARY);
+    let (folder, shapes) = begin_checkpoint(VOCABULARY, WIDTH);
     // Numbers between -1 and 1 that do not repeat soon; all tensors are cut from one piece.
     let weights: Vec<u8> = (0..VOCABULARY * WIDTH)
         .flat_map(|i| (((i * 7919 % 10_007) as f32 / 5003.0 - 1.0).to_bits() >> 16).to_le_bytes()[..2].to_vec())
@@ -42,13 +42,13 @@ static CHECKPOINT: LazyLock<TempDir> = LazyLock::new(|| {
 });
 
 /// A folder with the configuration of a model, and the shapes of the weights that belong beside it.
-fn begin_checkpoint(vocabulary: usize) -> (TempDir, BTreeMap<String, Vec<usize>>) {
+fn begin_checkpoint(vocabulary: usize, width: usize) -> (TempDir, BTreeMap<String, Vec<usize>>) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
     let config = fs::read(repo("tests/golden/mini-4b/config.json")).expect("read");
     let mut config: Json = serde_json::from_slice(&config).expect("JSON");
     for (key, value) in [
-        ("hidden_size", WIDTH),
-        ("moe_ffn_hidden_size", WIDTH),
+        ("hidden_size", width),
+        ("moe_ffn_hidden_size", width),
         ("moe_num_primary_experts", EXPERTS),
         ("num_hidden_layers", LAYERS),
         ("vocab_size", vocabulary),
@@ -60,22 +60,22 @@ fn begin_checkpoint(vocabulary: usize) -> (TempDir, BTreeMap<String, Vec<usize>>
     fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
 
     let mut shapes = BTreeMap::new();
-    shapes.insert("model.embed_tokens.weight".to_owned(), vec![vocabulary, WIDTH]);
-    shapes.insert("model.norm.weight".to_owned(), vec![WIDTH]);
+    shapes.insert("model.embed_tokens.weight".to_owned(), vec![vocabulary, width]);
+    shapes.insert("model.norm.weight".to_owned(), vec![width]);
     for layer in 0..LAYERS {
         let mut add = |name: &str, shape: &[usize]| {
             shapes.insert(format!("model.layers.{layer}.{name}.weight"), shape.to_vec());
         };
-        add("input_layernorm", &[WIDTH]);
-        add("post_attention_layernorm", &[WIDTH]);
-        add("self_attn.q_proj", &[128, WIDTH]);
-        add("self_attn.k_proj", &[64, WIDTH]);
-        add("self_attn.v_proj", &[64, WIDTH]);
-        add("self_attn.o_proj", &[WIDTH, 128]);
-        add("block_sparse_moe.primary_router", &[EXPERTS, WIDTH]);
+        add("input_layernorm", &[width]);
+        add("post_attention_layernorm", &[width]);
+        add("self_attn.q_proj", &[128, width]);
+        add("self_attn.k_proj", &[64, width]);
+        add("self_attn.v_proj", &[64, width]);
+        add("self_attn.o_proj", &[width, 128]);
+        add("block_sparse_moe.primary_router", &[EXPERTS, width]);
         for expert in 0..EXPERTS {
             for matrix in ["gate", "up", "down"] {
-                add(&format!("block_sparse_moe.experts.{expert}.{matrix}"), &[WIDTH, WIDTH]);
+                add(&format!("block_sparse_moe.experts.{expert}.{matrix}"), &[width, width]);
             }
         }
     }
@@ -333,9 +333,10 @@ fn a_disk_that_is_too_small_is_noticed_before_the_first_byte() {
 fn a_model_larger_than_the_disk_is_refused_before_the_first_byte() {
     let folder = tempdir().expect("a folder");
     let disk = rustix::fs::statvfs(folder.path()).expect("a file system");
-    // As f32 half as large again as what is free.
-    let vocabulary = (disk.f_bavail * disk.f_frsize) as usize / 8 * 3 / WIDTH + VOCABULARY;
-    let (checkpoint, shapes) = begin_checkpoint(vocabulary);
+    // As f32 half as large again as what is free, in rows so long that the vocabulary of no disk is beyond the largest allowed.
+    let width = 16 * WIDTH;
+    let vocabulary = (disk.f_bavail * disk.f_frsize) as usize / 8 * 3 / width + VOCABULARY;
+    let (checkpoint, shapes) = begin_checkpoint(vocabulary, width);
     let (mut header, mut end) = (serde_json::Map::new(), 0);
     for (name, shape) in shapes {
         let start = end;

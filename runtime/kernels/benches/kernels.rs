@@ -220,35 +220,26 @@ fn experts(b: &mut Bench) {
         let mut record = vec![0; format.record_bytes()];
         format.pack_record(&gate, &up, &down, &mut record);
         let mut cold = Cold::new(&record);
-        let mut hidden = vec![HiddenGroup::ZERO; groups];
-        b.kernels.expert_gate_up(
-            &format,
-            &record[format.region(Matrix::Gate)],
-            &record[format.region(Matrix::Up)],
-            ExpertInput { floats: &[], acts: &acts },
-            0,
-            0..groups,
-            &mut hidden,
-        );
+        let (mut gates, mut hidden) = (vec![0.0; n_ff], vec![HiddenGroup::ZERO; groups]);
+        let input = ExpertInput { floats: &[], acts: &acts };
+        b.kernels.expert_gate(&format, &record[format.region(Matrix::Gate)], input, 0, 0..n_ff, &mut gates);
+        b.kernels.expert_hidden(&format, &record[format.region(Matrix::Up)], &gates, input, 0, 0..groups, &mut hidden);
         let live: usize = hidden.iter().map(|h| h.live.count_ones() as usize).sum();
         let active: usize = hidden.iter().map(|h| h.active.count_ones() as usize).sum();
         println!("{zeros} % zeros: {active} neurons active, {live} live of {n_ff}");
-        let gate_up = format.region(Matrix::Gate).len() + active * (n_embd / 32) * 18;
+        let up_bytes = active * (n_embd / 32) * 18;
         let down_bytes = live * n_embd / 2 + groups * n_embd * 2;
-        let per_task = 4;
-        b.run(&format!("expert_gate_up_{zeros}zeros"), Work::Bytes(gate_up), |kernels, pool| {
-            let record = cold.next();
-            let input = ExpertInput { floats: &[], acts: &acts };
-            pool.run_chunks(&mut hidden, per_task, &|i, out| {
-                let (gate, up) = (&record[format.region(Matrix::Gate)], &record[format.region(Matrix::Up)]);
-                kernels.expert_gate_up(&format, gate, up, input, 0, i * per_task..i * per_task + out.len(), out);
+        b.run(&format!("expert_hidden_{zeros}zeros"), Work::Bytes(up_bytes), |kernels, pool| {
+            let up = &cold.next()[format.region(Matrix::Up)];
+            pool.run_ranges(&mut hidden, groups, 3, &|_, first, out| {
+                kernels.expert_hidden(&format, up, &gates, input, 0, first..first + out.len(), out);
             });
         });
         let mut out = vec![0.0; n_embd];
         b.run(&format!("expert_down_{zeros}zeros"), Work::Bytes(down_bytes), |kernels, pool| {
             let record = cold.next();
-            pool.run_chunks(&mut out, 384, &|i, out| {
-                let outputs = i * 384..i * 384 + out.len();
+            pool.run_ranges(&mut out, n_embd, 3 * OUTPUT_CHUNK, &|_, first, out| {
+                let outputs = first..first + out.len();
                 kernels.expert_down(&format, &record[format.region(Matrix::Down)], &hidden, outputs, out);
             });
         });

@@ -93,8 +93,6 @@ pub(crate) struct Table {
     pub gemv_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]),
     /// `out[i] = up row rows[i] · a`.
     pub up_rows: unsafe fn(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
-    /// Asks for rows of up ahead of their use; computes nothing.
-    pub request_up: unsafe fn(up: &UpLayout, region: &[u8], rows: &[u32]),
     /// `out[i] = canonical Q8_0 row rows[i] · a`, rows of `kb` blocks.
     pub q8_rows: unsafe fn(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
     /// Outputs of 128-output chunks from the live neurons; `out` has 128 floats per chunk.

@@ -16,8 +16,8 @@ use crate::r16;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scratch::{with_bytes, with_floats};
 
-/// Neuron groups whose gates are computed before their rows of up.
-const GROUPS_AT_ONCE: usize = 8;
+/// Neuron groups whose live rows of up make one list.
+const GROUPS_AT_ONCE: usize = 32;
 
 /// What goes into an expert: rows of `n_embd` values, as floats (read if the expert's type is a float) or quantized (read if it
 /// is quantized). The other one may be empty.
@@ -64,109 +64,108 @@ impl Default for HiddenGroup {
 }
 
 impl Kernels {
-    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input: all gate rows,
-    /// then only the up rows of neurons whose gate is positive. `out` has one entry per group. Returns how many gates were positive.
+    /// Gates of the neurons `neurons` of one expert for row `row` of the input; `out` has one float per neuron.
     ///
     /// # Panics
-    /// If a region, the input or `out` has the wrong size.
-    #[allow(clippy::too_many_arguments)]
-    pub fn expert_gate_up(
+    /// If the region, the input or `out` has the wrong size, or `neurons` are not whole groups of 16.
+    pub fn expert_gate(
         self,
         format: &ExpertFormat,
         gate: &[u8],
+        input: ExpertInput<'_>,
+        row: usize,
+        neurons: Range<usize>,
+        out: &mut [f32],
+    ) {
+        format.check_region(Matrix::Gate, gate.len());
+        assert!(neurons.end <= format.n_ff(), "expert_gate: neuron {}", neurons.end);
+        assert!(
+            neurons.start.is_multiple_of(R16_ROWS)
+                && (neurons.end.is_multiple_of(R16_ROWS) || neurons.end == format.n_ff()),
+            "expert_gate: neurons {neurons:?} are not whole groups"
+        );
+        assert_eq!(out.len(), neurons.len(), "expert_gate: output length");
+        match format.ty() {
+            WeightType::Q4_0 => {
+                let kb = format.n_embd() / BLOCK_LEN;
+                let group = kb * tile_bytes(WeightType::Q4_0);
+                let tiles = &gate[neurons.start / R16_ROWS * group..neurons.end / R16_ROWS * group];
+                // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
+                unsafe { (self.table.gemv_r16)(WeightType::Q4_0, kb, tiles, act_row(format, input, row), out) };
+            }
+            _ => {
+                for (i, out) in out.chunks_mut(R16_ROWS).enumerate() {
+                    let rows: [u32; R16_ROWS] = std::array::from_fn(|j| (neurons.start + i * R16_ROWS + j) as u32);
+                    self.canonical_rows(format, gate, &rows[..out.len()], input, row, out);
+                }
+            }
+        }
+    }
+
+    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input, from all its gates
+    /// ([`Self::expert_gate`]): only the rows of up of neurons whose gate is positive are read. `out` has one entry
+    /// per group. Returns how many gates were positive.
+    ///
+    /// # Panics
+    /// If a region, the gates, the input or `out` has the wrong size.
+    #[allow(clippy::too_many_arguments)]
+    pub fn expert_hidden(
+        self,
+        format: &ExpertFormat,
         up: &[u8],
+        gates: &[f32],
         input: ExpertInput<'_>,
         row: usize,
         groups: Range<usize>,
         out: &mut [HiddenGroup],
     ) -> usize {
-        format.check_region(Matrix::Gate, gate.len());
         format.check_region(Matrix::Up, up.len());
-        assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_gate_up: group {}", groups.end);
-        assert_eq!(out.len(), groups.len(), "expert_gate_up: output length");
+        assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_hidden: group {}", groups.end);
+        assert_eq!(out.len(), groups.len(), "expert_hidden: output length");
+        assert_eq!(gates.len(), format.n_ff(), "expert_hidden: gates");
+        const AT_ONCE: usize = GROUPS_AT_ONCE * BLOCK_LEN;
         let mut count = 0;
+        let (mut rows, mut ups) = ([0u32; AT_ONCE], [0f32; AT_ONCE]);
         for (i, out) in out.chunks_mut(GROUPS_AT_ONCE).enumerate() {
-            count += self.hidden_groups(format, gate, up, input, row, groups.start + i * GROUPS_AT_ONCE, out);
+            let first = (groups.start + i * GROUPS_AT_ONCE) * BLOCK_LEN;
+            let mut n = 0;
+            for (i, &gate) in gates[first..].iter().enumerate().take(out.len() * BLOCK_LEN) {
+                rows[n] = (first + i) as u32;
+                n += usize::from(gate > 0.0);
+            }
+            let (rows, ups) = (&rows[..n], &mut ups[..n]);
+            match format.ty() {
+                // SAFETY: the table is of this CPU; the rows exist, the activations have n_embd values, one output per row.
+                WeightType::Q4_0 => unsafe {
+                    (self.table.up_rows)(&format.up(), up, rows, act_row(format, input, row), ups);
+                },
+                _ => self.canonical_rows(format, up, rows, input, row, ups),
+            }
+            self.hidden_of(format, rows, gates, ups, first, out);
+            count += n;
         }
         count
     }
 
-    /// Up to GROUPS_AT_ONCE groups from `first_group` on: gates first, so that the rows of up that live make one list.
-    #[allow(clippy::too_many_arguments)]
-    fn hidden_groups(
+    /// Hidden values of the neurons from `first` on, `rows` of which live.
+    fn hidden_of(
         self,
         format: &ExpertFormat,
-        gate: &[u8],
-        up: &[u8],
-        input: ExpertInput<'_>,
-        row: usize,
-        first_group: usize,
+        rows: &[u32],
+        gates: &[f32],
+        ups: &[f32],
+        first: usize,
         out: &mut [HiddenGroup],
-    ) -> usize {
-        let (ty, n_embd) = (format.ty(), format.n_embd());
-        let first = first_group * BLOCK_LEN;
-        let neurons = (out.len() * BLOCK_LEN).min(format.n_ff() - first);
-        let kb = n_embd / BLOCK_LEN;
-        let row_bytes = n_embd / ty.block_len() * ty.block_bytes();
-        let a = ty.is_quantized().then(|| {
-            assert_eq!(input.acts.k(), n_embd, "expert_gate_up: k of the activations");
-            input.acts.row(row)
-        });
-        let x = if ty.is_quantized() { &[][..] } else { &input.floats[row * n_embd..(row + 1) * n_embd] };
-
-        let mut g = [0f32; GROUPS_AT_ONCE * BLOCK_LEN];
-        let mut rows: [u32; GROUPS_AT_ONCE * BLOCK_LEN] = std::array::from_fn(|i| (first + i) as u32);
-        // Gate has as many bytes per row in both of its forms.
-        let gate_rows = &gate[first * row_bytes..(first + neurons) * row_bytes];
-        // The rows of up that the first half of the gates lets live are on their way while the other half is computed.
-        let half = if ty == WeightType::Q4_0 { out.len() / 2 * BLOCK_LEN } else { 0 };
-        let mut n = 0;
-        for part in [0..half, half..neurons] {
-            let (gates, g) = (&gate_rows[part.start * row_bytes..part.end * row_bytes], &mut g[part.clone()]);
-            match (ty, a) {
-                // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
-                (WeightType::Q4_0, Some(a)) => unsafe { (self.table.gemv_r16)(ty, kb, gates, a, g) },
-                // SAFETY: the table is of this CPU; the region has these rows.
-                (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, gate, &rows[part.clone()], a, g) },
-                // SAFETY: the table is of this CPU; whole rows of n_embd values, as many outputs.
-                (_, None) => unsafe { (self.table.dots)(ty, gates, x, g) },
-            }
-            for (i, &g) in part.clone().zip(&*g) {
-                rows[n] = (first + i) as u32;
-                n += usize::from(g > 0.0);
-            }
-            if n > 0 && part.end == half {
-                // SAFETY: the table is of this CPU; the region has these rows.
-                unsafe { (self.table.request_up)(&format.up(), up, &rows[..n]) };
-            }
-        }
-        for (group, g) in out.iter_mut().zip(g.chunks_exact(BLOCK_LEN)) {
-            *group = HiddenGroup::ZERO;
-            for (i, &g) in g.iter().enumerate() {
-                group.active |= u32::from(g > 0.0) << i;
-            }
-        }
-        let rows = &rows[..n];
-        let mut u = [0f32; GROUPS_AT_ONCE * BLOCK_LEN];
-        match (ty, a) {
-            // SAFETY: the table is of this CPU; the rows exist, `a` has n_embd values, one output per row.
-            (WeightType::Q4_0, Some(a)) => unsafe { (self.table.up_rows)(&format.up(), up, rows, a, &mut u[..n]) },
-            // SAFETY: as above.
-            (_, Some(a)) => unsafe { (self.table.q8_rows)(kb, up, rows, a, &mut u[..n]) },
-            (_, None) => {
-                for (&row, u) in rows.iter().zip(&mut u) {
-                    let row = &up[row as usize * row_bytes..(row as usize + 1) * row_bytes];
-                    // SAFETY: the table is of this CPU; one row of n_embd values.
-                    unsafe { (self.table.dots)(ty, row, x, std::slice::from_mut(u)) };
-                }
-            }
-        }
-        for (&row, &u) in rows.iter().zip(&u) {
+    ) {
+        out.fill(HiddenGroup::ZERO);
+        for (&row, &up) in rows.iter().zip(ups) {
             let i = row as usize - first;
-            out[i / BLOCK_LEN].h[i % BLOCK_LEN] = g[i] * u;
+            let group = &mut out[i / BLOCK_LEN];
+            group.active |= 1 << (i % BLOCK_LEN);
+            group.h[i % BLOCK_LEN] = gates[row as usize] * up;
         }
         for group in out {
-            if group.active == 0 || !ty.is_quantized() {
+            if group.active == 0 || !format.ty().is_quantized() {
                 group.live = group.active;
                 continue;
             }
@@ -177,7 +176,31 @@ impl Kernels {
                 group.live |= u32::from(q != 0) << i;
             }
         }
-        n
+    }
+
+    /// Products of some rows of a region that is a canonical matrix (any type but Q4_0) with row `row` of the input.
+    fn canonical_rows(
+        self,
+        format: &ExpertFormat,
+        region: &[u8],
+        rows: &[u32],
+        input: ExpertInput<'_>,
+        row: usize,
+        out: &mut [f32],
+    ) {
+        let (ty, n_embd) = (format.ty(), format.n_embd());
+        if ty.is_quantized() {
+            let kb = n_embd / BLOCK_LEN;
+            // SAFETY: the table is of this CPU; the region has these rows, and there is an output for each.
+            return unsafe { (self.table.q8_rows)(kb, region, rows, act_row(format, input, row), out) };
+        }
+        let x = &input.floats[row * n_embd..(row + 1) * n_embd];
+        let row_bytes = n_embd * ty.block_bytes();
+        for (&row, out) in rows.iter().zip(out) {
+            let weights = &region[row as usize * row_bytes..(row as usize + 1) * row_bytes];
+            // SAFETY: the table is of this CPU; one row of n_embd values.
+            unsafe { (self.table.dots)(ty, weights, x, std::slice::from_mut(out)) };
+        }
     }
 
     /// Outputs `outputs` of one expert from its hidden values (all groups); dead neurons are not read. `out` has one float per output.
@@ -303,12 +326,17 @@ impl Kernels {
         assert!(tokens <= input.acts.rows(), "expert_gate_up_batch: {tokens} tokens of {}", input.acts.rows());
         let kb = n_embd / BLOCK_LEN;
         if tokens == 1 {
+            let groups = neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN);
+            let mut gates = vec![0f32; n_ff];
+            let computed = groups.start * BLOCK_LEN..groups.end * BLOCK_LEN;
+            self.expert_gate(format, gate, input, 0, computed.clone(), &mut gates[computed]);
             let mut group = HiddenGroup::ZERO;
-            for i in neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN) {
-                self.hidden_groups(format, gate, up, input, 0, i, std::slice::from_mut(&mut group));
-                let part = neurons.start.max(i * BLOCK_LEN)..neurons.end.min((i + 1) * BLOCK_LEN);
+            for i in groups {
+                let whole = i * BLOCK_LEN..(i + 1) * BLOCK_LEN;
+                self.expert_hidden(format, up, &gates, input, 0, i..i + 1, std::slice::from_mut(&mut group));
+                let part = neurons.start.max(whole.start)..neurons.end.min(whole.end);
                 hidden.row_mut(0)[part.start - neurons.start..part.end - neurons.start]
-                    .copy_from_slice(&group.h[part.start - i * BLOCK_LEN..part.end - i * BLOCK_LEN]);
+                    .copy_from_slice(&group.h[part.start - whole.start..part.end - whole.start]);
             }
             return;
         }
@@ -431,6 +459,12 @@ impl Kernels {
             }
         });
     }
+}
+
+/// Row `row` of a quantized input.
+fn act_row<'a>(format: &ExpertFormat, input: ExpertInput<'a>, row: usize) -> ActRow<'a> {
+    assert_eq!(input.acts.k(), format.n_embd(), "k of the activations");
+    input.acts.row(row)
 }
 
 /// `h = relu(h) * u`, without letting a dead neuron's `u` through.

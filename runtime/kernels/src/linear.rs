@@ -1,7 +1,7 @@
 //! Matrix products with whole matrices, activation quantization, norms and the small vector operations between them.
 
 use crate::WeightType;
-use crate::activations::{Q8Acts, UNIT_ROWS};
+use crate::activations::{ActRow, Q8Acts, UNIT_ROWS};
 use crate::block::BLOCK_LEN;
 use crate::dispatch::{GEMM_UNITS, Kernels, PANEL_BLOCK};
 use crate::expert_format::{ExpertFormat, Matrix};
@@ -11,7 +11,7 @@ use crate::r16::{R16, R16_ROWS, packed_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
 
-/// Weight rows per task when a pool shares a matrix product: enough bytes to stream, little enough to balance.
+/// Weight rows per task when a pool shares a matrix product with several tokens.
 const ROWS_PER_TASK: usize = 64;
 
 impl Kernels {
@@ -73,21 +73,7 @@ impl Kernels {
         let kb = acts.blocks();
         let groups = columns.start / R16_ROWS..columns.end.div_ceil(R16_ROWS);
         if tokens == 1 {
-            let a = acts.row(first);
-            let tiles = &w.tiles()[groups.start * kb * w.tile()..];
-            let row = out.row_mut(0);
-            let whole = row.len() / R16_ROWS * R16_ROWS;
-            let (head, tail) = row.split_at_mut(whole);
-            let split = whole / R16_ROWS * kb * w.tile();
-            // SAFETY: the table is of this CPU; the tiles are those of `head.len() / 16` row groups and `a` is a row of kb blocks.
-            unsafe { (self.table.gemv_r16)(w.ty(), kb, &tiles[..split], a, head) };
-            if !tail.is_empty() {
-                let mut last = [0f32; R16_ROWS];
-                // SAFETY: as above, for the last row group.
-                unsafe { (self.table.gemv_r16)(w.ty(), kb, &tiles[split..split + kb * w.tile()], a, &mut last) };
-                tail.copy_from_slice(&last[..tail.len()]);
-            }
-            return;
+            return self.one_r16(w, acts.row(first), columns.start, out.row_mut(0));
         }
         let units = units_of(acts, first, tokens);
         with_bytes(kb * PANEL_BLOCK, |panel| {
@@ -97,6 +83,23 @@ impl Kernels {
                 self.gemm_panel(w.ty(), kb, panel, units, group * R16_ROWS, out);
             }
         });
+    }
+
+    /// Outputs from row `first` (a multiple of 16) of `w` on for one token.
+    fn one_r16(self, w: R16<'_>, a: ActRow<'_>, first: usize, out: &mut [f32]) {
+        let kb = w.k() / BLOCK_LEN;
+        let group = kb * w.tile();
+        let tiles = &w.tiles()[first / R16_ROWS * group..];
+        let (head, tail) = out.split_at_mut(out.len() / R16_ROWS * R16_ROWS);
+        let (tiles, last_tiles) = tiles.split_at(head.len() / R16_ROWS * group);
+        // SAFETY: the table is of this CPU; the tiles are those of `head.len() / 16` row groups and `a` is a row of kb blocks.
+        unsafe { (self.table.gemv_r16)(w.ty(), kb, tiles, a, head) };
+        if !tail.is_empty() {
+            let mut last = [0f32; R16_ROWS];
+            // SAFETY: as above, for the last row group.
+            unsafe { (self.table.gemv_r16)(w.ty(), kb, &last_tiles[..group], a, &mut last) };
+            tail.copy_from_slice(&last[..tail.len()]);
+        }
     }
 
     /// Multiplies one weight panel with all tokens of `out`, columns `column..column + 16` (cut to those that `out` has).
@@ -130,7 +133,12 @@ impl Kernels {
     /// If a length does not fit.
     pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32]) {
         assert_eq!(out.len(), acts.rows() * w.rows(), "linear_r16_pool: output length");
-        pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
+        assert_eq!(acts.k(), w.k(), "linear_r16_pool: k of activations and weights");
+        if acts.rows() == 1 {
+            pool.run_ranges(out, w.rows(), R16_ROWS, &|_, first, out| self.one_r16(w, acts.row(0), first, out));
+        } else {
+            pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
+        }
     }
 
     /// `out[t][r] = Σ_k w[r][k] * x[t][k]` for the columns `r` of `out`; `w` holds row-major rows of `k` values of a float type.

@@ -20,8 +20,6 @@ pub(crate) struct Live {
     /// Four hidden values each.
     quads: [i32; 8],
     n: usize,
-    /// How many rows each step requests.
-    n_requested: usize,
 }
 
 impl Live {
@@ -33,10 +31,9 @@ impl Live {
         offsets: [0; 32],
         quads: [0; 8],
         n: 0,
-        n_requested: 0,
     };
 
-    fn set(&mut self, down: &DownLayout, group: &[u8], hidden: &HiddenGroup, n_chunks: usize) {
+    fn set(&mut self, down: &DownLayout, group: &[u8], hidden: &HiddenGroup) {
         let (scales, rows) = group.split_at(down.padded * 2);
         (self.scales, self.rows) = (scales.as_ptr(), rows.as_ptr());
         (self.d, self.bias) = (hidden.d, hidden.bias);
@@ -50,7 +47,6 @@ impl Live {
             acts[self.n] = hidden.q[n];
             self.n += 1;
         }
-        self.n_requested = self.n.div_ceil(n_chunks.max(1));
         // What fills the last four has activation 0 and a row that is read anyway.
         let last = self.offsets[self.n.saturating_sub(1)];
         self.offsets[self.n..self.n.next_multiple_of(4)].fill(last);
@@ -65,18 +61,15 @@ impl Live {
         self.offsets[..self.n.next_multiple_of(4)].chunks_exact(4).zip(&self.quads)
     }
 
-    /// Requests, by `prefetch`, a share of this group at step `i` while another is computed, a step per chunk: some of its rows,
-    /// whole so that memory is read in runs, and the chunk's scales.
+    /// Requests, by `prefetch`, what chunk `chunk` needs of this group, while another group's is computed. Line by line across the
+    /// rows is faster than row by row: 1.1 to 1.3 x on Zen 4.
     #[inline(always)]
-    pub(crate) fn request(&self, chunks: &Range<usize>, i: usize, prefetch: impl Fn(*const u8)) {
-        let upto = |i: usize| self.n.min(i * self.n_requested);
-        for row in &self.offsets[upto(i)..upto(i + 1)] {
-            for chunk in chunks.clone() {
-                prefetch(self.rows.wrapping_add(row + chunk * 64));
-            }
+    pub(crate) fn request(&self, chunk: usize, prefetch: impl Fn(*const u8)) {
+        for row in &self.offsets[..self.n] {
+            prefetch(self.rows.wrapping_add(row + chunk * 64));
         }
         for line in 0..4 {
-            prefetch(self.scales.wrapping_add((chunks.start + i) * OUTPUT_CHUNK * 2 + line * 64));
+            prefetch(self.scales.wrapping_add(chunk * OUTPUT_CHUNK * 2 + line * 64));
         }
     }
 }
@@ -92,7 +85,6 @@ pub(crate) struct LiveGroups<'a> {
     drawn: [Live; 3],
     n_drawn: usize,
     n_computed: usize,
-    n_chunks: usize,
 }
 
 impl<'a> LiveGroups<'a> {
@@ -105,13 +97,11 @@ impl<'a> LiveGroups<'a> {
         chunks: &Range<usize>,
         prefetch: impl Fn(*const u8),
     ) -> Self {
-        let n_chunks = chunks.len();
-        let drawn = [Live::NONE; 3];
-        let mut groups = Self { down, region, hidden, drawn, n_drawn: 0, n_computed: 0, n_chunks };
+        let mut groups = Self { down, region, hidden, drawn: [Live::NONE; 3], n_drawn: 0, n_computed: 0 };
         groups.draw();
         groups.draw();
         for first in &groups.drawn[..groups.n_drawn] {
-            (0..n_chunks).for_each(|i| first.request(chunks, i, &prefetch));
+            chunks.clone().for_each(|chunk| first.request(chunk, &prefetch));
         }
         groups
     }
@@ -133,7 +123,7 @@ impl<'a> LiveGroups<'a> {
             let (group, region) = self.region.split_at(self.down.group_bytes);
             (self.hidden, self.region) = (rest, region);
             if hidden.live != 0 {
-                self.drawn[self.n_drawn % 3].set(self.down, group, hidden, self.n_chunks);
+                self.drawn[self.n_drawn % 3].set(self.down, group, hidden);
                 self.n_drawn += 1;
                 return;
             }
@@ -141,20 +131,43 @@ impl<'a> LiveGroups<'a> {
     }
 }
 
-/// Requests `rows` of up, nibbles and scales, by `prefetch`.
-#[inline(always)]
-pub(crate) fn request_up(up: &UpLayout, region: &[u8], rows: &[u32], prefetch: impl Fn(*const u8)) {
-    let (scales, nibbles) = region.split_at(up.scales_bytes);
-    for &row in rows {
-        let nibbles = nibbles.as_ptr().wrapping_add(row as usize * up.row_bytes);
-        (0..up.kb.div_ceil(4)).for_each(|line| prefetch(nibbles.wrapping_add(line * 64)));
-        request_up_scales(up, scales, row as usize, &prefetch);
-    }
+/// Rows of up that are on their way from memory while as many are computed.
+pub(crate) const UP_BLOCK: usize = 16;
+
+/// A block of rows of up, to be requested while the one before it is computed: line by line across the rows, as in
+/// [`Live::request`].
+pub(crate) struct UpBlock<'a> {
+    up: &'a UpLayout,
+    scales: *const u8,
+    nibbles: *const u8,
+    /// Up to UP_BLOCK.
+    rows: &'a [u32],
 }
 
-/// Requests the scales of `row` of up, by `prefetch`; `scales` are those of all rows.
-#[inline(always)]
-pub(crate) fn request_up_scales(up: &UpLayout, scales: &[u8], row: usize, prefetch: impl Fn(*const u8)) {
-    let scales = scales.as_ptr().wrapping_add(row * up.kb * 2);
-    (0..up.kb.div_ceil(32) + 1).for_each(|line| prefetch(scales.wrapping_add(line * 64)));
+impl<'a> UpBlock<'a> {
+    /// The rows `rows` of a region.
+    #[inline(always)]
+    pub(crate) fn new(up: &'a UpLayout, region: &[u8], rows: &'a [u32]) -> Self {
+        let (scales, nibbles) = region.split_at(up.scales_bytes);
+        Self { up, scales: scales.as_ptr(), nibbles: nibbles.as_ptr(), rows }
+    }
+
+    /// Requests, by `prefetch`, a line of four of the rows; each of the rows has four steps for 64 bytes of it.
+    #[inline(always)]
+    pub(crate) fn request(&self, step: usize, prefetch: impl Fn(*const u8)) {
+        let (line, first) = (step / 4, step % 4 * 4);
+        for &row in self.rows.iter().skip(first).take(4) {
+            prefetch(self.nibbles.wrapping_add(row as usize * self.up.row_bytes + line * 64));
+            if line == 0 {
+                let scales = self.scales.wrapping_add(row as usize * self.up.kb * 2);
+                (0..self.up.kb.div_ceil(32) + 1).for_each(|line| prefetch(scales.wrapping_add(line * 64)));
+            }
+        }
+    }
+
+    /// Requests all of it.
+    #[inline(always)]
+    pub(crate) fn request_all(&self, prefetch: impl Fn(*const u8)) {
+        (0..4 * self.up.row_bytes.div_ceil(64)).for_each(|step| self.request(step, &prefetch));
+    }
 }

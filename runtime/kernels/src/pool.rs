@@ -3,14 +3,15 @@
 //! [`Pool::run`] costs about a microsecond when calls follow each other closely: workers wait by spinning, then by yielding
 //! to whoever else wants the core, and park when nothing has come for a few milliseconds, so an idle pool costs nothing.
 //! The calling thread is worker 0. Splitting of output buffers among threads is done here ([`Pool::run_chunks`],
-//! [`Pool::run_columns`]), so that callers need no `unsafe`.
+//! [`Pool::run_columns`], [`Pool::run_ranges`]), so that callers need no `unsafe`.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
 use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -44,6 +45,34 @@ impl Worker {
     }
 }
 
+/// Indices of a loop that one thread begins with and others help with: `start << 32 | end` of those nobody has taken.
+#[derive(Default)]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, indices: Range<usize>) {
+        // `Pool::share_out` checked that they fit.
+        self.0.store((indices.start as u64) << 32 | indices.end as u64, Relaxed);
+    }
+
+    /// Takes some of the first indices left: as many as `want` makes of their number, at least one.
+    fn take(&self, want: impl Fn(usize) -> usize) -> Option<Range<usize>> {
+        let mut now = self.0.load(Relaxed);
+        loop {
+            let (start, end) = ((now >> 32) as usize, now as u32 as usize);
+            if start >= end {
+                return None;
+            }
+            let taken = start..start + want(end - start).clamp(1, end - start);
+            let left = (taken.end as u64) << 32 | end as u64;
+            match self.0.compare_exchange_weak(now, left, Relaxed, Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(other) => now = other,
+            }
+        }
+    }
+}
+
 struct Shared {
     /// Counts jobs; a change tells the workers that `job` is set.
     epoch: Padded<AtomicUsize>,
@@ -53,8 +82,8 @@ struct Shared {
     /// The current job, valid from the store to `epoch` until `pending` is 0.
     job: UnsafeCell<Option<*const Job<'static>>>,
     workers: Vec<Worker>,
-    /// Next index of each thread's share, for `for_each`.
-    shares: Vec<Padded<AtomicUsize>>,
+    /// What is left of each thread's share of a loop.
+    shares: Vec<Padded<Share>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -130,24 +159,38 @@ impl Pool {
     /// # Panics
     /// As [`Self::run`].
     pub fn for_each(&self, n: usize, job: &Job<'_>) {
+        self.share_out(n, &|_| 1, &|range| job(range.start));
+    }
+
+    /// Runs `job` for ranges that make up `0..n`, each index in one of them. Each thread begins with a contiguous share of its
+    /// own and takes half of what is left of it at a time, then of the others': long runs while there is much to do, short ones
+    /// at the end, where threads would wait for each other.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn for_ranges(&self, n: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
+        self.share_out(n, &|left| left / 2, job);
+    }
+
+    fn share_out(&self, n: usize, want: &(dyn Fn(usize) -> usize + Sync), job: &(dyn Fn(Range<usize>) + Sync)) {
         let threads = self.n_threads();
+        assert!(u32::try_from(n).is_ok(), "a loop of {n} tasks");
         let guard = if threads == 1 || n <= 1 { None } else { self.lock() };
         let Some(_guard) = guard else {
-            (0..n).for_each(job);
+            let alone = Share::default();
+            alone.set(0..n);
+            while let Some(range) = alone.take(want) {
+                job(range);
+            }
             return;
         };
-        let start = |thread: usize| n * thread / threads;
         for (thread, share) in self.shared.shares.iter().enumerate() {
-            share.0.store(start(thread), Relaxed);
+            share.0.set(n * thread / threads..n * (thread + 1) / threads);
         }
         self.run_locked(&|thread| {
             for victim in (thread..threads).chain(0..thread) {
-                loop {
-                    let i = self.shared.shares[victim].0.fetch_add(1, Relaxed);
-                    if i >= start(victim + 1) {
-                        break;
-                    }
-                    job(i);
+                while let Some(range) = self.shared.shares[victim].0.take(want) {
+                    job(range);
                 }
             }
         });
@@ -169,6 +212,41 @@ impl Pool {
             // exclusively borrowed until all are done; `start + n <= len`.
             let chunk = unsafe { std::slice::from_raw_parts_mut(base.get().add(start), n) };
             job(i, chunk);
+        });
+    }
+
+    /// Sees `out` as rows of `row_len` values, cuts each row into units of `unit` values (the last may be shorter) and runs
+    /// `job(row, first, values)` for runs of them, values `first..` of a row each, like [`Self::for_ranges`].
+    ///
+    /// # Panics
+    /// If `out` is not whole rows or `unit` is 0, or as [`Self::run`].
+    pub fn run_ranges<T: Send>(
+        &self,
+        out: &mut [T],
+        row_len: usize,
+        unit: usize,
+        job: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) {
+        assert!(unit > 0, "run_ranges: unit is 0");
+        assert!(
+            row_len > 0 && out.len().is_multiple_of(row_len),
+            "run_ranges: {} are not rows of {row_len}",
+            out.len()
+        );
+        let per_row = row_len.div_ceil(unit);
+        let base = SendPtr(out.as_mut_ptr());
+        self.for_ranges(out.len() / row_len * per_row, &|mut units| {
+            while !units.is_empty() {
+                let row = units.start / per_row;
+                let end = units.end.min((row + 1) * per_row);
+                let (first, n) = ((units.start - row * per_row) * unit, (end - units.start) * unit);
+                let n = n.min(row_len - first);
+                // SAFETY: `for_ranges` hands out each unit once, so the runs in use are disjoint parts of `out`, which is exclusively
+                // borrowed until all are done; the row exists and `first + n <= row_len`.
+                let values = unsafe { std::slice::from_raw_parts_mut(base.get().add(row * row_len + first), n) };
+                job(row, first, values);
+                units.start = end;
+            }
         });
     }
 
@@ -422,6 +500,24 @@ mod tests {
             });
         });
         assert_eq!(n.into_inner(), 20);
+    }
+
+    #[test]
+    fn ranges_cover_rows_once() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads).unwrap();
+            for (rows, row_len, unit) in [(1, 1, 1), (1, 100, 16), (3, 10, 4), (4, 48, 1), (2, 5, 9), (0, 4, 2)] {
+                let mut out = vec![usize::MAX; rows * row_len];
+                pool.run_ranges(&mut out, row_len, unit, &|row, first, values| {
+                    assert!(first.is_multiple_of(unit) && !values.is_empty());
+                    for (i, v) in values.iter_mut().enumerate() {
+                        assert_eq!(*v, usize::MAX);
+                        *v = row * row_len + first + i;
+                    }
+                });
+                assert!(out.iter().enumerate().all(|(i, &v)| v == i));
+            }
+        }
     }
 
     #[test]

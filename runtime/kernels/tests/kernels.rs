@@ -333,12 +333,16 @@ proptest! {
                 let x = &x[t * n_embd..(t + 1) * n_embd];
                 let acts = quantized(kernels, x, n_embd);
                 let input = ExpertInput { floats: x, acts: &acts };
+                let mut gates = vec![0.0; n_ff];
+                for (i, gates) in gates.chunks_mut(48).enumerate() {
+                    let neurons = i * 48..i * 48 + gates.len();
+                    kernels.expert_gate(&format, region(Matrix::Gate), input, 0, neurons, gates);
+                }
                 let mut hidden = vec![HiddenGroup::ZERO; groups];
                 let mut active = 0;
                 for (i, hidden) in hidden.chunks_mut(2).enumerate() {
                     let range = i * 2..i * 2 + hidden.len();
-                    let (gate, up) = (region(Matrix::Gate), region(Matrix::Up));
-                    active += kernels.expert_gate_up(&format, gate, up, input, 0, range, hidden);
+                    active += kernels.expert_hidden(&format, region(Matrix::Up), &gates, input, 0, range, hidden);
                 }
                 prop_assert_eq!(active, hidden.iter().map(|h| h.active.count_ones() as usize).sum::<usize>());
                 for (i, out) in out[t * n_embd..(t + 1) * n_embd].chunks_mut(OUTPUT_CHUNK).enumerate() {

@@ -15,14 +15,12 @@ use crate::ops::{self, ActsScratch, Compute};
 use crate::router::Routing;
 use crate::session::Work;
 
-/// Groups of 32 neurons that one task takes when there is one token.
-const TASK_GROUPS: usize = 4;
-/// Neurons that one task takes when there are many.
+/// Neurons that one task takes when there are many tokens; and when there is one, at least.
 const TASK_NEURONS: usize = 32;
-/// Tasks that a thread should find, so that none waits long for another.
-const TASKS_PER_THREAD: usize = 4;
-/// Outputs that one task takes, at least.
-const TASK_OUTPUTS: usize = 2 * OUTPUT_CHUNK;
+/// Groups of 32 neurons whose rows of up one task takes, at least: a few rows alone are waited for.
+const TASK_GROUPS: usize = 3;
+/// Outputs that one task takes when there is one token, at least: each pass over the neurons has its price.
+const TASK_OUTPUTS: usize = 3 * OUTPUT_CHUNK;
 
 /// The experts of all layers.
 #[derive(Debug)]
@@ -35,6 +33,8 @@ pub(crate) struct Moe {
 /// Buffers of [`Moe::forward`], reused from layer to layer.
 #[derive(Debug, Default)]
 pub(crate) struct MoeScratch {
+    /// Gates of one token; `[rank, n_ff]`.
+    gates: Vec<f32>,
     /// Hidden values of one token; `[rank, groups]`.
     groups: Vec<HiddenGroup>,
     /// What each (expert, token) pair contributes, unweighted; `[pairs, n_embd]`.
@@ -153,6 +153,7 @@ impl Moe {
     ) -> Result<Work, ModelError> {
         let n_groups = HiddenGroup::groups(self.format.n_ff());
         scratch.groups.resize(routing.ids().len() * n_groups, HiddenGroup::ZERO);
+        scratch.gates.resize(routing.ids().len() * self.format.n_ff(), 0.0);
         let lease = self.store.acquire(layer, routing.ids())?;
         let mut landing = lease.as_they_land(Matrix::Up);
         loop {
@@ -174,34 +175,35 @@ impl Moe {
         scratch: &mut MoeScratch,
         input: ExpertInput<'_>,
     ) -> Result<(), ModelError> {
-        let MoeScratch { groups, parts, ready, .. } = scratch;
-        let (format, n_embd) = (&self.format, self.format.n_embd());
-        let n_groups = HiddenGroup::groups(format.n_ff());
+        let MoeScratch { gates, groups, parts, ready, .. } = scratch;
+        let (format, n_ff, n_embd) = (&self.format, self.format.n_ff(), self.format.n_embd());
+        let n_groups = HiddenGroup::groups(n_ff);
         for &rank in ready.iter() {
             lease.wait(rank, Matrix::Gate)?;
         }
-        // A task never crosses from one expert to the next; those of experts still on their way have nothing to do.
-        let per_task = (1..=TASK_GROUPS).rev().find(|n| n_groups.is_multiple_of(*n)).unwrap_or(1);
-        cx.pool.run_chunks(groups, per_task, &|task, out| {
-            let (rank, first) = (task * per_task / n_groups, task * per_task % n_groups);
-            if let (true, Some(gate), Some(up)) =
-                (ready.contains(&rank), lease.get(rank, Matrix::Gate), lease.get(rank, Matrix::Up))
-            {
-                cx.kernels.expert_gate_up(format, gate, up, input, 0, first..first + out.len(), out);
+        // One matrix after the other: a gate is read as one long stream, which memory answers faster than pieces between the
+        // scattered rows of up. Experts still on their way have nothing to do.
+        let matrix = |rank: usize, matrix| ready.contains(&rank).then(|| lease.get(rank, matrix)).flatten();
+        cx.pool.run_ranges(gates, n_ff, TASK_NEURONS, &|rank, first, out| {
+            if let Some(gate) = matrix(rank, Matrix::Gate) {
+                cx.kernels.expert_gate(format, gate, input, 0, first..first + out.len(), out);
+            }
+        });
+        let gates = &*gates;
+        cx.pool.run_ranges(groups, n_groups, TASK_GROUPS, &|rank, first, out| {
+            if let Some(up) = matrix(rank, Matrix::Up) {
+                let gates = &gates[rank * n_ff..(rank + 1) * n_ff];
+                cx.kernels.expert_hidden(format, up, gates, input, 0, first..first + out.len(), out);
             }
         });
         for &rank in ready.iter() {
             lease.wait(rank, Matrix::Down)?;
         }
         let groups = &*groups;
-        // Long runs of each neuron's row, and yet a few tasks for each thread.
-        let fair = (ready.len() * n_embd).div_ceil(TASKS_PER_THREAD * cx.pool.n_threads());
-        let per_task = fair.next_multiple_of(OUTPUT_CHUNK).clamp(TASK_OUTPUTS, n_embd.max(TASK_OUTPUTS));
-        cx.pool.run_tiles(&mut parts[..lease.len() * n_embd], n_embd, 1, per_task, &|mut out| {
-            let rank = out.first_row();
-            if let (true, Some(down)) = (ready.contains(&rank), lease.get(rank, Matrix::Down)) {
+        cx.pool.run_ranges(&mut parts[..lease.len() * n_embd], n_embd, TASK_OUTPUTS, &|rank, first, out| {
+            if let Some(down) = matrix(rank, Matrix::Down) {
                 let hidden = &groups[rank * n_groups..(rank + 1) * n_groups];
-                cx.kernels.expert_down(format, down, hidden, out.columns(), out.row_mut(0));
+                cx.kernels.expert_down(format, down, hidden, first..first + out.len(), out);
             }
         });
         Ok(())

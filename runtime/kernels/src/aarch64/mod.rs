@@ -36,7 +36,6 @@ const DOT: Table = Table {
     pack_down_group: scalar::TABLE.pack_down_group,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,
-    request_up: experts::request_up,
     q8_rows: gemv::q8_rows,
     down: experts::down,
     panel_r16: gemm::panel_r16::<{ gemm::DOT }>,

@@ -16,7 +16,6 @@ pub(crate) static TABLE: Table = Table {
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: quantized::gemv_r16,
     up_rows: quantized::up_rows,
-    request_up: |_, _, _| (),
     q8_rows: quantized::q8_rows,
     down: quantized::down,
     panel_r16: quantized::panel_r16,

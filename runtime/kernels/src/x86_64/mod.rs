@@ -3,14 +3,12 @@
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
 use crate::dispatch::Table;
-use crate::expert_format::UpLayout;
-use crate::live;
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 
-/// Fours of rows of up that are on their way from memory while one is computed.
-const FOURS_AHEAD: usize = 4;
+/// How far ahead of the bytes in use a stream of weights is requested.
+const STREAM_AHEAD: usize = 2304;
 
 /// Requests the cache line at `p`, which may point anywhere, into the second-level cache: the first level waits for too few lines
 /// at once to cover memory's latency where rows are scattered.
@@ -20,9 +18,14 @@ fn prefetch(p: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
 }
 
-/// Requests rows of up.
-fn request_up(up: &UpLayout, region: &[u8], rows: &[u32]) {
-    live::request_up(up, region, rows, prefetch);
+/// Requests what comes [`STREAM_AHEAD`] after the `BYTES` bytes at `p` of a stream that is read in order: every second line. Asking
+/// for each one keeps the miss buffers of the first level busy (24 on Zen 4) and so holds up the prefetcher of the second, which
+/// has more lines on their way: 49 GB/s instead of 58 on two cores of Zen 4.
+#[inline(always)]
+fn request_stream<const BYTES: usize>(p: *const u8) {
+    for at in (0..BYTES).step_by(128) {
+        prefetch(p.wrapping_add(STREAM_AHEAD + at));
+    }
 }
 
 /// Whether this CPU runs the AVX2 kernels.

@@ -6,9 +6,7 @@ use crate::WeightType;
 use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::r16::{R16_ROWS, tile_bytes};
-
-/// How far ahead of the tile in use the next ones are requested, in bytes.
-const PREFETCH: usize = 2304;
+use crate::x86_64::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
     debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * tile_bytes(ty));
@@ -104,11 +102,9 @@ unsafe fn gemv_of<const TILE: usize>(
     for out in out.chunks_exact_mut(R16_ROWS) {
         let mut acc = [_mm256_setzero_ps(); 2];
         for b in 0..kb {
-            // SAFETY: this is tile `b` of a row group, and block `b` of the activations; prefetches may point anywhere.
+            // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                for line in 0..TILE.div_ceil(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(TILE / 288 * PREFETCH + line * 64).cast());
-                }
+                request_stream::<TILE>(tile);
                 let q = a.q.as_ptr().add(b * BLOCK_LEN);
                 let d_a = _mm256_set1_ps(*a.d.get_unchecked(b));
                 for (half, acc) in acc.iter_mut().enumerate() {

@@ -26,7 +26,6 @@ const AVX2: Table = Table {
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,
-    request_up: super::request_up,
     q8_rows: gemv::q8_rows,
     down: experts::down,
     panel_r16: gemm::panel_r16,

@@ -6,8 +6,8 @@ use std::ops::Range;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::{self, LiveGroups};
-use crate::x86_64::{FOURS_AHEAD, prefetch, request_up};
+use crate::live::{LiveGroups, UP_BLOCK, UpBlock};
+use crate::x86_64::prefetch;
 
 /// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
@@ -17,53 +17,50 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     let chunks = up.kb.div_ceil(4);
-    // The first fours at once; from then on each four requests the one that comes FOURS_AHEAD after it.
-    request_up(up, region, &rows[..rows.len().min(FOURS_AHEAD * 4)]);
-    let mut ahead = rows.chunks(4).skip(FOURS_AHEAD);
-    for (rows, out) in rows.chunks(4).zip(out.chunks_mut(4)) {
-        let quad = |rows: &[u32]| -> [usize; 4] { std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize) };
-        let row = quad(rows);
-        let next = ahead.next().map_or(row, quad);
-        // Bounds of every row, checked once; the unchecked reads below stay inside them.
-        let w = row.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr());
-        let s = row.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr());
-        let next_w = next.map(|r| nibbles.as_ptr().wrapping_add(r * up.row_bytes));
-        next.iter().for_each(|&row| live::request_up_scales(up, scales, row, prefetch));
-        let mut acc = _mm_setzero_ps();
-        for c in 0..chunks {
-            // SAFETY: rows have chunks * 64 bytes of nibbles and kb scales; the activations are padded to chunks * 4
-            // blocks; prefetches may point anywhere.
-            unsafe {
-                let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
-                let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
-                let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
-                let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
-                let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
-                let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
-                let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
-                // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
-                let quarter_sums = |i: usize| {
-                    prefetch(next_w[i].wrapping_add(c * 64));
-                    let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
-                    let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
-                    _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
-                };
-                let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
-                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
-                let left = up.kb - c * 4;
-                let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[i].add(c * 8), left));
-                let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
-                let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
-                acc = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc);
-                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), acc);
-                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), acc);
-                acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), acc);
+    let mut blocks = rows.chunks(UP_BLOCK);
+    UpBlock::new(up, region, blocks.next().unwrap_or_default()).request_all(prefetch);
+    for (rows, out) in rows.chunks(UP_BLOCK).zip(out.chunks_mut(UP_BLOCK)) {
+        let ahead = UpBlock::new(up, region, blocks.next().unwrap_or_default());
+        for (i, (rows, out)) in rows.chunks(4).zip(out.chunks_mut(4)).enumerate() {
+            let row: [usize; 4] = std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize);
+            // Bounds of every row, checked once; the unchecked reads below stay inside them.
+            let w = row.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr());
+            let s = row.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr());
+            let mut acc = _mm_setzero_ps();
+            for c in 0..chunks {
+                ahead.request(i * chunks + c, prefetch);
+                // SAFETY: rows have chunks * 64 bytes of nibbles and kb scales; the activations are padded to chunks * 4 blocks.
+                unsafe {
+                    let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
+                    let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
+                    let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
+                    let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
+                    let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
+                    let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
+                    let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
+                    // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
+                    let quarter_sums = |i: usize| {
+                        let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
+                        let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
+                        _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
+                    };
+                    let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
+                    let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
+                    let left = up.kb - c * 4;
+                    let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[i].add(c * 8), left));
+                    let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
+                    let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
+                    acc = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc);
+                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), acc);
+                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), acc);
+                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), acc);
+                }
             }
+            let mut sums = [0f32; 4];
+            // SAFETY: sums has 4 floats.
+            unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
+            out.copy_from_slice(&sums[..out.len()]);
         }
-        let mut sums = [0f32; 4];
-        // SAFETY: sums has 4 floats.
-        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
-        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 
@@ -100,9 +97,9 @@ pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chu
     let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
     while let Some((live, ahead)) = groups.advance() {
         let d_a = _mm512_set1_ps(live.d);
-        for (i, (chunk, out)) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)).enumerate() {
+        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
             if let Some(ahead) = ahead {
-                ahead.request(&chunks, i, prefetch);
+                ahead.request(chunk, prefetch);
             }
             // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
             let mut sums = [_mm512_set1_epi32(live.bias); 8];

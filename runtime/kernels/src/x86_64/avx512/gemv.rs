@@ -6,9 +6,7 @@ use crate::WeightType;
 use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::r16::R16_ROWS;
-
-/// How far ahead of the tile in use the next ones are requested, in bytes.
-const PREFETCH: usize = 2304;
+use crate::x86_64::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
     debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * crate::r16::tile_bytes(ty));
@@ -41,11 +39,9 @@ unsafe fn gemv_q4(kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
     for out in out.chunks_exact_mut(R16_ROWS) {
         let mut acc = _mm512_setzero_ps();
         for b in 0..kb {
-            // SAFETY: this is tile `b` of a row group, and block `b` of the activations; prefetches may point anywhere.
+            // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                for line in 0..5 {
-                    _mm_prefetch::<_MM_HINT_T0>(t.wrapping_add(PREFETCH + line * 64).cast());
-                }
+                request_stream::<288>(t);
                 let q = a.q.as_ptr().add(b * BLOCK_LEN);
                 let mut i0 = _mm512_set1_epi32(*a.bias.get_unchecked(b));
                 let mut i1 = _mm512_setzero_si512();
@@ -75,11 +71,9 @@ unsafe fn gemv_q8(kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
     for out in out.chunks_exact_mut(R16_ROWS) {
         let mut acc = _mm512_setzero_ps();
         for b in 0..kb {
-            // SAFETY: this is tile `b` of a row group, and block `b` of the activations; prefetches may point anywhere.
+            // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                for line in 0..9 {
-                    _mm_prefetch::<_MM_HINT_T0>(t.wrapping_add(2 * PREFETCH + line * 64).cast());
-                }
+                request_stream::<544>(t);
                 let q = a.q.as_ptr().add(b * BLOCK_LEN);
                 let mut i0 = _mm512_set1_epi32(16 * *a.bias.get_unchecked(b));
                 let mut i1 = _mm512_setzero_si512();

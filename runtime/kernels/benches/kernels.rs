@@ -184,9 +184,8 @@ fn linear(b: &mut Bench) {
     let router: Vec<u8> = x[..32 * k].iter().flat_map(|v| v.to_le_bytes()).collect();
     let mut router = Cold::new(&router);
     let mut out = vec![0.0; 32];
-    b.run("linear_f32_32x1536", Work::Bytes(32 * k * 4), |kernels, pool| {
-        let w = router.next();
-        pool.run_columns(&mut out, 32, 8, &|mut out| kernels.linear_float(WeightType::F32, k, w, &x[..k], &mut out));
+    b.run("linear_f32_32x1536_1thread", Work::Bytes(32 * k * 4), |kernels, _| {
+        kernels.linear_float(WeightType::F32, k, router.next(), &x[..k], &mut ColumnsMut::new(&mut out, 32));
     });
 }
 

@@ -132,11 +132,21 @@ impl Kernels {
     /// # Panics
     /// If a length does not fit.
     pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32]) {
+        self.linear_r16_pool_beside(pool, w, acts, out, || ());
+    }
+
+    /// [`Self::linear_r16_pool`], while the calling thread first runs `own` (with several tokens: before).
+    ///
+    /// # Panics
+    /// As [`Self::linear_r16_pool`], and as `own`.
+    pub fn linear_r16_pool_beside(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32], own: impl FnOnce()) {
         assert_eq!(out.len(), acts.rows() * w.rows(), "linear_r16_pool: output length");
         assert_eq!(acts.k(), w.k(), "linear_r16_pool: k of activations and weights");
         if acts.rows() == 1 {
-            pool.run_ranges(out, w.rows(), R16_ROWS, &|_, first, out| self.one_r16(w, acts.row(0), first, out));
+            let job = |_, first, out: &mut [f32]| self.one_r16(w, acts.row(0), first, out);
+            pool.run_ranges_beside(out, w.rows(), R16_ROWS, own, &job);
         } else {
+            own();
             pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
         }
     }

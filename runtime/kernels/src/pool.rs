@@ -50,8 +50,10 @@ impl Worker {
 struct Share(AtomicU64);
 
 impl Share {
+    /// # Panics
+    /// If there are more than fit.
     fn set(&self, indices: Range<usize>) {
-        // `Pool::share_out` checked that they fit.
+        assert!(u32::try_from(indices.end).is_ok(), "a loop of {} tasks", indices.end);
         self.0.store((indices.start as u64) << 32 | indices.end as u64, Relaxed);
     }
 
@@ -148,7 +150,7 @@ impl Pool {
     /// With the first panic of a job, after all threads are done with it.
     pub fn run(&self, job: &Job<'_>) {
         match self.lock() {
-            Some(_guard) => self.run_locked(job),
+            Some(_guard) => self.run_locked(|| (), job),
             None => (0..self.n_threads()).for_each(job),
         }
     }
@@ -159,7 +161,7 @@ impl Pool {
     /// # Panics
     /// As [`Self::run`].
     pub fn for_each(&self, n: usize, job: &Job<'_>) {
-        self.share_out(n, &|_| 1, &|range| job(range.start));
+        self.share_out(n, &|_| 1, || (), &|range| job(range.start));
     }
 
     /// Runs `job` for ranges that make up `0..n`, each index in one of them. Each thread begins with a contiguous share of its
@@ -169,14 +171,29 @@ impl Pool {
     /// # Panics
     /// As [`Self::run`].
     pub fn for_ranges(&self, n: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
-        self.share_out(n, &|left| left / 2, job);
+        self.for_ranges_beside(n, || (), job);
     }
 
-    fn share_out(&self, n: usize, want: &(dyn Fn(usize) -> usize + Sync), job: &(dyn Fn(Range<usize>) + Sync)) {
+    /// [`Self::for_ranges`], while the calling thread first runs `own`.
+    ///
+    /// # Panics
+    /// As [`Self::run`], and as `own`.
+    pub fn for_ranges_beside(&self, n: usize, own: impl FnOnce(), job: &(dyn Fn(Range<usize>) + Sync)) {
+        let alone = self.n_threads() == 1;
+        self.share_out(n, &|left| if alone { left } else { left / 2 }, own, job);
+    }
+
+    fn share_out(
+        &self,
+        n: usize,
+        want: &(dyn Fn(usize) -> usize + Sync),
+        own: impl FnOnce(),
+        job: &(dyn Fn(Range<usize>) + Sync),
+    ) {
         let threads = self.n_threads();
-        assert!(u32::try_from(n).is_ok(), "a loop of {n} tasks");
         let guard = if threads == 1 || n <= 1 { None } else { self.lock() };
         let Some(_guard) = guard else {
+            own();
             let alone = Share::default();
             alone.set(0..n);
             while let Some(range) = alone.take(want) {
@@ -187,7 +204,7 @@ impl Pool {
         for (thread, share) in self.shared.shares.iter().enumerate() {
             share.0.set(n * thread / threads..n * (thread + 1) / threads);
         }
-        self.run_locked(&|thread| {
+        self.run_locked(own, &|thread| {
             for victim in (thread..threads).chain(0..thread) {
                 while let Some(range) = self.shared.shares[victim].0.take(want) {
                     job(range);
@@ -210,7 +227,7 @@ impl Pool {
             let n = chunk_len.min(len - start);
             // SAFETY: `for_each` hands out each `i` once, so the chunks in use are disjoint parts of `out`, which is
             // exclusively borrowed until all are done; `start + n <= len`.
-            let chunk = unsafe { std::slice::from_raw_parts_mut(base.get().add(start), n) };
+            let chunk = unsafe { base.slice_mut(start, n) };
             job(i, chunk);
         });
     }
@@ -227,6 +244,21 @@ impl Pool {
         unit: usize,
         job: &(dyn Fn(usize, usize, &mut [T]) + Sync),
     ) {
+        self.run_ranges_beside(out, row_len, unit, || (), job);
+    }
+
+    /// [`Self::run_ranges`], while the calling thread first runs `own`.
+    ///
+    /// # Panics
+    /// As [`Self::run_ranges`], and as `own`.
+    pub fn run_ranges_beside<T: Send>(
+        &self,
+        out: &mut [T],
+        row_len: usize,
+        unit: usize,
+        own: impl FnOnce(),
+        job: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+    ) {
         assert!(unit > 0, "run_ranges: unit is 0");
         assert!(
             row_len > 0 && out.len().is_multiple_of(row_len),
@@ -235,7 +267,7 @@ impl Pool {
         );
         let per_row = row_len.div_ceil(unit);
         let base = SendPtr(out.as_mut_ptr());
-        self.for_ranges(out.len() / row_len * per_row, &|mut units| {
+        self.for_ranges_beside(out.len() / row_len * per_row, own, &|mut units| {
             while !units.is_empty() {
                 let row = units.start / per_row;
                 let end = units.end.min((row + 1) * per_row);
@@ -243,7 +275,7 @@ impl Pool {
                 let n = n.min(row_len - first);
                 // SAFETY: `for_ranges` hands out each unit once, so the runs in use are disjoint parts of `out`, which is exclusively
                 // borrowed until all are done; the row exists and `first + n <= row_len`.
-                let values = unsafe { std::slice::from_raw_parts_mut(base.get().add(row * row_len + first), n) };
+                let values = unsafe { base.slice_mut(row * row_len + first, n) };
                 job(row, first, values);
                 units.start = end;
             }
@@ -295,9 +327,11 @@ impl Pool {
         }
     }
 
-    fn run_locked(&self, job: &Job<'_>) {
+    /// `own`, then the caller's part of `job`, while the workers run theirs.
+    fn run_locked(&self, own: impl FnOnce(), job: &Job<'_>) {
         let shared = &*self.shared;
         if shared.workers.is_empty() {
+            own();
             job(0);
             return;
         }
@@ -319,6 +353,7 @@ impl Pool {
         }
         {
             let _finish = Finish { shared, epoch, job };
+            own();
             job(0);
         }
         let payload = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -437,6 +472,13 @@ impl<T> SendPtr<T> {
     fn get(&self) -> *mut T {
         self.0
     }
+
+    /// # Safety
+    /// The values exist, and nobody else reads or writes them as long as the slice lives.
+    unsafe fn slice_mut<'a>(&self, start: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
 }
 
 // SAFETY: users derive disjoint exclusive parts from it, of types that are `Send`.
@@ -517,6 +559,25 @@ mod tests {
                 });
                 assert!(out.iter().enumerate().all(|(i, &v)| v == i));
             }
+        }
+    }
+
+    #[test]
+    fn the_callers_own_work_runs_once_beside_the_others() {
+        for (threads, n) in [(1, 4), (2, 1), (2, 100), (3, 0)] {
+            let pool = Pool::new(threads).unwrap();
+            let (mut own, done) = (0, AtomicUsize::new(0));
+            let caller = std::thread::current().id();
+            let beside = || {
+                assert_eq!(std::thread::current().id(), caller);
+                // A loop within goes alone.
+                pool.for_each(3, &|_| assert_eq!(std::thread::current().id(), caller));
+                own += 1;
+            };
+            pool.for_ranges_beside(n, beside, &|range| {
+                done.fetch_add(range.len(), SeqCst);
+            });
+            assert_eq!((own, done.into_inner()), (1, n));
         }
     }
 

@@ -135,11 +135,14 @@ impl Model {
         let (layer, cx) = (&self.layers[n], &self.compute);
         let Buffers { scratch, moe, routing, guess, rope, work, .. } = buffers;
 
-        layer.route(&self.config, cx, &mut scratch.acts, a, routing)?;
-        let experts = self.moe.prefetch(n, routing, moe);
-
+        // The router looks at the residual stream as it is. Its part is too small to be shared: one thread chooses the experts, and
+        // has their reads begin, while the others begin with queries, keys and values.
         layer.attn_norm.forward(cx, &a.x, &a.normed)?;
-        layer.qkv.forward(cx, &mut scratch.acts, &a.normed, &a.qkv)?;
+        let choose = || {
+            layer.route(&self.config, cx, &mut scratch.router_acts, a, routing)?;
+            Ok::<_, ModelError>(self.moe.prefetch(n, routing, moe))
+        };
+        let experts = layer.qkv.forward_beside(cx, &mut scratch.acts, &a.normed, &a.qkv, choose)??;
         if layer.uses_rope {
             rope.forward(cx, &a.qkv)?;
         }
@@ -149,7 +152,7 @@ impl Model {
 
         // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
         if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(routing)) {
-            next.route(&self.config, cx, &mut scratch.acts, a, guess)?;
+            next.route(&self.config, cx, &mut scratch.router_acts, a, guess)?;
             self.moe.store().prefetch_guess(n + 1, guess.ids());
         }
 

@@ -121,21 +121,45 @@ impl Linear {
         x: &Tensor,
         out: &Tensor,
     ) -> Result<(), ModelError> {
-        // candle hands the operation a shared reference; the scratch is this call's alone.
-        let scratch = std::cell::RefCell::new(scratch);
+        self.forward_beside(cx, scratch, x, out, || ())
+    }
+
+    /// [`Linear::forward`], while the calling thread first runs `own` and the others begin; with several tokens `own` comes before.
+    /// Returns what `own` returned.
+    pub(crate) fn forward_beside<R>(
+        &self,
+        cx: &Compute,
+        scratch: &mut ActsScratch,
+        x: &Tensor,
+        out: &Tensor,
+        own: impl FnOnce() -> R,
+    ) -> Result<R, ModelError> {
+        let mut result = None;
+        // candle hands the operation a shared reference; the scratch and `own` are this call's alone.
+        let state = std::cell::RefCell::new((scratch, Some(|| result = Some(own()))));
         in_place("linear", out, x, |out, x| {
-            self.apply(cx, &mut scratch.borrow_mut(), x, out);
+            let (scratch, own) = &mut *state.borrow_mut();
+            let own = own.take();
+            self.apply_beside(cx, scratch, x, out, || own.into_iter().for_each(|own| own()));
             Ok(())
-        })
+        })?;
+        drop(state);
+        result.ok_or_else(|| candle_core::Error::Msg("an operation was not run".into()).into())
     }
 
     /// [`Linear::forward`] on plain slices.
     pub(crate) fn apply(&self, cx: &Compute, scratch: &mut ActsScratch, x: &[f32], out: &mut [f32]) {
+        self.apply_beside(cx, scratch, x, out, || ());
+    }
+
+    fn apply_beside(&self, cx: &Compute, scratch: &mut ActsScratch, x: &[f32], out: &mut [f32], own: impl FnOnce()) {
         if self.ty.is_quantized() {
             let acts = scratch.of(self.n_in);
             cx.kernels.quantize_acts_pool(&cx.pool, x, acts);
-            cx.kernels.linear_r16_pool(&cx.pool, R16::new(self.ty, self.n_out, self.n_in, &self.data), acts, out);
+            let weights = R16::new(self.ty, self.n_out, self.n_in, &self.data);
+            cx.kernels.linear_r16_pool_beside(&cx.pool, weights, acts, out, own);
         } else {
+            own();
             cx.pool.run_columns(out, self.n_out, TASK_ROWS, &|mut out| {
                 cx.kernels.linear_float(self.ty, self.n_in, &self.data, x, &mut out);
             });

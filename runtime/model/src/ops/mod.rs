@@ -108,6 +108,8 @@ fn in_place(
 pub(crate) struct Scratch {
     /// Quantized inputs.
     pub(crate) acts: ActsScratch,
+    /// The router's, which speaks while others are in use.
+    pub(crate) router_acts: ActsScratch,
     /// Attention's.
     pub(crate) attention: AttentionScratch,
 }

@@ -136,31 +136,44 @@ pub(crate) const UP_BLOCK: usize = 16;
 
 /// A block of rows of up, to be requested while the one before it is computed: line by line across the rows, as in
 /// [`Live::request`].
-pub(crate) struct UpBlock<'a> {
-    up: &'a UpLayout,
-    scales: *const u8,
-    nibbles: *const u8,
-    /// Up to UP_BLOCK.
-    rows: &'a [u32],
+pub(crate) struct UpBlock {
+    /// Nibbles and scales of each row; the last row's where there are fewer.
+    rows: [(*const u8, *const u8); UP_BLOCK],
+    is_empty: bool,
+    /// Cache lines of a row's scales.
+    scale_lines: usize,
+    /// Cache lines of a row's nibbles.
+    lines: usize,
 }
 
-impl<'a> UpBlock<'a> {
-    /// The rows `rows` of a region.
+impl UpBlock {
+    /// The rows `rows` (at most UP_BLOCK) of a region.
     #[inline(always)]
-    pub(crate) fn new(up: &'a UpLayout, region: &[u8], rows: &'a [u32]) -> Self {
+    pub(crate) fn new(up: &UpLayout, region: &[u8], rows: &[u32]) -> Self {
         let (scales, nibbles) = region.split_at(up.scales_bytes);
-        Self { up, scales: scales.as_ptr(), nibbles: nibbles.as_ptr(), rows }
+        let rows_at = |i: usize| {
+            let row = rows.get(i).or(rows.last()).map_or(0, |&row| row as usize);
+            (nibbles.as_ptr().wrapping_add(row * up.row_bytes), scales.as_ptr().wrapping_add(row * up.kb * 2))
+        };
+        Self {
+            rows: std::array::from_fn(rows_at),
+            is_empty: rows.is_empty(),
+            scale_lines: up.kb.div_ceil(32) + 1,
+            lines: up.row_bytes.div_ceil(64),
+        }
     }
 
     /// Requests, by `prefetch`, a line of four of the rows; each of the rows has four steps for 64 bytes of it.
     #[inline(always)]
     pub(crate) fn request(&self, step: usize, prefetch: impl Fn(*const u8)) {
+        if self.is_empty {
+            return;
+        }
         let (line, first) = (step / 4, step % 4 * 4);
-        for &row in self.rows.iter().skip(first).take(4) {
-            prefetch(self.nibbles.wrapping_add(row as usize * self.up.row_bytes + line * 64));
+        for (nibbles, scales) in &self.rows[first..first + 4] {
+            prefetch(nibbles.wrapping_add(line * 64));
             if line == 0 {
-                let scales = self.scales.wrapping_add(row as usize * self.up.kb * 2);
-                (0..self.up.kb.div_ceil(32) + 1).for_each(|line| prefetch(scales.wrapping_add(line * 64)));
+                (0..self.scale_lines).for_each(|line| prefetch(scales.wrapping_add(line * 64)));
             }
         }
     }
@@ -168,6 +181,28 @@ impl<'a> UpBlock<'a> {
     /// Requests all of it.
     #[inline(always)]
     pub(crate) fn request_all(&self, prefetch: impl Fn(*const u8)) {
-        (0..4 * self.up.row_bytes.div_ceil(64)).for_each(|step| self.request(step, &prefetch));
+        (0..4 * self.lines).for_each(|step| self.request(step, &prefetch));
+    }
+}
+
+/// Runs `compute(rows, ahead, out)` for the rows of up, a whole block at a time and at the end four (or fewer): `ahead` is the block
+/// to request meanwhile.
+#[inline(always)]
+pub(crate) fn each_up_block(
+    up: &UpLayout,
+    region: &[u8],
+    rows: &[u32],
+    out: &mut [f32],
+    prefetch: impl Fn(*const u8),
+    compute: impl Fn(&[u32], &UpBlock, &mut [f32]),
+) {
+    let mut blocks = rows.chunks(UP_BLOCK);
+    UpBlock::new(up, region, blocks.next().unwrap_or_default()).request_all(prefetch);
+    for (rows, out) in rows.chunks(UP_BLOCK).zip(out.chunks_mut(UP_BLOCK)) {
+        let ahead = UpBlock::new(up, region, blocks.next().unwrap_or_default());
+        let at_once = if rows.len() == UP_BLOCK { UP_BLOCK } else { 4 };
+        for (rows, out) in rows.chunks(at_once).zip(out.chunks_mut(at_once)) {
+            compute(rows, &ahead, out);
+        }
     }
 }

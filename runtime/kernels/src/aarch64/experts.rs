@@ -8,49 +8,64 @@ use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::{LiveGroups, UP_BLOCK, UpBlock};
+use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
 
-/// Rows of up are taken four at a time; lanes are rows.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
+        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
+        _ => up_fours::<1>(up, region, rows, ahead, a, out),
+    };
+    live::each_up_block(up, region, rows, out, prefetch, block);
+}
+
+/// `F` times four rows, the last ones repeated where there are fewer; lanes are rows. Line by line across the rows, as they were
+/// requested.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn up_fours<const F: usize>(
+    up: &UpLayout,
+    region: &[u8],
+    rows: &[u32],
+    ahead: &UpBlock,
+    a: ActRow<'_>,
+    out: &mut [f32],
+) {
     let (scales, qs) = region.split_at(up.scales_bytes);
-    let chunks = up.kb.div_ceil(4);
-    let mut blocks = rows.chunks(UP_BLOCK);
-    UpBlock::new(up, region, blocks.next().unwrap_or_default()).request_all(prefetch);
-    for (rows, out) in rows.chunks(UP_BLOCK).zip(out.chunks_mut(UP_BLOCK)) {
-        let ahead = UpBlock::new(up, region, blocks.next().unwrap_or_default());
-        for (i, (rows, out)) in rows.chunks(4).zip(out.chunks_mut(4)).enumerate() {
-            let row: [usize; 4] = std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize);
-            let w = row.map(|r| &qs[r * up.row_bytes..][..up.kb * 16]);
-            let s = row.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]);
-            let mut acc = vdupq_n_f32(0.0);
-            for b in 0..up.kb {
-                if b % 4 == 0 {
-                    ahead.request(i * chunks + b / 4, prefetch);
-                }
+    let fours: [[usize; 4]; F] =
+        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    let w = fours.map(|rows| rows.map(|r| &qs[r * up.row_bytes..][..up.row_bytes]));
+    let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
+    let mut acc = [vdupq_n_f32(0.0); F];
+    for line in 0..up.kb.div_ceil(4) {
+        for (f, acc) in acc.iter_mut().enumerate() {
+            ahead.request(line * F + f, prefetch);
+            for b in line * 4..up.kb.min(line * 4 + 4) {
                 let q = &a.q[b * BLOCK_LEN..][..BLOCK_LEN];
                 // SAFETY: 32 activations.
                 let (q0, q1) = unsafe { (vld1q_s8(q.as_ptr()), vld1q_s8(q.as_ptr().add(16))) };
                 let sums: [int32x4_t; 4] = std::array::from_fn(|i| {
                     // SAFETY: the row has 16 bytes in block `b`.
-                    let (lo, hi) = nibbles(unsafe { vld1q_u8(w[i][b * 16..][..16].as_ptr()) });
+                    let (lo, hi) = nibbles(unsafe { vld1q_u8(w[f][i][b * 16..][..16].as_ptr()) });
                     sdot(sdot(vdupq_n_s32(0), lo, q0), hi, q1)
                 });
                 let sums = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
                 let isum = vaddq_s32(sums, vdupq_n_s32(a.bias[b]));
                 let mut halves = [0u8; 8];
-                for (half, s) in halves.chunks_exact_mut(2).zip(s) {
+                for (half, s) in halves.chunks_exact_mut(2).zip(s[f]) {
                     half.copy_from_slice(&s[b * 2..b * 2 + 2]);
                 }
                 // SAFETY: 8 bytes.
                 let d_w = unsafe { load_f16(halves.as_ptr()) };
-                acc = add_block(acc, isum, d_w, vdupq_n_f32(a.d[b]));
+                *acc = add_block(*acc, isum, d_w, vdupq_n_f32(a.d[b]));
             }
-            let mut sums = [0f32; 4];
-            // SAFETY: sums has 4 floats.
-            unsafe { vst1q_f32(sums.as_mut_ptr(), acc) };
-            out.copy_from_slice(&sums[..out.len()]);
         }
+    }
+    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
+        let mut sums = [0f32; 4];
+        // SAFETY: sums has 4 floats.
+        unsafe { vst1q_f32(sums.as_mut_ptr(), acc) };
+        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

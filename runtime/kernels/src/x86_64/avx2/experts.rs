@@ -7,34 +7,47 @@ use crate::activations::ActRow;
 use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::{LiveGroups, UP_BLOCK, UpBlock};
+use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
 use crate::x86_64::prefetch;
 
-/// Rows of up are taken four at a time; lanes are rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
+        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
+        _ => up_fours::<1>(up, region, rows, ahead, a, out),
+    };
+    live::each_up_block(up, region, rows, out, prefetch, block);
+}
+
+/// `F` times four rows, the last ones repeated where there are fewer; lanes are rows. Line by line across the rows, as they were
+/// requested: reading a row to its end would have the CPU fetch the dead row after it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn up_fours<const F: usize>(
+    up: &UpLayout,
+    region: &[u8],
+    rows: &[u32],
+    ahead: &UpBlock,
+    a: ActRow<'_>,
+    out: &mut [f32],
+) {
     let low = _mm_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let chunks = up.kb.div_ceil(4);
-    let mut blocks = rows.chunks(UP_BLOCK);
-    UpBlock::new(up, region, blocks.next().unwrap_or_default()).request_all(prefetch);
-    for (rows, out) in rows.chunks(UP_BLOCK).zip(out.chunks_mut(UP_BLOCK)) {
-        let ahead = UpBlock::new(up, region, blocks.next().unwrap_or_default());
-        for (i, (rows, out)) in rows.chunks(4).zip(out.chunks_mut(4)).enumerate() {
-            let row: [usize; 4] = std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize);
-            let w = row.map(|r| &nibbles[r * up.row_bytes..][..up.kb * 16]);
-            let s = row.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]);
-            let mut acc = _mm_setzero_ps();
-            for b in 0..up.kb {
-                if b % 4 == 0 {
-                    ahead.request(i * chunks + b / 4, prefetch);
-                }
+    let fours: [[usize; 4]; F] =
+        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    let w = fours.map(|rows| rows.map(|r| &nibbles[r * up.row_bytes..][..up.row_bytes]));
+    let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
+    let mut acc = [_mm_setzero_ps(); F];
+    for line in 0..up.kb.div_ceil(4) {
+        for (f, acc) in acc.iter_mut().enumerate() {
+            ahead.request(line * F + f, prefetch);
+            for b in line * 4..up.kb.min(line * 4 + 4) {
                 // SAFETY: the activations have 32 bytes in block `b`.
                 let q = unsafe { _mm256_loadu_si256(a.q[b * BLOCK_LEN..][..BLOCK_LEN].as_ptr().cast()) };
                 let sums: [__m256i; 4] = std::array::from_fn(|i| {
                     // SAFETY: the row has 16 bytes in block `b`.
-                    let qs = unsafe { _mm_loadu_si128(w[i][b * 16..][..16].as_ptr().cast()) };
+                    let qs = unsafe { _mm_loadu_si128(w[f][i][b * 16..][..16].as_ptr().cast()) };
                     let high = _mm_and_si128(_mm_srli_epi16::<4>(qs), low);
                     let w = _mm256_set_m128i(high, _mm_and_si128(qs, low));
                     _mm256_madd_epi16(_mm256_maddubs_epi16(w, q), ones)
@@ -42,15 +55,17 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>,
                 let sums = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
                 let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
                 let isum = _mm_cvtepi32_ps(_mm_add_epi32(sums, _mm_set1_epi32(a.bias[b])));
-                let half = |i: usize| i16::from_le_bytes([s[i][b * 2], s[i][b * 2 + 1]]);
+                let half = |i: usize| i16::from_le_bytes([s[f][i][b * 2], s[f][i][b * 2 + 1]]);
                 let d_w = _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
-                acc = _mm_fmadd_ps(isum, _mm_mul_ps(d_w, _mm_set1_ps(a.d[b])), acc);
+                *acc = _mm_fmadd_ps(isum, _mm_mul_ps(d_w, _mm_set1_ps(a.d[b])), *acc);
             }
-            let mut sums = [0f32; 4];
-            // SAFETY: sums has 4 floats.
-            unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
-            out.copy_from_slice(&sums[..out.len()]);
         }
+    }
+    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
+        let mut sums = [0f32; 4];
+        // SAFETY: sums has 4 floats.
+        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
+        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

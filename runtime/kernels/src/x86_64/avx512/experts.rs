@@ -6,61 +6,76 @@ use std::ops::Range;
 use crate::activations::ActRow;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::experts::HiddenGroup;
-use crate::live::{LiveGroups, UP_BLOCK, UpBlock};
+use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
 use crate::x86_64::prefetch;
 
-/// Rows of up are taken four at a time: with four blocks of each, the 16 sums fill a vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
+    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
+        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
+        _ => up_fours::<1>(up, region, rows, ahead, a, out),
+    };
+    live::each_up_block(up, region, rows, out, prefetch, block);
+}
+
+/// `F` times four rows, the last ones repeated where there are fewer: with four blocks of each of four rows, the 16 sums fill a vector.
+/// Line by line across the rows, as they were requested: reading a row to its end would have the CPU fetch the dead row after it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
+fn up_fours<const F: usize>(
+    up: &UpLayout,
+    region: &[u8],
+    rows: &[u32],
+    ahead: &UpBlock,
+    a: ActRow<'_>,
+    out: &mut [f32],
+) {
     let low = _mm512_set1_epi8(15);
     let by_block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let chunks = up.kb.div_ceil(4);
-    let mut blocks = rows.chunks(UP_BLOCK);
-    UpBlock::new(up, region, blocks.next().unwrap_or_default()).request_all(prefetch);
-    for (rows, out) in rows.chunks(UP_BLOCK).zip(out.chunks_mut(UP_BLOCK)) {
-        let ahead = UpBlock::new(up, region, blocks.next().unwrap_or_default());
-        for (i, (rows, out)) in rows.chunks(4).zip(out.chunks_mut(4)).enumerate() {
-            let row: [usize; 4] = std::array::from_fn(|i| rows[i.min(rows.len() - 1)] as usize);
-            // Bounds of every row, checked once; the unchecked reads below stay inside them.
-            let w = row.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr());
-            let s = row.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr());
-            let mut acc = _mm_setzero_ps();
-            for c in 0..chunks {
-                ahead.request(i * chunks + c, prefetch);
-                // SAFETY: rows have chunks * 64 bytes of nibbles and kb scales; the activations are padded to chunks * 4 blocks.
-                unsafe {
-                    let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
-                    let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
-                    let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
-                    let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
-                    let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
-                    let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
-                    let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
-                    // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
-                    let quarter_sums = |i: usize| {
-                        let w = _mm512_loadu_si512(w[i].add(c * 64).cast());
-                        let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
-                        _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
-                    };
-                    let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
-                    let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
-                    let left = up.kb - c * 4;
-                    let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[i].add(c * 8), left));
-                    let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
-                    let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
-                    acc = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc);
-                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), acc);
-                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), acc);
-                    acc = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), acc);
-                }
+    let fours: [[usize; 4]; F] =
+        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    // Bounds of every row, checked once; the unchecked reads below stay inside them.
+    let w = fours.map(|rows| rows.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr()));
+    let s = fours.map(|rows| rows.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr()));
+    let mut acc = [_mm_setzero_ps(); F];
+    for c in 0..up.kb.div_ceil(4) {
+        // SAFETY: rows have 64 bytes of nibbles for each four blocks, and kb scales; the activations are padded to whole fours.
+        unsafe {
+            let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
+            let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
+            let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
+            let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
+            let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
+            let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
+            let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
+            let left = up.kb - c * 4;
+            for f in 0..F {
+                ahead.request(c * F + f, prefetch);
+                // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
+                let quarter_sums = |i: usize| {
+                    let w = _mm512_loadu_si512(w[f][i].add(c * 64).cast());
+                    let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
+                    _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
+                };
+                let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
+                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
+                let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[f][i].add(c * 8), left));
+                let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
+                let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
+                let sum = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc[f]);
+                let sum = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), sum);
+                let sum = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), sum);
+                acc[f] = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), sum);
             }
-            let mut sums = [0f32; 4];
-            // SAFETY: sums has 4 floats.
-            unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
-            out.copy_from_slice(&sums[..out.len()]);
         }
+    }
+    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
+        let mut sums = [0f32; 4];
+        // SAFETY: sums has 4 floats.
+        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
+        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

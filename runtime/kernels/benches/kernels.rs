@@ -142,7 +142,7 @@ fn read_bandwidth(pool: &Pool) -> f64 {
 }
 
 fn linear(b: &mut Bench) {
-    for (rows, k) in [(1536, 1536), (151_936, 1536)] {
+    for (rows, k) in [(768, 1536), (1536, 1536), (151_936, 1536)] {
         let one = random_q4(rows * k);
         let mut tiles = vec![0; one.len()];
         b.kernels.pack_r16(WeightType::Q4_0, rows, k, &one, &mut tiles);
@@ -231,7 +231,8 @@ fn experts(b: &mut Bench) {
         b.run(&format!("expert_hidden_{zeros}zeros"), Work::Bytes(up_bytes), |kernels, pool| {
             let up = &cold.next()[format.region(Matrix::Up)];
             pool.run_ranges(&mut hidden, groups, 3, &|_, first, out| {
-                kernels.expert_hidden(&format, up, &gates, input, 0, first..first + out.len(), out);
+                let gates = &gates[first * 32..(first + out.len()) * 32];
+                kernels.expert_hidden(&format, up, gates, input, 0, first..first + out.len(), out);
             });
         });
         let mut out = vec![0.0; n_embd];

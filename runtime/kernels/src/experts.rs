@@ -102,9 +102,9 @@ impl Kernels {
         }
     }
 
-    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input, from all its gates
-    /// ([`Self::expert_gate`]): only the rows of up of neurons whose gate is positive are read. `out` has one entry
-    /// per group. Returns how many gates were positive.
+    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input, from their gates
+    /// ([`Self::expert_gate`]): only the rows of up of neurons whose gate is positive are read. `out` has one entry per group. Returns
+    /// how many gates were positive.
     ///
     /// # Panics
     /// If a region, the gates, the input or `out` has the wrong size.
@@ -122,14 +122,15 @@ impl Kernels {
         format.check_region(Matrix::Up, up.len());
         assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_hidden: group {}", groups.end);
         assert_eq!(out.len(), groups.len(), "expert_hidden: output length");
-        assert_eq!(gates.len(), format.n_ff(), "expert_hidden: gates");
+        let neurons = groups.start * BLOCK_LEN..format.n_ff().min(groups.end * BLOCK_LEN);
+        assert_eq!(gates.len(), neurons.len(), "expert_hidden: gates");
         const AT_ONCE: usize = GROUPS_AT_ONCE * BLOCK_LEN;
         let mut count = 0;
         let (mut rows, mut ups) = ([0u32; AT_ONCE], [0f32; AT_ONCE]);
-        for (i, out) in out.chunks_mut(GROUPS_AT_ONCE).enumerate() {
-            let first = (groups.start + i * GROUPS_AT_ONCE) * BLOCK_LEN;
+        for (i, (out, gates)) in out.chunks_mut(GROUPS_AT_ONCE).zip(gates.chunks(AT_ONCE)).enumerate() {
+            let first = neurons.start + i * AT_ONCE;
             let mut n = 0;
-            for (i, &gate) in gates[first..].iter().enumerate().take(out.len() * BLOCK_LEN) {
+            for (i, &gate) in gates.iter().enumerate() {
                 rows[n] = (first + i) as u32;
                 n += usize::from(gate > 0.0);
             }
@@ -162,7 +163,7 @@ impl Kernels {
             let i = row as usize - first;
             let group = &mut out[i / BLOCK_LEN];
             group.active |= 1 << (i % BLOCK_LEN);
-            group.h[i % BLOCK_LEN] = gates[row as usize] * up;
+            group.h[i % BLOCK_LEN] = gates[i] * up;
         }
         for group in out {
             if group.active == 0 || !format.ty().is_quantized() {
@@ -327,12 +328,11 @@ impl Kernels {
         let kb = n_embd / BLOCK_LEN;
         if tokens == 1 {
             let groups = neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN);
-            let mut gates = vec![0f32; n_ff];
-            let computed = groups.start * BLOCK_LEN..groups.end * BLOCK_LEN;
-            self.expert_gate(format, gate, input, 0, computed.clone(), &mut gates[computed]);
+            let mut gates = [0f32; BLOCK_LEN];
             let mut group = HiddenGroup::ZERO;
             for i in groups {
                 let whole = i * BLOCK_LEN..(i + 1) * BLOCK_LEN;
+                self.expert_gate(format, gate, input, 0, whole.clone(), &mut gates);
                 self.expert_hidden(format, up, &gates, input, 0, i..i + 1, std::slice::from_mut(&mut group));
                 let part = neurons.start.max(whole.start)..neurons.end.min(whole.end);
                 hidden.row_mut(0)[part.start - neurons.start..part.end - neurons.start]

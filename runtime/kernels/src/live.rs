@@ -206,3 +206,9 @@ pub(crate) fn each_up_block(
         }
     }
 }
+
+/// Rows, `F` times four of them, the last one repeated where there are fewer.
+#[inline(always)]
+pub(crate) fn in_fours<const F: usize>(rows: &[u32]) -> [[usize; 4]; F] {
+    std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize))
+}

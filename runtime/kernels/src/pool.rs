@@ -161,28 +161,17 @@ impl Pool {
     /// # Panics
     /// As [`Self::run`].
     pub fn for_each(&self, n: usize, job: &Job<'_>) {
-        self.share_out(n, &|_| 1, || (), &|range| job(range.start));
+        self.share_out(n, &|_| 1, || (), &|range| range.for_each(job));
     }
 
-    /// Runs `job` for ranges that make up `0..n`, each index in one of them. Each thread begins with a contiguous share of its
-    /// own and takes half of what is left of it at a time, then of the others': long runs while there is much to do, short ones
-    /// at the end, where threads would wait for each other.
-    ///
-    /// # Panics
-    /// As [`Self::run`].
-    pub fn for_ranges(&self, n: usize, job: &(dyn Fn(Range<usize>) + Sync)) {
-        self.for_ranges_beside(n, || (), job);
+    /// Runs `job` for ranges that make up `0..n`, each index in one of them, while the calling thread first runs `own`. Each thread
+    /// begins with a contiguous share of its own and takes half of what is left of it at a time, then of the others': long runs while
+    /// there is much to do, short ones at the end, where threads would wait for each other.
+    fn for_ranges_beside(&self, n: usize, own: impl FnOnce(), job: &(dyn Fn(Range<usize>) + Sync)) {
+        self.share_out(n, &|left| left / 2, own, job);
     }
 
-    /// [`Self::for_ranges`], while the calling thread first runs `own`.
-    ///
-    /// # Panics
-    /// As [`Self::run`], and as `own`.
-    pub fn for_ranges_beside(&self, n: usize, own: impl FnOnce(), job: &(dyn Fn(Range<usize>) + Sync)) {
-        let alone = self.n_threads() == 1;
-        self.share_out(n, &|left| if alone { left } else { left / 2 }, own, job);
-    }
-
+    /// `0..n` in ranges of as many indices as `want` makes of what is left of a share; all at once where there is one thread.
     fn share_out(
         &self,
         n: usize,
@@ -194,11 +183,7 @@ impl Pool {
         let guard = if threads == 1 || n <= 1 { None } else { self.lock() };
         let Some(_guard) = guard else {
             own();
-            let alone = Share::default();
-            alone.set(0..n);
-            while let Some(range) = alone.take(want) {
-                job(range);
-            }
+            job(0..n);
             return;
         };
         for (thread, share) in self.shared.shares.iter().enumerate() {
@@ -233,7 +218,8 @@ impl Pool {
     }
 
     /// Sees `out` as rows of `row_len` values, cuts each row into units of `unit` values (the last may be shorter) and runs
-    /// `job(row, first, values)` for runs of them, values `first..` of a row each, like [`Self::for_ranges`].
+    /// `job(row, first, values)` for runs of them, values `first..` of a row each. Each thread begins with a contiguous share of its own
+    /// and takes half of what is left of it at a time, then of the others': long runs while there is much to do, short ones at the end.
     ///
     /// # Panics
     /// If `out` is not whole rows or `unit` is 0, or as [`Self::run`].
@@ -273,7 +259,7 @@ impl Pool {
                 let end = units.end.min((row + 1) * per_row);
                 let (first, n) = ((units.start - row * per_row) * unit, (end - units.start) * unit);
                 let n = n.min(row_len - first);
-                // SAFETY: `for_ranges` hands out each unit once, so the runs in use are disjoint parts of `out`, which is exclusively
+                // SAFETY: `for_ranges_beside` hands out each unit once, so the runs in use are disjoint parts of `out`, which is exclusively
                 // borrowed until all are done; the row exists and `first + n <= row_len`.
                 let values = unsafe { base.slice_mut(row * row_len + first, n) };
                 job(row, first, values);

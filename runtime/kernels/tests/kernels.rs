@@ -342,7 +342,8 @@ proptest! {
                 let mut active = 0;
                 for (i, hidden) in hidden.chunks_mut(2).enumerate() {
                     let range = i * 2..i * 2 + hidden.len();
-                    active += kernels.expert_hidden(&format, region(Matrix::Up), &gates, input, 0, range, hidden);
+                    let gates = &gates[range.start * 32..n_ff.min(range.end * 32)];
+                    active += kernels.expert_hidden(&format, region(Matrix::Up), gates, input, 0, range, hidden);
                 }
                 prop_assert_eq!(active, hidden.iter().map(|h| h.active.count_ones() as usize).sum::<usize>());
                 for (i, out) in out[t * n_embd..(t + 1) * n_embd].chunks_mut(OUTPUT_CHUNK).enumerate() {

@@ -168,7 +168,7 @@ impl Model {
         let (cx, n_embd) = (&self.compute, self.config.n_embd);
         ops::with_slice(&a.x, |x| {
             self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], &mut buffers.head_input);
-            head.apply(cx, &mut buffers.scratch.acts, &buffers.head_input, &mut buffers.logits);
+            head.apply(cx, &mut buffers.scratch.acts, &buffers.head_input, &mut buffers.logits, || ());
             Ok(())
         })?;
         buffers.work.weight_bytes += head.bytes() as u64;

@@ -7,7 +7,7 @@
 use candle_core::Tensor;
 use st_experts::{ExpertStore, Lease, Waves};
 use st_gguf::Matrix;
-use st_kernels::{ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, WeightType};
+use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, WeightType};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -192,7 +192,8 @@ impl Moe {
         let gates = &*gates;
         cx.pool.run_ranges(groups, n_groups, TASK_GROUPS, &|rank, first, out| {
             if let Some(up) = matrix(rank, Matrix::Up) {
-                let gates = &gates[rank * n_ff..(rank + 1) * n_ff];
+                let neurons = first * BLOCK_LEN..n_ff.min((first + out.len()) * BLOCK_LEN);
+                let gates = &gates[rank * n_ff..(rank + 1) * n_ff][neurons];
                 cx.kernels.expert_hidden(format, up, gates, input, 0, first..first + out.len(), out);
             }
         });

@@ -32,8 +32,7 @@ fn up_fours<const F: usize>(
     out: &mut [f32],
 ) {
     let (scales, qs) = region.split_at(up.scales_bytes);
-    let fours: [[usize; 4]; F] =
-        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    let fours = live::in_fours::<F>(rows);
     let w = fours.map(|rows| rows.map(|r| &qs[r * up.row_bytes..][..up.row_bytes]));
     let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
     let mut acc = [vdupq_n_f32(0.0); F];

@@ -140,19 +140,22 @@ impl Linear {
         in_place("linear", out, x, |out, x| {
             let (scratch, own) = &mut *state.borrow_mut();
             let own = own.take();
-            self.apply_beside(cx, scratch, x, out, || own.into_iter().for_each(|own| own()));
+            self.apply(cx, scratch, x, out, || own.into_iter().for_each(|own| own()));
             Ok(())
         })?;
         drop(state);
         result.ok_or_else(|| candle_core::Error::Msg("an operation was not run".into()).into())
     }
 
-    /// [`Linear::forward`] on plain slices.
-    pub(crate) fn apply(&self, cx: &Compute, scratch: &mut ActsScratch, x: &[f32], out: &mut [f32]) {
-        self.apply_beside(cx, scratch, x, out, || ());
-    }
-
-    fn apply_beside(&self, cx: &Compute, scratch: &mut ActsScratch, x: &[f32], out: &mut [f32], own: impl FnOnce()) {
+    /// [`Linear::forward_beside`] on plain slices.
+    pub(crate) fn apply(
+        &self,
+        cx: &Compute,
+        scratch: &mut ActsScratch,
+        x: &[f32],
+        out: &mut [f32],
+        own: impl FnOnce(),
+    ) {
         if self.ty.is_quantized() {
             let acts = scratch.of(self.n_in);
             cx.kernels.quantize_acts_pool(&cx.pool, x, acts);

@@ -34,8 +34,7 @@ fn up_fours<const F: usize>(
     let low = _mm_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let fours: [[usize; 4]; F] =
-        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    let fours = live::in_fours::<F>(rows);
     let w = fours.map(|rows| rows.map(|r| &nibbles[r * up.row_bytes..][..up.row_bytes]));
     let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
     let mut acc = [_mm_setzero_ps(); F];

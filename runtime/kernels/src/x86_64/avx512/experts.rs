@@ -34,8 +34,7 @@ fn up_fours<const F: usize>(
     let by_block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let fours: [[usize; 4]; F] =
-        std::array::from_fn(|f| std::array::from_fn(|i| rows[(f * 4 + i).min(rows.len() - 1)] as usize));
+    let fours = live::in_fours::<F>(rows);
     // Bounds of every row, checked once; the unchecked reads below stay inside them.
     let w = fours.map(|rows| rows.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr()));
     let s = fours.map(|rows| rows.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr()));

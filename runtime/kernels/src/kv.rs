@@ -19,6 +19,7 @@ use half::{bf16, f16};
 
 use crate::aligned::AlignedBuf;
 use crate::block::{BLOCK_LEN, BlockQ8_0};
+use crate::pool::Pool;
 
 /// Positions per chunk. Partial sums of attention are formed per chunk at absolute boundaries, so that their bits do not
 /// depend on how the work is split.
@@ -114,28 +115,45 @@ impl KvBuffer {
     /// # Panics
     /// If a length is not `n_heads × head_dim`.
     pub fn write(&mut self, pos: usize, keys: &[f32], values: &[f32]) {
-        let d = self.head_dim;
+        let (d, ty) = (self.head_dim, self.ty);
         assert_eq!(keys.len(), self.n_heads * d, "key length");
         assert_eq!(values.len(), self.n_heads * d, "value length");
         let slot = pos % self.capacity;
-        let mut padded = [0f32; BLOCK_LEN];
-        for head in 0..self.n_heads {
-            let [keys_at, values_at] = [0, 1].map(|part| self.range(head, slot / KV_CHUNK, part));
-            let p = slot % KV_CHUNK;
-            for start in (0..d).step_by(BLOCK_LEN) {
-                let n = BLOCK_LEN.min(d - start);
-                let block = start / BLOCK_LEN;
-                for (src, is_key) in [(keys, true), (values, false)] {
-                    padded[n..].fill(0.0);
-                    padded[..n].copy_from_slice(&src[head * d + start..][..n]);
-                    if is_key {
-                        write_key(self.ty, &mut self.data[keys_at.clone()], self.head_dim, p, block, &padded);
-                    } else {
-                        write_value(self.ty, &mut self.data[values_at.clone()], p, block, &padded);
-                    }
+        for (head, (key, value)) in keys.chunks_exact(d).zip(values.chunks_exact(d)).enumerate() {
+            let keys_at = self.range(head, slot / KV_CHUNK, 0);
+            let both = keys_at.start..keys_at.start + 2 * keys_at.len();
+            write_head(ty, &mut self.data[both], slot % KV_CHUNK, key, value);
+        }
+    }
+
+    /// [`Self::write`] for the positions from `first` on, shared among the threads of a pool: each row of `width` floats ends with the
+    /// keys and then the values of one.
+    ///
+    /// # Panics
+    /// If `rows` is not whole rows, or they are too short for keys and values.
+    pub fn write_rows(&mut self, pool: &Pool, first: usize, rows: &[f32], width: usize) {
+        let (d, ty, n_heads, n_chunks) = (self.head_dim, self.ty, self.n_heads, self.capacity / KV_CHUNK);
+        let kv_dim = n_heads * d;
+        assert!(width >= 2 * kv_dim && rows.len().is_multiple_of(width), "rows of {width}, {} floats", rows.len());
+        let of_row = |row: usize| rows[(row + 1) * width - 2 * kv_dim..(row + 1) * width].split_at(kv_dim);
+        if rows.len() == width {
+            // Too little to be shared.
+            let (keys, values) = of_row(0);
+            return self.write(first, keys, values);
+        }
+        let end = first + rows.len() / width;
+        let both = 2 * ty.bytes(KV_CHUNK * self.padded_dim());
+        pool.run_chunks(&mut self.data, both, &|i, chunk| {
+            let (slot, head) = (i / n_heads, i % n_heads);
+            // The absolute chunks that live in this one: the first that may hold some of the positions, then once around the ring.
+            let oldest = first / KV_CHUNK + (slot + n_chunks - first / KV_CHUNK % n_chunks) % n_chunks;
+            for base in (oldest * KV_CHUNK..end).step_by(self.capacity) {
+                for pos in first.max(base)..end.min(base + KV_CHUNK) {
+                    let (keys, values) = of_row(pos - first);
+                    write_head(ty, chunk, pos - base, &keys[head * d..][..d], &values[head * d..][..d]);
                 }
             }
-        }
+        });
     }
 
     pub(crate) fn padded_dim(&self) -> usize {
@@ -161,8 +179,21 @@ impl KvBuffer {
     }
 }
 
-fn write_key(ty: KvType, chunk: &mut [u8], head_dim: usize, p: usize, block: usize, x: &[f32; BLOCK_LEN]) {
-    let tile_bytes = ty.bytes(KV_TILE * head_dim.next_multiple_of(BLOCK_LEN));
+/// Stores one position of a head in its keys and values of a chunk.
+fn write_head(ty: KvType, chunk: &mut [u8], p: usize, key: &[f32], value: &[f32]) {
+    let (keys, values) = chunk.split_at_mut(chunk.len() / 2);
+    let mut padded = [0f32; BLOCK_LEN];
+    for (block, (key, value)) in key.chunks(BLOCK_LEN).zip(value.chunks(BLOCK_LEN)).enumerate() {
+        padded[key.len()..].fill(0.0);
+        padded[..key.len()].copy_from_slice(key);
+        write_key(ty, keys, p, block, &padded);
+        padded[..key.len()].copy_from_slice(value);
+        write_value(ty, values, p, block, &padded);
+    }
+}
+
+fn write_key(ty: KvType, chunk: &mut [u8], p: usize, block: usize, x: &[f32; BLOCK_LEN]) {
+    let tile_bytes = chunk.len() / (KV_CHUNK / KV_TILE);
     let tile = &mut chunk[p / KV_TILE * tile_bytes..][..tile_bytes];
     let lane = p % KV_TILE;
     let block_bytes = ty.bytes(KV_TILE * BLOCK_LEN);
@@ -300,6 +331,26 @@ mod tests {
                     let value = value_at(ty, kv.values(head, pos / KV_CHUNK), slot % KV_CHUNK, dim);
                     assert!((key - x).abs() <= bound && (value + x).abs() <= bound, "{ty:?} {pos} {i}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_written_as_one_by_one() {
+        let (heads, d, width) = (3, 40, 300);
+        let pool = Pool::new(2).unwrap();
+        for ty in [KvType::F32, KvType::Bf16, KvType::F16, KvType::Q8_0] {
+            // Within a chunk, across chunks, around the ring, and around it with both ends in one chunk.
+            for (first, n) in [(3, 1), (200, 100), (400, 300), (700, 512)] {
+                let rows: Vec<f32> = (0..n * width).map(|i| (i * 31 % 997) as f32 / 997.0 - 0.5).collect();
+                let (mut one_by_one, mut together) =
+                    (KvBuffer::new(ty, heads, d, 300), KvBuffer::new(ty, heads, d, 300));
+                for (i, row) in rows.chunks(width).enumerate() {
+                    let (keys, values) = row[width - 2 * heads * d..].split_at(heads * d);
+                    one_by_one.write(first + i, keys, values);
+                }
+                together.write_rows(&pool, first, &rows, width);
+                assert!(one_by_one.data[..] == together.data[..], "{ty:?} {first} {n}");
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Owns how many positions a layer keeps: one that attends to everything has room for the whole context, a window layer
 //! is a ring of the window and one batch. Where a position lies in memory is the kernels' matter ([`KvBuffer`]).
 
-use st_kernels::{KV_CHUNK, KvBuffer, KvType};
+use st_kernels::{KV_CHUNK, KvBuffer, KvType, Pool};
 
 use crate::config::ModelConfig;
 
@@ -38,10 +38,11 @@ impl LayerKv {
         bytes.map_or(u64::MAX, |bytes| bytes as u64)
     }
 
-    /// Stores one position; `keys` and `values` are `[n_kv_heads * head_dim]`.
-    pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
-        self.buffer.write(position, keys, values);
-        self.end = self.end.max(position + 1);
+    /// Stores the positions from `position` on; each row of `width` floats ends with the keys and the values of one, `n_kv_heads *
+    /// head_dim` each.
+    pub(crate) fn write(&mut self, pool: &Pool, position: usize, rows: &[f32], width: usize) {
+        self.buffer.write_rows(pool, position, rows, width);
+        self.end = self.end.max(position + rows.len() / width);
     }
 
     /// Begins anew: what is stored will not be read again.

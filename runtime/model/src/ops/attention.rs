@@ -37,8 +37,9 @@ impl Attention<'_> {
         let state = std::cell::RefCell::new((self, scratch));
         in_place("attention", out, qkv, |out, qkv| {
             let (this, scratch) = &mut *state.borrow_mut();
-            this.store(qkv);
-            match qkv.len() / this.width() {
+            let width = this.width();
+            this.kv.write(&cx.pool, this.position, qkv, width);
+            match qkv.len() / width {
                 1 => this.one(cx, scratch, qkv, out),
                 _ => this.many(cx, qkv, out),
             }
@@ -52,14 +53,6 @@ impl Attention<'_> {
 
     fn scale(&self) -> f32 {
         1.0 / (self.config.head_dim as f32).sqrt()
-    }
-
-    fn store(&mut self, qkv: &[f32]) {
-        let (q_dim, kv_dim) = (self.config.q_dim(), self.config.kv_dim());
-        for (i, row) in qkv.chunks_exact(self.width()).enumerate() {
-            let (keys, values) = row[q_dim..].split_at(kv_dim);
-            self.kv.write(self.position + i, keys, values);
-        }
     }
 
     /// One token: threads share the positions that it sees.

@@ -263,12 +263,12 @@ fn experts(b: &mut Bench) {
             let (gate, up) = (&record[format.region(Matrix::Gate)], &record[format.region(Matrix::Up)]);
             let input = ExpertInput { floats: &[], acts: &acts };
             pool.run_columns(&mut h, n_ff, 64, &|mut h| {
-                kernels.expert_gate_up_batch(&format, gate, up, input, &mut h);
+                kernels.expert_gate_up_batch(&format, gate, up, input, 0, &mut h);
             });
             kernels.quantize_acts_pool(pool, &h, &mut hidden);
             let input = ExpertInput { floats: &[], acts: &hidden };
             pool.run_columns(&mut out, n_embd, OUTPUT_CHUNK, &|mut out| {
-                kernels.expert_down_batch(&format, &record[format.region(Matrix::Down)], input, &mut out);
+                kernels.expert_down_batch(&format, &record[format.region(Matrix::Down)], input, 0, &mut out);
             });
         });
     }

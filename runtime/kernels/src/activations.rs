@@ -12,8 +12,8 @@ use crate::aligned::AlignedBuf;
 use crate::block::BLOCK_LEN;
 use crate::pool::Pool;
 
-/// Rows per unit.
-pub(crate) const UNIT_ROWS: usize = 4;
+/// Rows per unit: where one expert's tokens may begin in a batch that several share.
+pub const UNIT_ROWS: usize = 4;
 /// Bytes of one block of a unit.
 pub(crate) const UNIT_BLOCK: usize = 160;
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::WeightType;
-use crate::activations::{ActRow, Q8Acts, padded_blocks};
+use crate::activations::{ActRow, Q8Acts, UNIT_ROWS, padded_blocks};
 use crate::block::BLOCK_LEN;
 use crate::dispatch::{Kernels, PANEL_BLOCK};
 use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
@@ -284,17 +284,19 @@ impl Kernels {
         }
     }
 
-    /// Hidden values `relu(gate·x) ⊙ (up·x)` of all rows of the input for the neurons that are the columns of `hidden`
-    /// (`rows × n_ff` floats in all).
+    /// Hidden values `relu(gate·x) ⊙ (up·x)` of as many rows of the input as `hidden` has, from row `first` on, for the neurons that
+    /// are its columns (`rows × n_ff` floats in all).
     ///
     /// # Panics
-    /// If a size is wrong or the columns do not start at a multiple of 16.
+    /// If a size is wrong, the columns do not start at a multiple of 16, or more than one row starts elsewhere than at a multiple
+    /// of [`UNIT_ROWS`].
     pub fn expert_gate_up_batch(
         self,
         format: &ExpertFormat,
         gate: &[u8],
         up: &[u8],
         input: ExpertInput<'_>,
+        first: usize,
         hidden: &mut ColumnsMut<'_>,
     ) {
         format.check_region(Matrix::Gate, gate.len());
@@ -306,11 +308,11 @@ impl Kernels {
         if !ty.is_quantized() {
             // Products first, then gates into the same place, 16 neurons at a time.
             let row_bytes = n_embd * ty.block_bytes();
-            assert_eq!(input.floats.len(), tokens * n_embd, "expert_gate_up_batch: input length");
+            let floats = &input.floats[first * n_embd..(first + tokens) * n_embd];
             for start in neurons.clone().step_by(R16_ROWS) {
                 let end = neurons.end.min(start + R16_ROWS);
                 let rows = start * row_bytes..end * row_bytes;
-                for (t, x) in input.floats.chunks_exact(n_embd).enumerate() {
+                for (t, x) in floats.chunks_exact(n_embd).enumerate() {
                     let h = &mut hidden.row_mut(t)[start - neurons.start..end - neurons.start];
                     let ups = &mut ups[..end - start];
                     // SAFETY: the table is of this CPU; one row of n_embd values per output, twice.
@@ -324,7 +326,6 @@ impl Kernels {
             return;
         }
         assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
-        assert!(tokens <= input.acts.rows(), "expert_gate_up_batch: {tokens} tokens of {}", input.acts.rows());
         let kb = n_embd / BLOCK_LEN;
         if tokens == 1 {
             let groups = neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN);
@@ -332,15 +333,15 @@ impl Kernels {
             let mut group = HiddenGroup::ZERO;
             for i in groups {
                 let whole = i * BLOCK_LEN..(i + 1) * BLOCK_LEN;
-                self.expert_gate(format, gate, input, 0, whole.clone(), &mut gates);
-                self.expert_hidden(format, up, &gates, input, 0, i..i + 1, std::slice::from_mut(&mut group));
+                self.expert_gate(format, gate, input, first, whole.clone(), &mut gates);
+                self.expert_hidden(format, up, &gates, input, first, i..i + 1, std::slice::from_mut(&mut group));
                 let part = neurons.start.max(whole.start)..neurons.end.min(whole.end);
                 hidden.row_mut(0)[part.start - neurons.start..part.end - neurons.start]
                     .copy_from_slice(&group.h[part.start - whole.start..part.end - whole.start]);
             }
             return;
         }
-        let units = units_of(input.acts, 0, tokens);
+        let units = units_of(input.acts, first, tokens);
         let panel_bytes = kb * PANEL_BLOCK;
         with_bytes(2 * panel_bytes, |panels| {
             let (gate_panel, up_panel) = panels.split_at_mut(panel_bytes);
@@ -363,13 +364,11 @@ impl Kernels {
         column: usize,
         hidden: &mut ColumnsMut<'_>,
     ) {
-        use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
+        use crate::activations::UNIT_BLOCK;
         use crate::dispatch::GEMM_UNITS;
         let mut g = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
         let mut u = g;
-        let columns = hidden.columns();
-        let n = R16_ROWS.min(columns.end - column);
-        let at = column - columns.start;
+        let at = column - hidden.columns().start;
         for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
             // SAFETY: the table is of this CPU; panels of kb blocks and 1 to GEMM_UNITS whole units.
             unsafe {
@@ -378,8 +377,8 @@ impl Kernels {
             }
             let first = i * GEMM_UNITS * UNIT_ROWS;
             relu_times(&mut g, &u);
-            for (t, h) in g.chunks_exact(R16_ROWS).enumerate().take(hidden.rows() - first) {
-                hidden.row_mut(first + t)[at..at + n].copy_from_slice(&h[..n]);
+            for (t, h) in g.as_chunks().0.iter().enumerate().take(hidden.rows() - first) {
+                hidden.put(first + t, at, h);
             }
         }
     }
@@ -413,16 +412,18 @@ impl Kernels {
         unsafe { (self.table.panel_r16)(ty, kb, &tiles, panel) };
     }
 
-    /// Outputs of one expert for many tokens: the columns of `out` (`rows × n_embd` in all) from hidden values as floats
-    /// (`rows × n_ff`, read if the type is a float) or quantized.
+    /// Outputs of one expert for many tokens: the columns of `out` (`rows × n_embd` in all) from as many rows of hidden values, from row
+    /// `first` on, as floats (`rows × n_ff`, read if the type is a float) or quantized.
     ///
     /// # Panics
-    /// If a size is wrong or the columns do not start at a multiple of [`OUTPUT_CHUNK`].
+    /// If a size is wrong, the columns do not start at a multiple of [`OUTPUT_CHUNK`], or more than one row starts elsewhere than at a
+    /// multiple of [`UNIT_ROWS`].
     pub fn expert_down_batch(
         self,
         format: &ExpertFormat,
         down: &[u8],
         hidden: ExpertInput<'_>,
+        first: usize,
         out: &mut ColumnsMut<'_>,
     ) {
         format.check_region(Matrix::Down, down.len());
@@ -430,16 +431,15 @@ impl Kernels {
         let (outputs, tokens) = (out.columns(), out.rows());
         assert!(outputs.end <= n_embd && outputs.start.is_multiple_of(OUTPUT_CHUNK), "expert_down_batch: {outputs:?}");
         if !ty.is_quantized() {
-            return self.linear_float(ty, n_ff, down, hidden.floats, out);
+            return self.linear_float(ty, n_ff, down, &hidden.floats[first * n_ff..(first + tokens) * n_ff], out);
         }
         assert_eq!(hidden.acts.k(), n_ff, "expert_down_batch: k of the hidden values");
-        assert!(tokens <= hidden.acts.rows(), "expert_down_batch: {tokens} tokens of {}", hidden.acts.rows());
         let fb = n_ff / BLOCK_LEN;
         if tokens == 1 {
-            let groups = hidden_groups(hidden.acts.row(0), fb);
+            let groups = hidden_groups(hidden.acts.row(first), fb);
             return self.expert_down(format, down, &groups, outputs, out.row_mut(0));
         }
-        let units = units_of(hidden.acts, 0, tokens);
+        let units = units_of(hidden.acts, first, tokens);
         let panel_bytes = fb * PANEL_BLOCK;
         let layout = format.down();
         with_bytes(8 * panel_bytes, |panels| {

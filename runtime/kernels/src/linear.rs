@@ -69,7 +69,6 @@ impl Kernels {
         assert_eq!(acts.k(), w.k(), "linear_r16: k of activations and weights");
         assert!(columns.end <= w.rows(), "linear_r16: output {} of {}", columns.end, w.rows());
         assert!(columns.start.is_multiple_of(R16_ROWS), "linear_r16: columns start at {}", columns.start);
-        assert!(tokens <= acts.rows() && first <= acts.rows() - tokens, "linear_r16: token {first}+{tokens}");
         let kb = acts.blocks();
         let groups = columns.start / R16_ROWS..columns.end.div_ceil(R16_ROWS);
         if tokens == 1 {
@@ -113,15 +112,13 @@ impl Kernels {
         out: &mut ColumnsMut<'_>,
     ) {
         let mut block = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
-        let columns = out.columns();
-        let at = column - columns.start;
-        let n = R16_ROWS.min(columns.end - column);
+        let at = column - out.columns().start;
         for (i, units) in units.chunks(GEMM_UNITS * kb * crate::activations::UNIT_BLOCK).enumerate() {
             // SAFETY: the table is of this CPU; the panel has kb blocks, and there are 1 to GEMM_UNITS whole units.
             unsafe { (self.table.gemm)(ty, kb, panel, units, &mut block) };
             let first = i * GEMM_UNITS * UNIT_ROWS;
-            for (t, values) in block.chunks_exact(R16_ROWS).enumerate().take(out.rows() - first) {
-                out.row_mut(first + t)[at..at + n].copy_from_slice(&values[..n]);
+            for (t, values) in block.as_chunks().0.iter().enumerate().take(out.rows() - first) {
+                out.put(first + t, at, values);
             }
         }
     }
@@ -299,9 +296,10 @@ impl Kernels {
 /// The units of tokens `first..first + tokens`.
 ///
 /// # Panics
-/// If `first` is not a multiple of 4.
+/// If `first` is not a multiple of 4, or there are not as many tokens.
 pub(crate) fn units_of(acts: &Q8Acts, first: usize, tokens: usize) -> &[u8] {
     assert!(first.is_multiple_of(UNIT_ROWS), "tokens start at {first}, not at a multiple of 4");
+    assert!(tokens <= acts.rows() && first <= acts.rows() - tokens, "token {first}+{tokens} of {}", acts.rows());
     let bytes = acts.unit_bytes();
     &acts.units()[first / UNIT_ROWS * bytes..(first + tokens).div_ceil(UNIT_ROWS) * bytes]
 }

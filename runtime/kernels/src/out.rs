@@ -3,6 +3,8 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use crate::r16::R16_ROWS;
+
 /// Exclusive access to some columns (of all or some rows) of a row-major matrix of f32: the output of a matrix product, rows being tokens.
 ///
 /// Made from a whole slice ([`Self::new`]) or by [`crate::Pool::run_columns`] and [`crate::Pool::run_tiles`].
@@ -65,6 +67,19 @@ impl<'a> ColumnsMut<'a> {
                 self.base.add((self.first_row + row) * self.ld + self.columns.start),
                 self.columns.len(),
             )
+        }
+    }
+
+    /// Writes outputs from column `at` of this view's part of `row` on, as many as it has.
+    ///
+    /// # Panics
+    /// If there is no such row, or no column `at`.
+    pub(crate) fn put(&mut self, row: usize, at: usize, values: &[f32; R16_ROWS]) {
+        let out = &mut self.row_mut(row)[at..];
+        match out.first_chunk_mut() {
+            // A length known beforehand is one store, not a call.
+            Some(out) => *out = *values,
+            None => out.copy_from_slice(&values[..out.len()]),
         }
     }
 }

@@ -278,6 +278,37 @@ impl Pool {
         self.run_tiles(out, ld, rows, chunk, job);
     }
 
+    /// [`Self::run_columns`] for several ranges of rows, the rest of which stay as they are: `job(i, columns of rows[i])`.
+    ///
+    /// # Panics
+    /// If `out` is not whole rows, `chunk` is 0, the ranges do not ascend, overlap or are not in `out`, or as [`Self::run`].
+    pub fn run_columns_of(
+        &self,
+        out: &mut [f32],
+        ld: usize,
+        rows: &[Range<usize>],
+        chunk: usize,
+        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
+    ) {
+        assert!(chunk > 0, "run_columns_of: chunk is 0");
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_columns_of: {} floats are not rows of {ld}", out.len());
+        let mut end = 0;
+        for rows in rows {
+            assert!(end <= rows.start && rows.start <= rows.end, "run_columns_of: rows {rows:?} after row {end}");
+            end = rows.end;
+        }
+        assert!(end <= out.len() / ld, "run_columns_of: row {end} of {}", out.len() / ld);
+        let across = ld.div_ceil(chunk);
+        let base = SendPtr(out.as_mut_ptr());
+        self.for_each(rows.len() * across, &|i| {
+            let (range, column) = (i / across, i % across * chunk);
+            let columns = column..ld.min(column + chunk);
+            // SAFETY: `for_each` hands out each `i` once and the ranges of rows are disjoint, so no two views share an element; all
+            // lie in `out`, which is exclusively borrowed until all are done.
+            job(range, unsafe { ColumnsMut::from_raw(base.get(), rows[range].clone(), ld, columns) });
+        });
+    }
+
     /// Like [`Self::run_columns`], but cuts the rows too, into ranges of `row_chunk`.
     ///
     /// # Panics
@@ -580,5 +611,22 @@ mod tests {
             }
         });
         assert!(out.iter().enumerate().all(|(i, &v)| v == i as f32));
+    }
+
+    #[test]
+    fn columns_of_some_rows_leave_the_others_alone() {
+        let pool = Pool::new(2).unwrap();
+        let mut out = vec![0.0; 6 * 10];
+        pool.run_columns_of(&mut out, 10, &[0..1, 2..2, 3..5], 4, &|range, mut view| {
+            for row in 0..view.rows() {
+                view.row_mut(row).fill(range as f32 + 1.0);
+            }
+        });
+        let rows: Vec<f32> = out.chunks(10).map(|row| row.iter().sum::<f32>() / 10.0).collect();
+        assert_eq!(rows, [1.0, 0.0, 0.0, 3.0, 3.0, 0.0]);
+        for bad in [&[0..2, 1..3][..], &[4..5, 5..7], &[3..4, 0..1]] {
+            let run = || pool.run_columns_of(&mut [0.0; 60], 10, bad, 4, &|_, _| ());
+            assert!(std::panic::catch_unwind(AssertUnwindSafe(run)).is_err(), "{bad:?}");
+        }
     }
 }

@@ -356,18 +356,22 @@ proptest! {
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: one token");
 
+            // The tokens follow another expert's.
+            let (first, rows) = (UNIT_ROWS, UNIT_ROWS + tokens);
+            let x = [rng.floats(first * n_embd), x.clone()].concat();
             let acts = if ty.is_quantized() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
             let input = ExpertInput { floats: &x, acts: &acts };
-            let mut h = vec![0.0; tokens * n_ff];
+            let mut h = vec![0.0; rows * n_ff];
             let pool = Pool::new(2).unwrap();
-            pool.run_columns(&mut h, n_ff, 32, &|mut h| {
-                kernels.expert_gate_up_batch(&format, region(Matrix::Gate), region(Matrix::Up), input, &mut h);
+            let rows = first..rows;
+            pool.run_columns_of(&mut h, n_ff, std::slice::from_ref(&rows), 32, &|_, mut h| {
+                kernels.expert_gate_up_batch(&format, region(Matrix::Gate), region(Matrix::Up), input, first, &mut h);
             });
             let hidden = if ty.is_quantized() { quantized(kernels, &h, n_ff) } else { Q8Acts::new(32, 0) };
             let hidden = ExpertInput { floats: &h, acts: &hidden };
             let mut out = vec![0.0; tokens * n_embd];
             pool.run_columns(&mut out, n_embd, OUTPUT_CHUNK, &|mut out| {
-                kernels.expert_down_batch(&format, region(Matrix::Down), hidden, &mut out);
+                kernels.expert_down_batch(&format, region(Matrix::Down), hidden, first, &mut out);
             });
             prop_assert!(bits(&out) == *want, "{kernels:?}: {tokens} tokens");
         }

@@ -94,7 +94,7 @@ impl Model {
             });
         }
         let output_norm = norm(weights::OUTPUT_NORM.into())?;
-        let moe = Moe::new(store, source.format().clone(), c);
+        let moe = Moe::new(store, source.format().clone(), c, options.batch());
         Ok(Self { config, compute, embedding, layers, output_norm, head, moe })
     }
 

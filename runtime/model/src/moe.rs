@@ -4,10 +4,12 @@
 //! of the router's ranks, so that the order of arrival never shows in a bit. One token goes through the sparse kernels;
 //! a batch is grouped by expert, and each expert is acquired once.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use st_experts::{ExpertStore, Lease, Waves};
 use st_gguf::Matrix;
-use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, WeightType};
+use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, UNIT_ROWS, WeightType};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -28,6 +30,8 @@ pub(crate) struct Moe {
     store: ExpertStore,
     format: ExpertFormat,
     n_experts: usize,
+    /// Rows of a batch's inputs that are gathered at once, at most.
+    rows_at_once: usize,
 }
 
 /// Buffers of [`Moe::forward`], reused from layer to layer.
@@ -55,12 +59,27 @@ struct BatchScratch {
     tokens: Vec<u32>,
     /// Pair of each (token, rank).
     pair_of: Vec<usize>,
-    /// Inputs of one expert's tokens.
+    /// Those that are computed together.
+    together: Together,
+    /// Their inputs.
     acts: Option<Q8Acts>,
     floats: Vec<f32>,
-    /// Their hidden values; `[tokens, n_ff]`.
+    /// Their hidden values; `[rows, n_ff]`.
     hidden: Vec<f32>,
     hidden_acts: Option<Q8Acts>,
+}
+
+/// Experts of a batch that are computed together, so that threads wait for each other once for all of them.
+#[derive(Debug, Default)]
+struct Together {
+    /// Their ranks in the lease.
+    ranks: Vec<usize>,
+    /// Pairs of each.
+    pairs: Vec<Range<usize>>,
+    /// Rows of each among the inputs that are gathered for them, one for each pair.
+    rows: Vec<Range<usize>>,
+    /// Token of each row; those between two experts' rows belong to nobody.
+    tokens: Vec<u32>,
 }
 
 /// A layer's experts on their way, from the router's choice to the moment they are needed.
@@ -72,9 +91,9 @@ pub(crate) enum Pending<'a> {
 }
 
 impl Moe {
-    /// Experts of `store`, lying in its slots as `format` has it.
-    pub(crate) fn new(store: ExpertStore, format: ExpertFormat, config: &ModelConfig) -> Self {
-        Self { store, format, n_experts: config.n_experts }
+    /// Experts of `store`, lying in its slots as `format` has it, for batches of at most `batch` tokens.
+    pub(crate) fn new(store: ExpertStore, format: ExpertFormat, config: &ModelConfig, batch: usize) -> Self {
+        Self { store, format, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
     }
 
     /// The cache.
@@ -227,56 +246,63 @@ impl Moe {
                 if scratch.ready.is_empty() {
                     break;
                 }
-                for i in 0..scratch.ready.len() {
-                    self.expert(cx, &lease, scratch.ready[i], scratch, input)?;
-                    work.weight_bytes += Matrix::ALL.map(|m| self.canonical_bytes(m)).iter().sum::<u64>();
+                scratch.ready.sort_unstable_by_key(|&rank| lease.id(rank));
+                let mut done = 0;
+                while done < scratch.ready.len() {
+                    done += scratch.batch.take(&scratch.ready[done..], |rank| lease.id(rank), self.rows_at_once);
+                    self.together(cx, &lease, scratch, input)?;
                 }
+                work.weight_bytes += done as u64 * Matrix::ALL.map(|m| self.canonical_bytes(m)).iter().sum::<u64>();
             }
         }
         Ok(work)
     }
 
-    /// One expert for all tokens of a batch that chose it.
-    fn expert(
+    /// Some experts, for all tokens of a batch that chose them.
+    fn together(
         &self,
         cx: &Compute,
         lease: &Lease<'_>,
-        rank: usize,
         scratch: &mut MoeScratch,
         input: ExpertInput<'_>,
     ) -> Result<(), ModelError> {
         let MoeScratch { parts, batch, .. } = scratch;
+        let BatchScratch { together, acts, floats, hidden, hidden_acts, .. } = batch;
         let (format, n_embd, n_ff) = (&self.format, self.format.n_embd(), self.format.n_ff());
-        let Ok(slot) = batch.experts.binary_search(&lease.id(rank)) else { return Ok(()) };
-        let pairs = batch.starts[slot]..batch.starts[slot + 1];
-        let (tokens, n) = (&batch.tokens[pairs.clone()], pairs.len());
-        let acts = batch.acts.get_or_insert_with(|| Q8Acts::new(n_embd, 1));
-        let hidden_acts = batch.hidden_acts.get_or_insert_with(|| Q8Acts::new(n_ff, 1));
+        let acts = acts.get_or_insert_with(|| Q8Acts::new(n_embd, 1));
+        let hidden_acts = hidden_acts.get_or_insert_with(|| Q8Acts::new(n_ff, 1));
         if format.ty().is_quantized() {
-            cx.kernels.gather_acts_pool(&cx.pool, input.acts, tokens, acts);
+            cx.kernels.gather_acts_pool(&cx.pool, input.acts, &together.tokens, acts);
         } else {
-            batch.floats.clear();
-            for &token in tokens {
-                batch.floats.extend_from_slice(&input.floats[token as usize * n_embd..][..n_embd]);
+            floats.clear();
+            for &token in &together.tokens {
+                floats.extend_from_slice(&input.floats[token as usize * n_embd..][..n_embd]);
             }
         }
-        if batch.hidden.len() < n * n_ff {
-            batch.hidden.resize(n * n_ff, 0.0);
+        if hidden.len() < together.tokens.len() * n_ff {
+            hidden.resize(together.tokens.len() * n_ff, 0.0);
         }
-        let hidden = &mut batch.hidden[..n * n_ff];
-        let (gate, up) = (lease.wait(rank, Matrix::Gate)?, lease.wait(rank, Matrix::Up)?);
-        let gathered = ExpertInput { floats: &batch.floats, acts };
-        cx.pool.run_columns(hidden, n_ff, TASK_NEURONS, &|mut out| {
-            cx.kernels.expert_gate_up_batch(format, gate, up, gathered, &mut out);
+        let hidden = &mut hidden[..together.tokens.len() * n_ff];
+        let landed = |matrix| together.ranks.iter().try_for_each(|&rank| lease.wait(rank, matrix).map(drop));
+        landed(Matrix::Gate)?;
+        landed(Matrix::Up)?;
+        let gathered = ExpertInput { floats, acts };
+        cx.pool.run_columns_of(hidden, n_ff, &together.rows, TASK_NEURONS, &|i, mut out| {
+            let rank = together.ranks[i];
+            if let (Some(gate), Some(up)) = (lease.get(rank, Matrix::Gate), lease.get(rank, Matrix::Up)) {
+                let first = together.rows[i].start;
+                cx.kernels.expert_gate_up_batch(format, gate, up, gathered, first, &mut out);
+            }
         });
         if format.ty().is_quantized() {
             cx.kernels.quantize_acts_pool(&cx.pool, hidden, hidden_acts);
         }
-        let down = lease.wait(rank, Matrix::Down)?;
+        landed(Matrix::Down)?;
         let hidden = ExpertInput { floats: hidden, acts: hidden_acts };
-        let out = &mut parts[pairs.start * n_embd..pairs.end * n_embd];
-        cx.pool.run_columns(out, n_embd, OUTPUT_CHUNK, &|mut out| {
-            cx.kernels.expert_down_batch(format, down, hidden, &mut out);
+        cx.pool.run_columns_of(parts, n_embd, &together.pairs, OUTPUT_CHUNK, &|i, mut out| {
+            if let Some(down) = lease.get(together.ranks[i], Matrix::Down) {
+                cx.kernels.expert_down_batch(format, down, hidden, together.rows[i].start, &mut out);
+            }
         });
         Ok(())
     }
@@ -333,5 +359,60 @@ impl BatchScratch {
         self.starts.clear();
         self.starts.push(0);
         self.starts.extend(ends);
+    }
+
+    /// Chooses who is computed next: the first of `ready` (ranks, their experts ascending), as many as have room for their tokens
+    /// in `rows`, but one at least. Returns how many.
+    fn take(&mut self, ready: &[usize], expert_of: impl Fn(usize) -> u32, rows: usize) -> usize {
+        let Together { ranks, pairs, rows: rows_of, tokens } = &mut self.together;
+        ranks.clear();
+        pairs.clear();
+        rows_of.clear();
+        tokens.clear();
+        for &rank in ready {
+            let slot = self.experts.partition_point(|&expert| expert < expert_of(rank));
+            let range = self.starts[slot]..self.starts[slot + 1];
+            let first = tokens.len();
+            if first > 0 && first + range.len() > rows {
+                break;
+            }
+            tokens.extend_from_slice(&self.tokens[range.clone()]);
+            rows_of.push(first..tokens.len());
+            let whole = tokens.len().next_multiple_of(UNIT_ROWS);
+            tokens.resize(whole, self.tokens[range.start]);
+            ranks.push(rank);
+            pairs.push(range);
+        }
+        ranks.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_are_computed_together_as_far_as_there_is_room() {
+        // Experts 1, 4, 5 and 7 with 3, 1, 9 and 2 tokens; ranks are in another order than experts.
+        let mut batch = BatchScratch {
+            experts: vec![1, 4, 5, 7],
+            starts: vec![0, 3, 4, 13, 15],
+            tokens: (100..115).collect(),
+            ..Default::default()
+        };
+        let expert_of = |rank: usize| [7, 1, 5, 4][rank];
+        let ready = [1, 3, 2, 0];
+        assert_eq!(batch.take(&ready, expert_of, 8), 2);
+        assert_eq!(batch.together.ranks, [1, 3]);
+        assert_eq!(batch.together.pairs, [0..3, 3..4]);
+        assert_eq!(batch.together.rows, [0..3, 4..5]);
+        assert_eq!(batch.together.tokens, [100, 101, 102, 100, 103, 103, 103, 103]);
+        // One that has no room at all is computed alone.
+        assert_eq!(batch.take(&ready[2..], expert_of, 8), 1);
+        assert_eq!(batch.together.ranks, [2]);
+        assert_eq!((batch.together.rows[0].clone(), batch.together.pairs[0].clone()), (0..9, 4..13));
+        assert_eq!(batch.take(&ready[3..], expert_of, 8), 1);
+        assert_eq!(batch.together.ranks, [0]);
+        assert_eq!((batch.together.rows[0].clone(), batch.together.pairs[0].clone()), (0..2, 13..15));
     }
 }

@@ -9,6 +9,10 @@ pub(crate) mod avx512;
 
 /// How far ahead of the bytes in use a stream of weights is requested.
 const STREAM_AHEAD: usize = 2304;
+/// How far ahead a page is touched, so that its address is known when its lines are requested.
+const PAGE_AHEAD: usize = 4 * PAGE;
+/// The smallest page.
+const PAGE: usize = 4096;
 
 /// Requests the cache line at `p`, which may point anywhere, into the second-level cache: the first level waits for too few lines
 /// at once to cover memory's latency where rows are scattered.
@@ -25,6 +29,9 @@ fn prefetch(p: *const u8) {
 fn request_stream<const BYTES: usize>(p: *const u8) {
     for at in (0..BYTES).step_by(128) {
         prefetch(p.wrapping_add(STREAM_AHEAD + at));
+    }
+    if p.addr() % PAGE < BYTES {
+        prefetch(p.wrapping_add(PAGE_AHEAD));
     }
 }
 

@@ -290,23 +290,7 @@ impl Pool {
         chunk: usize,
         job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
     ) {
-        assert!(chunk > 0, "run_columns_of: chunk is 0");
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_columns_of: {} floats are not rows of {ld}", out.len());
-        let mut end = 0;
-        for rows in rows {
-            assert!(end <= rows.start && rows.start <= rows.end, "run_columns_of: rows {rows:?} after row {end}");
-            end = rows.end;
-        }
-        assert!(end <= out.len() / ld, "run_columns_of: row {end} of {}", out.len() / ld);
-        let across = ld.div_ceil(chunk);
-        let base = SendPtr(out.as_mut_ptr());
-        self.for_each(rows.len() * across, &|i| {
-            let (range, column) = (i / across, i % across * chunk);
-            let columns = column..ld.min(column + chunk);
-            // SAFETY: `for_each` hands out each `i` once and the ranges of rows are disjoint, so no two views share an element; all
-            // lie in `out`, which is exclusively borrowed until all are done.
-            job(range, unsafe { ColumnsMut::from_raw(base.get(), rows[range].clone(), ld, columns) });
-        });
+        self.tiles(out, ld, rows.len(), &|i| rows[i].clone(), chunk, job);
     }
 
     /// Like [`Self::run_columns`], but cuts the rows too, into ranges of `row_chunk`.
@@ -321,17 +305,38 @@ impl Pool {
         column_chunk: usize,
         job: &(dyn Fn(ColumnsMut<'_>) + Sync),
     ) {
-        assert!(row_chunk > 0 && column_chunk > 0, "run_tiles: a chunk is 0");
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "run_tiles: {} floats are not rows of {ld}", out.len());
-        let rows = out.len() / ld;
-        let across = ld.div_ceil(column_chunk);
+        assert!(row_chunk > 0, "run_tiles: row_chunk is 0");
+        let rows = out.len() / ld.max(1);
+        let rows_of = |i: usize| i * row_chunk..rows.min((i + 1) * row_chunk);
+        self.tiles(out, ld, rows.div_ceil(row_chunk), &rows_of, column_chunk, &|_, tile| job(tile));
+    }
+
+    /// `job(i, tile)` for the ranges of rows `rows_of(0)..rows_of(n_ranges)`, which ascend, each cut into ranges of `chunk` columns.
+    fn tiles(
+        &self,
+        out: &mut [f32],
+        ld: usize,
+        n_ranges: usize,
+        rows_of: &(dyn Fn(usize) -> Range<usize> + Sync),
+        chunk: usize,
+        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
+    ) {
+        assert!(chunk > 0, "a chunk of 0 columns");
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} floats are not rows of {ld}", out.len());
+        let mut end = 0;
+        for rows in (0..n_ranges).map(rows_of) {
+            assert!(end <= rows.start && rows.start <= rows.end, "rows {rows:?} after row {end}");
+            end = rows.end;
+        }
+        assert!(end <= out.len() / ld, "row {end} of {}", out.len() / ld);
+        let across = ld.div_ceil(chunk);
         let base = SendPtr(out.as_mut_ptr());
-        self.for_each(rows.div_ceil(row_chunk) * across, &|i| {
-            let (r, c) = (i / across * row_chunk, i % across * column_chunk);
-            let (rows, columns) = (r..rows.min(r + row_chunk), c..ld.min(c + column_chunk));
-            // SAFETY: `for_each` hands out each `i` once, so no two views share an element, and `out` is exclusively
-            // borrowed until all are done; its length is `rows * ld`.
-            job(unsafe { ColumnsMut::from_raw(base.get(), rows, ld, columns) });
+        self.for_each(n_ranges * across, &|i| {
+            let (range, column) = (i / across, i % across * chunk);
+            let columns = column..ld.min(column + chunk);
+            // SAFETY: `for_each` hands out each `i` once and the ranges of rows (the two callers' closures give the same each time) are
+            // disjoint, so no two views share an element; all lie in `out`, which is exclusively borrowed until all are done.
+            job(range, unsafe { ColumnsMut::from_raw(base.get(), rows_of(range), ld, columns) });
         });
     }
 

@@ -68,7 +68,7 @@ impl Default for LoadOptions {
 
 /// Tokens of a prompt that go through the layers together under a budget, which their buffers are part of.
 const BATCH: usize = 512;
-/// Without a budget: every matrix is unpacked half as often.
+/// Without a budget: every matrix is unpacked a quarter as often.
 const BATCH_UNLIMITED: usize = 2048;
 
 /// Tokens of a prompt that go through the layers together under `budget`. It changes no bit.

@@ -283,26 +283,20 @@ impl Moe {
             hidden.resize(together.tokens.len() * n_ff, 0.0);
         }
         let hidden = &mut hidden[..together.tokens.len() * n_ff];
-        let landed = |matrix| together.ranks.iter().try_for_each(|&rank| lease.wait(rank, matrix).map(drop));
-        landed(Matrix::Gate)?;
-        landed(Matrix::Up)?;
+        let landed =
+            |matrix| -> Result<Vec<&[u8]>, _> { together.ranks.iter().map(|&rank| lease.wait(rank, matrix)).collect() };
+        let (gates, ups) = (landed(Matrix::Gate)?, landed(Matrix::Up)?);
         let gathered = ExpertInput { floats, acts };
         cx.pool.run_columns_of(hidden, n_ff, &together.rows, TASK_NEURONS, &|i, mut out| {
-            let rank = together.ranks[i];
-            if let (Some(gate), Some(up)) = (lease.get(rank, Matrix::Gate), lease.get(rank, Matrix::Up)) {
-                let first = together.rows[i].start;
-                cx.kernels.expert_gate_up_batch(format, gate, up, gathered, first, &mut out);
-            }
+            cx.kernels.expert_gate_up_batch(format, gates[i], ups[i], gathered, together.rows[i].start, &mut out);
         });
         if format.ty().is_quantized() {
             cx.kernels.quantize_acts_pool(&cx.pool, hidden, hidden_acts);
         }
-        landed(Matrix::Down)?;
+        let downs = landed(Matrix::Down)?;
         let hidden = ExpertInput { floats: hidden, acts: hidden_acts };
         cx.pool.run_columns_of(parts, n_embd, &together.pairs, OUTPUT_CHUNK, &|i, mut out| {
-            if let Some(down) = lease.get(together.ranks[i], Matrix::Down) {
-                cx.kernels.expert_down_batch(format, down, hidden, together.rows[i].start, &mut out);
-            }
+            cx.kernels.expert_down_batch(format, downs[i], hidden, together.rows[i].start, &mut out);
         });
         Ok(())
     }

@@ -155,7 +155,7 @@ impl Place {
             };
         };
         if has_size(&slot.content, entry.size) {
-            match self.recorded_etag(folder, entry) {
+            match recorded_etag(folder, &entry.path) {
                 Some(etag) if etag == entry.digest.hex() => return State::Present,
                 _ if Hasher::of_file(&slot.content, entry).is_ok_and(|hex| hex == entry.digest.hex()) => {
                     return State::Local { copy: false };
@@ -210,17 +210,17 @@ impl Place {
     fn pointer(&self, entry: &Entry) -> PathBuf {
         self.cache.snapshot(&self.commit).join(&entry.path)
     }
+}
 
-    /// The entity tag noted for a file of a plain folder, unless the file was changed afterwards.
-    fn recorded_etag(&self, folder: &Path, entry: &Entry) -> Option<String> {
-        let text = fs::read_to_string(metadata_path(folder, &entry.path)).ok()?;
-        let mut lines = text.lines();
-        let (_commit, etag, noted) = (lines.next()?, lines.next()?, lines.next()?.trim().parse::<f64>().ok()?);
-        let changed = fs::metadata(folder.join(&entry.path)).ok()?.modified().ok()?;
-        let changed = changed.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
-        // File systems round times; the Hugging Face tools allow the same second.
-        (changed - 1.0 <= noted).then(|| etag.trim().to_owned())
-    }
+/// The entity tag noted for a file of a plain folder, unless the file was changed afterwards.
+pub(super) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
+    let text = fs::read_to_string(metadata_path(folder, file)).ok()?;
+    let mut lines = text.lines();
+    let (_commit, etag, noted) = (lines.next()?, lines.next()?, lines.next()?.trim().parse::<f64>().ok()?);
+    let changed = fs::metadata(folder.join(file)).ok()?.modified().ok()?;
+    let changed = changed.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+    // File systems round times; the Hugging Face tools allow the same second.
+    (changed - 1.0 <= noted).then(|| etag.trim().to_owned())
 }
 
 /// Free bytes on the disk that `path` is on or will be created on; `None` where the system does not say.

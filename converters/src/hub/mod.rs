@@ -20,6 +20,7 @@
 mod api;
 mod cache;
 mod error;
+mod expected;
 mod http;
 mod lock;
 mod names;
@@ -35,6 +36,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use error::HubError;
+pub use expected::expected_sha256;
 pub use names::{ALIASES, DEFAULT_INCLUDE, RepoId};
 pub use progress::{DownloadProgress, NoProgress};
 pub use request::{DEFAULT_ENDPOINT, DownloadRequest, HubConfig, ListedFile, Listing, RetryPolicy};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use st_convert::hub::{DownloadRequest, Hub, HubConfig, HubError};
+use st_convert::hub::{DownloadRequest, Hub, HubConfig, HubError, expected_sha256};
 
 use crate::server::{COMMIT, RepoFile};
 use crate::{DEFAULT_FILES, FIRST, SECOND, World, request, request_for, walk};
@@ -283,4 +283,32 @@ fn a_spoilt_cache_does_not_spoil_the_plain_folder() {
     let request = DownloadRequest { local_dir: Some(world.folder.path().join("plain")), ..request() };
     world.assert_complete(&world.download_with(&world.hub(), &request).0.unwrap());
     assert_eq!(fetched(&world), [FIRST]);
+}
+
+#[test]
+fn what_a_file_should_contain_is_known_wherever_it_was_fetched_to() {
+    let world = World::new();
+    let hash = Some(world.file(FIRST).etag);
+    let snapshot = world.download().0.unwrap();
+    assert_eq!(expected_sha256(&snapshot.join(FIRST)), hash);
+    assert_eq!(expected_sha256(&world.blob(FIRST)), hash);
+    assert_eq!(expected_sha256(&snapshot.join("config.json")), None, "git's hash is no SHA-256");
+
+    // A snapshot that holds the files themselves, as on a file system without links; and a damaged one all the more.
+    fs::remove_file(snapshot.join(FIRST)).unwrap();
+    fs::write(snapshot.join(FIRST), "damaged").unwrap();
+    assert_eq!(expected_sha256(&snapshot.join(FIRST)), hash);
+
+    let (hub, request) = local(&world);
+    let plain = world.download_with(&hub, &request).0.unwrap();
+    assert_eq!(expected_sha256(&plain.join(FIRST)), hash);
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    fs::File::options().write(true).open(plain.join(FIRST)).unwrap().set_modified(later).unwrap();
+    assert_eq!(expected_sha256(&plain.join(FIRST)), None, "somebody's own edit is no damage");
+
+    let elsewhere = world.folder.path().join("blobs");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join("a".repeat(64)), "").unwrap();
+    assert_eq!(expected_sha256(&elsewhere.join("a".repeat(64))), None);
+    assert_eq!(expected_sha256(&elsewhere.join("missing")), None);
 }

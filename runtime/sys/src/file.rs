@@ -1,0 +1,187 @@
+//! Files: reads and writes at a position, without the page cache, and what a system knows of names and disks.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+use crate::os;
+
+/// What the page cache is told about a part of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// It is read in no order: reading ahead is wasted.
+    Random,
+    /// It is not needed again: clean pages may go, dirty ones start on their way to the disk.
+    DontNeed,
+}
+
+/// Reads at `offset` without moving a cursor; returns how many bytes came, 0 at the end of the file.
+///
+/// # Errors
+/// What the system reports.
+pub fn read_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    os::read_at(file, buf, offset)
+}
+
+/// Fills `buf` from `offset` on.
+///
+/// # Errors
+/// `UnexpectedEof` where the file ends before; otherwise what the system reports.
+pub fn read_exact_at(file: &File, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match os::read_at(file, buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                buf = &mut buf[n..];
+                offset += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `buf` at `offset`.
+///
+/// # Errors
+/// `WriteZero` where the system takes no more; otherwise what it reports.
+pub fn write_all_at(file: &File, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match os::write_at(file, buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                buf = &buf[n..];
+                offset += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Opens `path` for reads past the page cache. Offsets, lengths and memory have to be whole pages then ([`crate::PAGE`]).
+///
+/// # Errors
+/// `Unsupported` where the system has no such reads; otherwise what it reports. Some file systems accept the flag and refuse
+/// the first read.
+pub fn open_uncached(path: &Path) -> io::Result<File> {
+    os::open_uncached(path)
+}
+
+/// Opens `path` for reading and writing, created where it is missing, not emptied. A link in its place is refused where the system can tell,
+/// so that what is written goes nowhere else.
+///
+/// # Errors
+/// What the system reports.
+pub fn create_claimable(path: &Path) -> io::Result<File> {
+    os::create_claimable(path)
+}
+
+/// Tells the page cache about `range` of `file`; an empty range is the whole file. It is a hint: nothing happens where it is refused.
+pub fn advise(file: &File, range: Range<u64>, advice: Advice) {
+    os::advise(file, range, advice);
+}
+
+/// Whether both are the same file, under whatever names. Where the system cannot tell they are taken for different ones.
+pub fn same_file(a: &File, b: &File) -> bool {
+    os::same_file(a, b)
+}
+
+/// Bytes that an ordinary user can still write to the file system of the folder `dir`; `None` where it does not say.
+///
+/// # Errors
+/// What the system reports, such as that `dir` does not exist.
+pub fn free_space(dir: &Path) -> io::Result<Option<u64>> {
+    os::free_space(dir)
+}
+
+/// Renames `from` to `to`, but never over something that exists.
+///
+/// # Errors
+/// `AlreadyExists` where the name is taken; otherwise what the system reports.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    if os::rename_new(from, to)? {
+        return Ok(());
+    }
+    // Between the look and the rename somebody may take the name: the best that is left.
+    if std::fs::symlink_metadata(to).is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    std::fs::rename(from, to)
+}
+
+/// Makes the names in the folder `dir` survive a power failure, as far as its file system can.
+///
+/// # Errors
+/// What the system reports of a disk that fails.
+pub fn sync_folder(dir: &Path) -> io::Result<()> {
+    os::sync_folder(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_at_a_place_is_read_there_and_the_end_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        write_all_at(&file, b"abcdef", 10).unwrap();
+        let mut buf = [0; 6];
+        read_exact_at(&file, &mut buf, 10).unwrap();
+        assert_eq!(&buf, b"abcdef");
+        assert_eq!(read_exact_at(&file, &mut buf, 12).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(read_at(&file, &mut buf, 12).unwrap(), 4);
+        assert_eq!(read_at(&file, &mut buf, 99).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_rename_replaces_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b, c] = ["a", "b", "c"].map(|name| dir.path().join(name));
+        std::fs::write(&a, "a").unwrap();
+        std::fs::write(&b, "b").unwrap();
+        assert_eq!(rename_new(&a, &b).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&b).unwrap(), b"b");
+        rename_new(&a, &c).unwrap();
+        assert!(!a.exists() && c.exists());
+        sync_folder(dir.path()).unwrap();
+        assert_eq!(rename_new(&a, &dir.path().join("d")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn advice_and_free_space_do_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![7; 10_000]).unwrap();
+        let file = File::open(&path).unwrap();
+        for range in [0..0, 0..10_000, 4096..8192, 5..u64::MAX] {
+            advise(&file, range.clone(), Advice::Random);
+            advise(&file, range, Advice::DontNeed);
+        }
+        let mut buf = vec![0; 10_000];
+        read_exact_at(&file, &mut buf, 0).unwrap();
+        assert!(buf.iter().all(|&b| b == 7));
+        assert!(free_space(&dir.path().join("missing")).is_err() || cfg!(not(unix)));
+        assert!(free_space(dir.path()).unwrap().is_none_or(|bytes| bytes > 0));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn one_file_is_one_file_under_any_name_and_a_link_is_not_written_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b, other, link] = ["a", "b", "other", "link"].map(|name| dir.path().join(name));
+        std::fs::write(&a, "a").unwrap();
+        std::fs::write(&other, "a").unwrap();
+        std::fs::hard_link(&a, &b).unwrap();
+        std::os::unix::fs::symlink(&a, &link).unwrap();
+        let open = |path| File::open(path).unwrap();
+        assert!(same_file(&open(&a), &open(&b)) && same_file(&open(&a), &open(&link)));
+        assert!(!same_file(&open(&a), &open(&other)));
+        assert!(create_claimable(&link).is_err());
+        create_claimable(&a).unwrap();
+        assert_eq!(std::fs::read(&a).unwrap(), b"a");
+    }
+}

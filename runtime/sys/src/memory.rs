@@ -1,0 +1,34 @@
+//! The memory of this process, as the system counts it.
+
+use crate::os;
+
+/// Resident memory of this process now, in bytes; `None` where the system does not tell.
+pub fn resident() -> Option<u64> {
+    os::resident()
+}
+
+/// The largest resident memory of this process so far, in bytes; `None` where the system does not tell.
+pub fn peak_resident() -> Option<u64> {
+    os::peak_resident()
+}
+
+/// Lets [`peak_resident`] begin anew, where the system can. Without it the figure is merely too high.
+pub fn reset_peak_resident() {
+    os::reset_peak_resident();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn touched_memory_shows() {
+        let Some(before) = resident() else { return };
+        let memory = vec![1u8; 32 << 20];
+        let (now, peak) = (resident().unwrap(), peak_resident().unwrap());
+        assert!(now >= before + (24 << 20), "{before} -> {now}");
+        assert!(peak >= now, "{peak} < {now}");
+        assert_eq!(std::hint::black_box(&memory)[5], 1);
+        drop(memory);
+    }
+}

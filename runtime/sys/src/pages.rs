@@ -1,0 +1,151 @@
+//! Anonymous pages: reserved at once, backed as they are first touched.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+
+use crate::os;
+
+/// The alignment of files, buffers and lengths that reads past the page cache are given.
+pub const PAGE: usize = 4096;
+
+/// Large pages are asked for at this alignment.
+pub const LARGE_PAGE: usize = 2 << 20;
+
+/// Zeroed memory in whole pages.
+///
+/// It owns the memory and nothing else: who may read or write which part is decided by its user.
+#[derive(Debug)]
+pub struct Pages {
+    base: NonNull<u8>,
+    /// Usable bytes from `base`.
+    len: usize,
+    /// Kept for its drop.
+    _reserved: os::Reserved,
+}
+
+// SAFETY: the memory belongs to this value alone; access goes through raw pointers whose users state their own rules.
+unsafe impl Send for Pages {}
+// SAFETY: as above; no method of `Pages` itself reads or writes the memory.
+unsafe impl Sync for Pages {}
+
+impl Pages {
+    /// Reserves `len` bytes, rounded up to whole pages. With `large` they begin at 2 MiB and the system is asked for large pages,
+    /// which it may refuse; the length is then rounded up to 2 MiB.
+    ///
+    /// # Errors
+    /// Where there is no such amount of address space.
+    pub fn new(len: usize, large: bool) -> io::Result<Self> {
+        let len = Self::footprint(len, large).ok_or(io::ErrorKind::OutOfMemory)?;
+        Self::reserve(len, if large { LARGE_PAGE } else { PAGE }, if large { len } else { 0 })
+    }
+
+    /// Reserves `len` bytes that begin at 2 MiB, and asks for large pages for all whole ones among them: one at the end would take more
+    /// memory than `len`.
+    ///
+    /// # Errors
+    /// As [`Pages::new`].
+    pub fn exact(len: usize) -> io::Result<Self> {
+        Self::reserve(len.max(1), LARGE_PAGE, len / LARGE_PAGE * LARGE_PAGE)
+    }
+
+    fn reserve(len: usize, align: usize, large: usize) -> io::Result<Self> {
+        let (base, reserved) = os::Reserved::new(len, align, large)?;
+        Ok(Self { base, len, _reserved: reserved })
+    }
+
+    /// The memory that `len` bytes take once all of them have been touched; `None` where that overflows.
+    pub fn footprint(len: usize, large: bool) -> Option<usize> {
+        len.max(1).checked_next_multiple_of(if large { LARGE_PAGE } else { PAGE })
+    }
+
+    /// Usable bytes: what was asked for, rounded up to what is taken.
+    #[allow(clippy::len_without_is_empty, reason = "there is always at least one byte")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The first byte; valid for `len()` bytes as long as this lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Puts the `len` bytes of `file` from `offset` on, as whole pages of the page cache, in the place of the memory from `at` on, and
+    /// waits until they are there. From then on they can only be read.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where the file ends before, `Unsupported` where the system cannot wait; otherwise what it reports, `EFAULT` for what
+    /// cannot be read.
+    ///
+    /// # Panics
+    /// If the range is no whole number of pages of this memory.
+    ///
+    /// # Safety
+    /// While this runs nobody touches these pages, and nobody writes to them afterwards.
+    pub unsafe fn map_file(&self, at: usize, len: usize, file: &File, offset: u64) -> io::Result<()> {
+        let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(inside, "a mapping of {len} bytes at {at} in {}", self.len);
+        if file.metadata()?.len() < offset.saturating_add(len as u64) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: `at` lies inside the memory; the range is part of it, which stays the owner of its addresses; the caller excludes others.
+        unsafe { os::map_file(self.as_ptr().add(at), len, file, offset) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes to every page and reads it back.
+    fn touch(pages: &Pages) {
+        // SAFETY: the pages are this test's alone, zeroed, and `len` bytes long.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(pages.as_ptr(), pages.len()) };
+        assert!(bytes.iter().step_by(PAGE).all(|&byte| byte == 0));
+        bytes.fill(7);
+        assert_eq!(bytes[bytes.len() - 1], 7);
+    }
+
+    #[test]
+    fn pages_are_aligned_zeroed_and_writable() {
+        for len in [0, 1, PAGE, PAGE + 1, 3 << 20] {
+            let pages = Pages::new(len, false).unwrap();
+            assert!(pages.len() >= len && pages.len().is_multiple_of(PAGE));
+            assert_eq!(pages.as_ptr().align_offset(PAGE), 0);
+            touch(&pages);
+        }
+        let large = Pages::new(5 << 20, true).unwrap();
+        assert_eq!((large.as_ptr().align_offset(LARGE_PAGE), large.len()), (0, 6 << 20));
+        touch(&large);
+        let exact = Pages::exact((5 << 20) + 3).unwrap();
+        assert_eq!((exact.as_ptr().align_offset(LARGE_PAGE), exact.len()), (0, (5 << 20) + 3));
+        touch(&exact);
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        assert!(Pages::new(usize::MAX - 5, true).is_err());
+        assert!(Pages::new(usize::MAX, false).is_err());
+        assert!(Pages::new(1 << 60, false).is_err());
+        assert!(Pages::exact(usize::MAX).is_err());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_file_takes_the_place_of_pages_and_its_end_is_an_error() {
+        use std::io::Write as _;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[3; 3 * PAGE]).unwrap();
+        let pages = Pages::new(4 * PAGE, false).unwrap();
+        // SAFETY: the pages are this test's alone and not written to afterwards.
+        unsafe {
+            pages.map_file(PAGE, 2 * PAGE, &file, PAGE as u64).unwrap();
+            assert_eq!(*pages.as_ptr().add(PAGE), 3);
+            assert_eq!(*pages.as_ptr(), 0);
+            let past = pages.map_file(0, 2 * PAGE, &file, 2 * PAGE as u64).unwrap_err();
+            assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
+        }
+    }
+}

@@ -26,7 +26,6 @@ mod lease;
 mod list;
 mod options;
 mod reader;
-mod sched;
 mod slots;
 mod stats;
 mod store;

@@ -1,13 +1,13 @@
 //! How a store works and what memory that takes, decided before anything is opened.
 
 use crate::SlotFormat;
-use crate::buffer::{Mapping, PAGE};
 use crate::error::StoreError;
 use crate::eviction::Policy;
 use crate::io::IoMode;
 use crate::reader::bounce_bytes_for;
 use crate::store::ExpertStore;
 use st_gguf::ExpertIndex;
+use st_sys::{PAGE, Pages};
 
 /// As `n_slots`: a slot for every expert, and nothing is ever evicted.
 pub const ALL_EXPERTS: usize = usize::MAX;
@@ -84,7 +84,7 @@ impl ExpertStore {
     /// What a store with these options will take, so that a budget can be planned before anything is opened.
     pub fn memory_for(index: &ExpertIndex, format: &dyn SlotFormat, options: &StoreOptions) -> StoreMemory {
         let n_keys = index.n_layers().saturating_mul(index.n_experts());
-        let footprint = |bytes: usize| Mapping::footprint(bytes, options.huge_pages).unwrap_or(usize::MAX);
+        let footprint = |bytes: usize| Pages::footprint(bytes, options.huge_pages).unwrap_or(usize::MAX);
         let stride = format.slot_bytes().checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
         let bounce_bytes = bounce_bytes_for(index, format).saturating_mul(options.io_threads.clamp(1, MAX_IO_THREADS));
         StoreMemory {

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::buffer::{Mapping, PAGE};
+use st_sys::{PAGE, Pages};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use std::ops::Range;
 /// `n_slots` page-aligned slots of equal size.
 #[derive(Debug)]
 pub(crate) struct Slab {
-    mapping: Mapping,
+    pages: Pages,
     /// Bytes from one slot to the next: the slot's size in whole pages.
     stride: usize,
     n_slots: usize,
@@ -25,12 +25,12 @@ impl Slab {
     pub(crate) fn new(n_slots: usize, slot_bytes: usize, huge_pages: bool) -> io::Result<Self> {
         let stride = slot_bytes.checked_next_multiple_of(PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
         let total = stride.checked_mul(n_slots).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { mapping: Mapping::new(total, huge_pages)?, stride, n_slots })
+        Ok(Self { pages: Pages::new(total, huge_pages)?, stride, n_slots })
     }
 
     /// Bytes that the slab takes once every slot has been filled, large pages included.
     pub(crate) fn bytes(&self) -> usize {
-        self.mapping.len()
+        self.pages.len()
     }
 
     fn ptr(&self, slot: u32, range: &Range<usize>) -> *mut u8 {
@@ -39,8 +39,8 @@ impl Slab {
             slot < self.n_slots && range.start <= range.end && range.end <= self.stride,
             "slot range out of bounds"
         );
-        // SAFETY: slot < n_slots and range.start <= stride, so the offset is within the mapping of n_slots × stride bytes.
-        unsafe { self.mapping.as_ptr().add(slot * self.stride + range.start) }
+        // SAFETY: slot < n_slots and range.start <= stride, so the offset is within the pages: n_slots × stride bytes.
+        unsafe { self.pages.as_ptr().add(slot * self.stride + range.start) }
     }
 
     /// The bytes `range` of `slot`.
@@ -55,14 +55,14 @@ impl Slab {
     /// Puts the first `len` bytes of `file` from `offset` on in the place of the slot's.
     ///
     /// # Errors
-    /// As [`Mapping::map_file`].
+    /// As [`Pages::map_file`].
     ///
     /// # Safety
     /// As for [`Slab::write`], and nobody writes to the slot afterwards.
     pub(crate) unsafe fn map(&self, slot: u32, len: usize, file: &File, offset: u64) -> io::Result<()> {
         assert!((slot as usize) < self.n_slots && len <= self.stride, "slot out of bounds");
         // SAFETY: passed on to the caller; slots are whole pages and do not overlap.
-        unsafe { self.mapping.map_file(slot as usize * self.stride, len, file, offset) }
+        unsafe { self.pages.map_file(slot as usize * self.stride, len, file, offset) }
     }
 
     /// The bytes `range` of `slot`, to be filled.

@@ -13,7 +13,6 @@ use crate::io::{self, ExpertIo, Measured};
 use crate::lease::Lease;
 use crate::options::{MAX_IO_THREADS, MAX_LEASE, StoreMemory, StoreOptions, count_experts};
 use crate::reader::{Cost, Reader, records_on_pages};
-use crate::sched;
 use crate::slots::Slab;
 use crate::stats::StoreStats;
 use crate::table::{Blocked, Certainty, Finish, Held, Table, Use};
@@ -466,7 +465,7 @@ fn spawn_io_thread(shared: &Arc<Shared>, i: usize, bounce: AlignedBuf) -> Result
     std::thread::Builder::new()
         .name(format!("expert-io-{i}"))
         .spawn(move || {
-            sched::prefer_this_thread();
+            st_sys::prefer_this_thread();
             shared.serve(bounce);
         })
         .map_err(|e| StoreError::Thread { cause: Arc::new(e) })

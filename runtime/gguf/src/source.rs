@@ -4,7 +4,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{GgufError, Result};
@@ -69,7 +68,7 @@ impl FileSource {
 
 impl ReadAt for FileSource {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        st_sys::read_exact_at(&self.file, buf, offset)
     }
 
     fn len(&self) -> u64 {

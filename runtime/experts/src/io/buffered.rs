@@ -1,13 +1,11 @@
 //! Reads through the page cache, and reads from bytes that are in memory anyway.
 
-#![allow(unsafe_code)]
-
 use super::ExpertIo;
 use st_gguf::ReadAt;
+use st_sys::Advice;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,7 +28,7 @@ impl BufferedIo {
         let io = Self { file: File::open(path)?, path: path.to_owned(), leave_nothing };
         if leave_nothing {
             // Without this the kernel reads ahead of every matrix, into pages that are dropped unused.
-            io.advise(0..0, Advice::Random);
+            st_sys::advise(&io.file, 0..0, Advice::Random);
         }
         Ok(io)
     }
@@ -41,36 +39,13 @@ impl BufferedIo {
 
     /// Takes `range` out of the page cache, as far as it is clean and in nobody's use.
     pub(super) fn forget(&self, range: Range<u64>) {
-        self.advise(range, Advice::DontNeed);
+        st_sys::advise(&self.file, range, Advice::DontNeed);
     }
-
-    #[cfg(any(target_os = "linux", target_os = "android"))]
-    fn advise(&self, range: Range<u64>, advice: Advice) {
-        use std::os::fd::AsRawFd;
-        let advice = match advice {
-            Advice::Random => libc::POSIX_FADV_RANDOM,
-            Advice::DontNeed => libc::POSIX_FADV_DONTNEED,
-        };
-        if let (Ok(start), Ok(len)) = (range.start.try_into(), (range.end - range.start).try_into()) {
-            // SAFETY: the descriptor is open as long as `self.file` lives, and the call touches no memory of ours. It is
-            // advice: a refusal changes nothing.
-            unsafe { libc::posix_fadvise(self.file.as_raw_fd(), start, len, advice) };
-        }
-    }
-
-    #[cfg(not(any(target_os = "linux", target_os = "android")))]
-    fn advise(&self, _range: Range<u64>, _advice: Advice) {}
-}
-
-/// What the page cache is told. An empty range means the whole file.
-enum Advice {
-    Random,
-    DontNeed,
 }
 
 impl ExpertIo for BufferedIo {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
+        st_sys::read_at(&self.file, buf, offset)
     }
 
     fn done_with(&self, range: Range<u64>) {

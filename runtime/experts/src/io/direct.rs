@@ -4,7 +4,6 @@ use super::ExpertIo;
 use crate::buffer::{AlignedBuf, PAGE};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A file opened for direct reads.
@@ -20,7 +19,7 @@ impl DirectIo {
     /// # Errors
     /// What the system reports where the file cannot be opened or direct I/O is refused.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = open_direct(path)?;
+        let file = st_sys::open_uncached(path)?;
         let io = Self { file, path: path.to_owned() };
         // Some file systems accept the flag and refuse the first read.
         io.read_at(AlignedBuf::new(PAGE)?.as_mut_slice(), 0)?;
@@ -28,20 +27,9 @@ impl DirectIo {
     }
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
-fn open_direct(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn open_direct(_path: &Path) -> io::Result<File> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
 impl ExpertIo for DirectIo {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
+        st_sys::read_at(&self.file, buf, offset)
     }
 
     fn alignment(&self) -> usize {

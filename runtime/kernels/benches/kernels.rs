@@ -152,7 +152,7 @@ fn linear(b: &mut Bench) {
         let mut out = vec![0.0; rows];
         b.run(&format!("gemv_r16_q4_{rows}x{k}"), Work::Bytes(one.len()), |kernels, pool| {
             let w = R16::new(WeightType::Q4_0, rows, k, cold.next());
-            kernels.linear_r16_pool(pool, w, &acts, &mut out);
+            kernels.linear_r16_pool(pool, w, &acts, &mut out, || ());
         });
     }
     let (rows, k) = (1536, 1536);
@@ -164,7 +164,8 @@ fn linear(b: &mut Bench) {
         b.kernels.quantize_acts(&random_floats(m * k), &mut acts);
         let mut out = vec![0.0; m * rows];
         b.run(&format!("gemm_r16_q4_{rows}x{k}_m{m}"), Work::Flops(2 * m * rows * k), |kernels, pool| {
-            kernels.linear_r16_pool(pool, R16::new(WeightType::Q4_0, rows, k, &tiles), &acts, &mut out);
+            let w = R16::new(WeightType::Q4_0, rows, k, &tiles);
+            kernels.linear_r16_pool(pool, w, &acts, &mut out, || ());
         });
     }
     let x = random_floats(512 * k);

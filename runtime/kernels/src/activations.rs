@@ -9,8 +9,8 @@
 //!   are zero. Filled only when there is more than one row.
 
 use crate::aligned::AlignedBuf;
-use crate::block::BLOCK_LEN;
 use crate::pool::Pool;
+use crate::weight_type::BLOCK_LEN;
 
 /// Rows per unit: where one expert's tokens may begin in a batch that several share.
 pub const UNIT_ROWS: usize = 4;
@@ -216,6 +216,40 @@ impl<'a> RowsMut<'a> {
                 }
             }
         }
+    }
+}
+
+/// The hidden values of 32 neurons of one expert for one token.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy)]
+pub struct HiddenGroup {
+    /// Values as int8 (quantized experts).
+    pub q: [i8; BLOCK_LEN],
+    /// Their scale, an f16 value.
+    pub d: f32,
+    /// -8 times their sum.
+    pub bias: i32,
+    /// Bit `n`: `q[n]` is not 0, so neuron `n` matters to the output.
+    pub live: u32,
+    /// Bit `n`: the gate of neuron `n` was positive.
+    pub active: u32,
+    /// Values as floats (float experts).
+    pub h: [f32; BLOCK_LEN],
+}
+
+impl HiddenGroup {
+    /// A group in which every neuron is dead.
+    pub const ZERO: Self = Self { q: [0; BLOCK_LEN], d: 0.0, bias: 0, live: 0, active: 0, h: [0.0; BLOCK_LEN] };
+
+    /// Groups of 32 that hold `n_ff` neurons.
+    pub fn groups(n_ff: usize) -> usize {
+        n_ff.div_ceil(BLOCK_LEN)
+    }
+}
+
+impl Default for HiddenGroup {
+    fn default() -> Self {
+        Self::ZERO
     }
 }
 

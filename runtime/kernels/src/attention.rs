@@ -7,11 +7,12 @@
 
 use std::ops::Range;
 
-use crate::dispatch::{Kernels, MAX_QUERIES, SoftmaxState};
+use crate::dispatch::Kernels;
 use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer, KvType};
 use crate::math::round_bf16;
 use crate::out::ColumnsMut;
 use crate::scratch::with_floats;
+use crate::table::{MAX_QUERIES, SoftmaxState};
 
 /// The chunks that hold the positions `visible`.
 pub fn kv_chunks(visible: &Range<usize>) -> Range<usize> {

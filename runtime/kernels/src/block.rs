@@ -5,10 +5,7 @@
 
 use half::{bf16, f16};
 
-use crate::WeightType;
-
-/// Values per quantized block.
-pub const BLOCK_LEN: usize = 32;
+use crate::weight_type::{BLOCK_LEN, WeightType};
 
 /// 32 weights in 18 bytes: weight `i` is `(nibble(i) - 8) * d`.
 ///

@@ -21,9 +21,9 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use crate::WeightType;
-use crate::block::BLOCK_LEN;
 use crate::r16;
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 /// Outputs of `down` that are computed together: ranges of outputs start at multiples of this.
 pub const OUTPUT_CHUNK: usize = 128;

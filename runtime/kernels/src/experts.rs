@@ -5,16 +5,17 @@
 
 use std::ops::Range;
 
-use crate::WeightType;
-use crate::activations::{ActRow, Q8Acts, UNIT_ROWS, padded_blocks};
-use crate::block::BLOCK_LEN;
-use crate::dispatch::{Kernels, PANEL_BLOCK};
+use crate::activations::{ActRow, HiddenGroup, Q8Acts, UNIT_BLOCK, UNIT_ROWS, padded_blocks};
+use crate::dispatch::Kernels;
 use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
 use crate::linear::units_of;
 use crate::out::ColumnsMut;
 use crate::r16;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scratch::{with_bytes, with_floats};
+use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 /// Neuron groups whose live rows of up make one list.
 const GROUPS_AT_ONCE: usize = 32;
@@ -27,40 +28,6 @@ pub struct ExpertInput<'a> {
     pub floats: &'a [f32],
     /// The same rows as int8 blocks.
     pub acts: &'a Q8Acts,
-}
-
-/// The hidden values of 32 neurons of one expert for one token.
-#[repr(C, align(64))]
-#[derive(Debug, Clone, Copy)]
-pub struct HiddenGroup {
-    /// Values as int8 (quantized experts).
-    pub q: [i8; BLOCK_LEN],
-    /// Their scale, an f16 value.
-    pub d: f32,
-    /// -8 times their sum.
-    pub bias: i32,
-    /// Bit `n`: `q[n]` is not 0, so neuron `n` matters to the output.
-    pub live: u32,
-    /// Bit `n`: the gate of neuron `n` was positive.
-    pub active: u32,
-    /// Values as floats (float experts).
-    pub h: [f32; BLOCK_LEN],
-}
-
-impl HiddenGroup {
-    /// A group in which every neuron is dead.
-    pub const ZERO: Self = Self { q: [0; BLOCK_LEN], d: 0.0, bias: 0, live: 0, active: 0, h: [0.0; BLOCK_LEN] };
-
-    /// Groups of 32 that hold `n_ff` neurons.
-    pub fn groups(n_ff: usize) -> usize {
-        n_ff.div_ceil(BLOCK_LEN)
-    }
-}
-
-impl Default for HiddenGroup {
-    fn default() -> Self {
-        Self::ZERO
-    }
 }
 
 impl Kernels {
@@ -364,8 +331,6 @@ impl Kernels {
         column: usize,
         hidden: &mut ColumnsMut<'_>,
     ) {
-        use crate::activations::UNIT_BLOCK;
-        use crate::dispatch::GEMM_UNITS;
         let mut g = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
         let mut u = g;
         let at = column - hidden.columns().start;

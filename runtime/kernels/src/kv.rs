@@ -18,8 +18,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::aligned::AlignedBuf;
-use crate::block::{BLOCK_LEN, BlockQ8_0};
+use crate::block::BlockQ8_0;
 use crate::pool::Pool;
+use crate::weight_type::BLOCK_LEN;
 
 /// Positions per chunk. Partial sums of attention are formed per chunk at absolute boundaries, so that their bits do not
 /// depend on how the work is split.

@@ -27,20 +27,22 @@ pub mod r16;
 mod scalar;
 mod scratch;
 mod search;
+mod table;
 mod weight_type;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use activations::{Q8Acts, UNIT_ROWS};
+pub use activations::{HiddenGroup, Q8Acts, UNIT_ROWS};
 pub use aligned::AlignedBuf;
 pub use attention::{kv_chunks, partial_len, visible_range};
-pub use block::{BLOCK_LEN, dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
-pub use dispatch::{Isa, Kernels};
+pub use block::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
+pub use dispatch::Kernels;
 pub use expert_format::{ExpertFormat, FormatError, Matrix, OUTPUT_CHUNK};
-pub use experts::{ExpertInput, HiddenGroup};
+pub use experts::ExpertInput;
 pub use kv::{KV_CHUNK, KvBuffer, KvType};
 pub use out::ColumnsMut;
 pub use pool::Pool;
-pub use r16::{R16, R16_ROWS, R16Matrix};
+pub use r16::{R16, R16_ROWS};
 pub use search::SquaredErrors;
-pub use weight_type::WeightType;
+pub use table::Isa;
+pub use weight_type::{BLOCK_LEN, WeightType};

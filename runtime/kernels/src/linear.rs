@@ -1,15 +1,16 @@
 //! Matrix products with whole matrices, activation quantization, norms and the small vector operations between them.
 
-use crate::WeightType;
-use crate::activations::{ActRow, Q8Acts, UNIT_ROWS};
-use crate::block::BLOCK_LEN;
-use crate::dispatch::{GEMM_UNITS, Kernels, PANEL_BLOCK};
+use crate::activations::{ActRow, Q8Acts, UNIT_BLOCK, UNIT_ROWS};
+use crate::dispatch::Kernels;
 use crate::expert_format::{ExpertFormat, Matrix};
 use crate::out::ColumnsMut;
 use crate::pool::Pool;
 use crate::r16::{R16, R16_ROWS, packed_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
+use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 /// Weight rows per task when a pool shares a matrix product with several tokens.
 const ROWS_PER_TASK: usize = 64;
@@ -113,7 +114,7 @@ impl Kernels {
     ) {
         let mut block = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
         let at = column - out.columns().start;
-        for (i, units) in units.chunks(GEMM_UNITS * kb * crate::activations::UNIT_BLOCK).enumerate() {
+        for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
             // SAFETY: the table is of this CPU; the panel has kb blocks, and there are 1 to GEMM_UNITS whole units.
             unsafe { (self.table.gemm)(ty, kb, panel, units, &mut block) };
             let first = i * GEMM_UNITS * UNIT_ROWS;
@@ -123,20 +124,12 @@ impl Kernels {
         }
     }
 
-    /// [`Self::linear_r16`] for all rows of `acts` and all of `w`, shared among the threads of a pool. `out` is
-    /// `acts.rows() × w.rows()`.
+    /// [`Self::linear_r16`] for all rows of `acts` and all of `w`, shared among the threads of a pool, while the calling thread first
+    /// runs `own` (with several tokens: before). `out` is `acts.rows() × w.rows()`.
     ///
     /// # Panics
-    /// If a length does not fit.
-    pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32]) {
-        self.linear_r16_pool_beside(pool, w, acts, out, || ());
-    }
-
-    /// [`Self::linear_r16_pool`], while the calling thread first runs `own` (with several tokens: before).
-    ///
-    /// # Panics
-    /// As [`Self::linear_r16_pool`], and as `own`.
-    pub fn linear_r16_pool_beside(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32], own: impl FnOnce()) {
+    /// If a length does not fit, and as `own`.
+    pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32], own: impl FnOnce()) {
         assert_eq!(out.len(), acts.rows() * w.rows(), "linear_r16_pool: output length");
         assert_eq!(acts.k(), w.k(), "linear_r16_pool: k of activations and weights");
         if acts.rows() == 1 {
@@ -169,23 +162,6 @@ impl Kernels {
                 unsafe { (self.table.dots)(ty, rows, x, out) };
             }
         }
-    }
-
-    /// `Σ a[i] * b[i]`, in 16 lanes.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn dot_f32(self, a: &[f32], b: &[f32]) -> f32 {
-        assert_eq!(a.len(), b.len(), "dot_f32: lengths");
-        if a.is_empty() {
-            return 0.0;
-        }
-        // SAFETY: any f32 is four bytes without padding.
-        let bytes = unsafe { std::slice::from_raw_parts(a.as_ptr().cast::<u8>(), size_of_val(a)) };
-        let mut out = [0.0];
-        // SAFETY: the table is of this CPU; one row as long as b.
-        unsafe { (self.table.dots)(WeightType::F32, bytes, b, &mut out) };
-        out[0]
     }
 
     /// `out[i] = x[i] / sqrt(mean(x²) + eps) * weight[i]`.

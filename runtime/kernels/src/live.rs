@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use crate::activations::HiddenGroup;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::experts::HiddenGroup;
 
 /// The live neurons of a group of 32, in fours.
 pub(crate) struct Live {

@@ -9,10 +9,9 @@
 //!
 //! It is a permutation of the canonical bytes, so it can be undone bit for bit; rows that pad have scale 0 and values 0.
 
-use crate::WeightType;
-use crate::aligned::AlignedBuf;
-use crate::block::{BLOCK_LEN, BlockQ4_0, BlockQ8_0, level};
-use crate::dispatch::Kernels;
+use crate::block::{BlockQ4_0, BlockQ8_0, level};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 use half::f16;
 
 /// Rows of a tile.
@@ -165,48 +164,6 @@ impl<'a> R16<'a> {
                 out.copy_from_slice(&BlockQ8_0::from_bytes(&block).dequantize());
             }
         }
-    }
-}
-
-/// An owned matrix in R16, filled row group by row group while a file is read.
-#[derive(Debug, Clone)]
-pub struct R16Matrix {
-    ty: WeightType,
-    rows: usize,
-    k: usize,
-    tiles: AlignedBuf<u8>,
-}
-
-impl R16Matrix {
-    /// Room for `rows × k` of `ty`, all zero; `None` if [`packed_bytes`] is.
-    pub fn zeroed(ty: WeightType, rows: usize, k: usize) -> Option<Self> {
-        let bytes = packed_bytes(ty, rows, k)?;
-        Some(Self { ty, rows, k, tiles: AlignedBuf::zeroed_beside(bytes) })
-    }
-
-    /// Interleaves canonical rows into rows `first..`; matrices that are used together (q, k and v) can share one R16Matrix.
-    ///
-    /// # Panics
-    /// If `first` is not a multiple of 16, the bytes are not whole rows, there are more than fit, or the last piece but the one
-    /// at the end is not a multiple of 16 rows.
-    pub fn pack_rows(&mut self, kernels: Kernels, first: usize, canonical: &[u8]) {
-        let row_bytes = self.ty.row_bytes(self.k).expect("checked on construction");
-        assert!(canonical.len().is_multiple_of(row_bytes), "pack_rows: {} bytes are not whole rows", canonical.len());
-        let rows = canonical.len() / row_bytes;
-        assert!(first.is_multiple_of(R16_ROWS), "pack_rows: first row {first} is not a multiple of 16");
-        assert!(rows <= self.rows && first <= self.rows - rows, "pack_rows: rows {first}+{rows} of {}", self.rows);
-        assert!(
-            first + rows == self.rows || rows.is_multiple_of(R16_ROWS),
-            "pack_rows: {rows} rows are not a multiple of 16"
-        );
-        let at = first * row_bytes;
-        let bytes = packed_bytes(self.ty, rows, self.k).expect("smaller than the whole");
-        kernels.pack_r16(self.ty, rows, self.k, canonical, &mut self.tiles[at..at + bytes]);
-    }
-
-    /// A view of it.
-    pub fn view(&self) -> R16<'_> {
-        R16 { ty: self.ty, rows: self.rows, k: self.k, tiles: &self.tiles }
     }
 }
 

@@ -10,7 +10,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::block::BLOCK_LEN;
+use crate::weight_type::BLOCK_LEN;
 
 /// Levels at which candidates put the largest weight: past the end of the range it is cut off, and the others gain. Any
 /// number of them, and more rounds with the best scale, would lower the error of real weights by another thousandth.

@@ -1,6 +1,7 @@
 //! The weight types that the kernels compute with, and how many bytes a row of each takes.
 
-use crate::block::{BLOCK_LEN, BlockQ4_0, BlockQ8_0};
+/// Values per quantized block.
+pub const BLOCK_LEN: usize = 32;
 
 /// How the weights of a matrix are stored. A subset of the ggml types: the ones that the runtime computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -11,9 +12,9 @@ pub enum WeightType {
     F16,
     /// The upper half of an f32.
     BF16,
-    /// Blocks of 32: one f16 scale and 4-bit values with an offset of 8 ([`BlockQ4_0`]).
+    /// Blocks of 32: one f16 scale and 4-bit values with an offset of 8 ([`crate::block::BlockQ4_0`]).
     Q4_0,
-    /// Blocks of 32: one f16 scale and signed 8-bit values ([`BlockQ8_0`]).
+    /// Blocks of 32: one f16 scale and signed 8-bit values ([`crate::block::BlockQ8_0`]).
     Q8_0,
 }
 
@@ -58,8 +59,8 @@ impl WeightType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::Q4_0 => size_of::<BlockQ4_0>(),
-            Self::Q8_0 => size_of::<BlockQ8_0>(),
+            Self::Q4_0 => 18,
+            Self::Q8_0 => 34,
         }
     }
 

@@ -3,9 +3,9 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::load_f16;
-use crate::block::BLOCK_LEN;
+use super::neon::load_f16;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
+use crate::weight_type::BLOCK_LEN;
 
 /// Values `4 * i..` of row `2 * pair + odd`, rows of `width` cached values beginning at `rows`; times `scale` where they are int8.
 ///

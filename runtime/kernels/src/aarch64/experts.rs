@@ -3,12 +3,11 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::{add_block, load_f16, nibbles, prefetch, sdot};
-use crate::activations::ActRow;
-use crate::block::BLOCK_LEN;
+use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
+use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::experts::HiddenGroup;
 use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
+use crate::weight_type::BLOCK_LEN;
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {

@@ -5,12 +5,12 @@
 
 use std::arch::aarch64::*;
 
-use super::{add_block, load_f16, nibbles, sdot_lane, smmla};
-use crate::WeightType;
+use super::neon::{add_block, load_f16, nibbles, sdot_lane, smmla};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::r16::{R16_ROWS, tile_bytes};
+use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::weight_type::WeightType;
 
 /// Columns that `sdot` takes of a row.
 pub(super) const DOT: usize = 4;

@@ -2,11 +2,11 @@
 
 use std::arch::aarch64::*;
 
-use super::{add_block, load_f16, nibbles, prefetch, sdot, sdot_lane};
-use crate::WeightType;
+use super::neon::{add_block, load_f16, nibbles, prefetch, sdot, sdot_lane};
 use crate::activations::ActRow;
-use crate::block::BLOCK_LEN;
 use crate::r16::{R16_ROWS, tile_bytes};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 /// How far ahead of the tile in use the next ones are requested, in bytes.
 const PREFETCH: usize = 2304;

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::WeightType;
-use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType, key_at, value_at};
 use crate::math::{LANES, exp, reduce_add, round_bf16, scale_and_max};
+use crate::table::SoftmaxState;
+use crate::weight_type::WeightType;
 
 #[inline]
 fn lanes_dot(w: impl Fn(usize) -> f32, x: &[f32]) -> f32 {

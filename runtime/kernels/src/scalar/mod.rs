@@ -5,7 +5,7 @@ mod quantized;
 
 pub(crate) use float::softmax;
 
-use crate::dispatch::{Isa, Table};
+use crate::table::{Isa, Table};
 
 pub(crate) static TABLE: Table = Table {
     isa: Isa::Scalar,

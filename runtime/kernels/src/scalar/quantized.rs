@@ -6,13 +6,13 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::WeightType;
-use crate::activations::{ActRow, UNIT_BLOCK, UNIT_ROWS};
-use crate::block::{BLOCK_LEN, BlockQ4_0, BlockQ8_0, level};
-use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
+use crate::activations::{ActRow, HiddenGroup, UNIT_BLOCK, UNIT_ROWS};
+use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
-use crate::experts::HiddenGroup;
 use crate::r16::{self, R16_ROWS, tile_bytes, tile_scale, tile_value};
+use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));

@@ -1,39 +1,10 @@
 //! x86-64: AVX2 and AVX-512 VNNI.
 
-use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-
-use crate::dispatch::Table;
+use crate::table::Table;
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;
-
-/// How far ahead of the bytes in use a stream of weights is requested.
-const STREAM_AHEAD: usize = 2304;
-/// How far ahead a page is touched, so that its address is known when its lines are requested.
-const PAGE_AHEAD: usize = 4 * PAGE;
-/// The smallest page.
-const PAGE: usize = 4096;
-
-/// Requests the cache line at `p`, which may point anywhere, into the second-level cache: the first level waits for too few lines
-/// at once to cover memory's latency where rows are scattered.
-#[inline(always)]
-fn prefetch(p: *const u8) {
-    // SAFETY: a hint without effect on registers or memory.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
-}
-
-/// Requests what comes [`STREAM_AHEAD`] after the `BYTES` bytes at `p` of a stream that is read in order: every second line. Asking
-/// for each one keeps the miss buffers of the first level busy (24 on Zen 4) and so holds up the prefetcher of the second, which
-/// has more lines on their way: 49 GB/s instead of 58 on two cores of Zen 4.
-#[inline(always)]
-fn request_stream<const BYTES: usize>(p: *const u8) {
-    for at in (0..BYTES).step_by(128) {
-        prefetch(p.wrapping_add(STREAM_AHEAD + at));
-    }
-    if p.addr() % PAGE < BYTES {
-        prefetch(p.wrapping_add(PAGE_AHEAD));
-    }
-}
+mod request;
 
 /// Whether this CPU runs the AVX2 kernels.
 pub(crate) fn has_avx2() -> bool {

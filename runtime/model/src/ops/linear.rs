@@ -160,7 +160,7 @@ impl Linear {
             let acts = scratch.of(self.n_in);
             cx.kernels.quantize_acts_pool(&cx.pool, x, acts);
             let weights = R16::new(self.ty, self.n_out, self.n_in, &self.data);
-            cx.kernels.linear_r16_pool_beside(&cx.pool, weights, acts, out, own);
+            cx.kernels.linear_r16_pool(&cx.pool, weights, acts, out, own);
         } else {
             own();
             cx.pool.run_columns(out, self.n_out, TASK_ROWS, &|mut out| {

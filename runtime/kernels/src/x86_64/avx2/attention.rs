@@ -3,11 +3,11 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::block::BLOCK_LEN;
-use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 use crate::math;
 use crate::scalar;
+use crate::table::SoftmaxState;
+use crate::weight_type::BLOCK_LEN;
 
 /// Values `16 * i..` of row `2 * pair + odd`, rows of `width` cached values beginning at `rows`; times `scale` where they are int8.
 ///

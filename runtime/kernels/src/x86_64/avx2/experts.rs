@@ -3,12 +3,11 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::activations::ActRow;
-use crate::block::BLOCK_LEN;
+use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::experts::HiddenGroup;
 use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
-use crate::x86_64::prefetch;
+use crate::weight_type::BLOCK_LEN;
+use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {

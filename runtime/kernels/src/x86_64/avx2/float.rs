@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::WeightType;
 use crate::math::{LANES, reduce_add};
+use crate::weight_type::WeightType;
 
 #[inline]
 #[target_feature(enable = "avx2")]

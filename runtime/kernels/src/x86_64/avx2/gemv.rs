@@ -2,11 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use crate::WeightType;
 use crate::activations::ActRow;
-use crate::block::BLOCK_LEN;
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::x86_64::request_stream;
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
+use crate::x86_64::request::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
     debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * tile_bytes(ty));

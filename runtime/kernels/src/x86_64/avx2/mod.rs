@@ -12,8 +12,8 @@ mod gemv;
 mod quantize;
 pub(crate) mod vnni;
 
-use crate::dispatch::{Isa, Table};
 use crate::scalar;
+use crate::table::{Isa, Table};
 
 pub(crate) static TABLE: Table = AVX2;
 

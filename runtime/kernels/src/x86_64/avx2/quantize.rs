@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::block::BLOCK_LEN;
 use crate::search::{self, SquaredErrors};
+use crate::weight_type::BLOCK_LEN;
 
 #[inline]
 #[target_feature(enable = "avx2")]

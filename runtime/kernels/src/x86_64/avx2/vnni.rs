@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 
 use super::gemm::{Outputs, Sums, by_blocks, load_bias, load_group};
 use super::gemv::broadcast_quad;
-use crate::WeightType;
 use crate::activations::UNIT_ROWS;
-use crate::dispatch::{Isa, Table};
+use crate::table::{Isa, Table};
+use crate::weight_type::WeightType;
 
 /// AVX-VNNI's encoding.
 pub(crate) static TABLE: Table = Table { isa: Isa::AvxVnni, gemm: gemm_vex, ..super::AVX2 };

@@ -4,10 +4,10 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::float::reduce;
-use crate::block::BLOCK_LEN;
-use crate::dispatch::SoftmaxState;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
 use crate::math::{EXP_MIN, EXP_POLY, LANES, LN2_HI, LN2_LO, LOG2E};
+use crate::table::SoftmaxState;
+use crate::weight_type::BLOCK_LEN;
 
 /// How one type of cache is read, 16 values of a row at a time.
 trait Cache {

@@ -6,9 +6,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::attention::{self, by_count};
-use crate::block::BLOCK_LEN;
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
-use crate::x86_64::prefetch;
+use crate::weight_type::BLOCK_LEN;
+use crate::x86_64::request::prefetch;
 
 /// Dimensions whose sums stay in registers.
 const DIMS: usize = 128;

@@ -3,11 +3,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::activations::ActRow;
+use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::experts::HiddenGroup;
 use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
-use crate::x86_64::prefetch;
+use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {

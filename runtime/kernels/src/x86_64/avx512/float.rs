@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::WeightType;
 use crate::math::{LANES, reduce_add};
+use crate::weight_type::WeightType;
 
 /// Sum of the lanes in the order of [`reduce_add`].
 #[inline]

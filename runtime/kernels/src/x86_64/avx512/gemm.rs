@@ -5,11 +5,11 @@ use std::arch::x86_64::*;
 
 use super::experts::{interleave, load_rows};
 use super::gemv::broadcast_quad;
-use crate::WeightType;
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::dispatch::{GEMM_UNITS, PANEL_BLOCK};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::r16::{R16_ROWS, tile_bytes};
+use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {

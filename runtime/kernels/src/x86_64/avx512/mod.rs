@@ -12,7 +12,7 @@ mod gemv;
 mod pack;
 mod quantize;
 
-use crate::dispatch::{Isa, Table};
+use crate::table::{Isa, Table};
 
 pub(crate) static TABLE: Table = VNNI;
 

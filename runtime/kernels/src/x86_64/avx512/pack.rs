@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::WeightType;
-use crate::block::BLOCK_LEN;
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
 use crate::r16::{self, R16_ROWS};
+use crate::weight_type::BLOCK_LEN;
+use crate::weight_type::WeightType;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     if ty == WeightType::Q4_0 {

@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::block::BLOCK_LEN;
 use crate::search::{self, SquaredErrors};
+use crate::weight_type::BLOCK_LEN;
 
 /// Largest |x| of 32, NaN ignored.
 #[inline]

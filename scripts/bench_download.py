@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Throughput and memory of `st-tool download` beside curl, from the hub on loopback, in one run.
 
-    cargo build --release && cargo build --release -p st-convert --example hub_server
+    cargo build --release && cargo build --release -p st-hub --example hub_server
     python3 scripts/bench_download.py [--mib 1024] [--files 4] [--rounds 3] [--dir DIR]
 
 Each round downloads the same files with curl (one after the other, as a shell script would; and with `--parallel`) and with

@@ -2,7 +2,7 @@
 """st-tool and Python's huggingface_hub against one hub on loopback: each finds what the other fetched.
 
     pip install huggingface_hub
-    cargo build --release && cargo build --release -p st-convert --example hub_server
+    cargo build --release && cargo build --release -p st-hub --example hub_server
     python3 scripts/check_hub_cache.py [--st-tool target/release/st-tool] [--server target/release/examples/hub_server]
 
 Checked in both directions, for the cache and for plain folders: same snapshot folder, same contents, not one file fetched

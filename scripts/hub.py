@@ -3,12 +3,12 @@ import os
 import subprocess
 import threading
 
-REPO = "PowerInfer/SmallThinker-4BA0.6B-Instruct"
+REPO = "Tiiny/SmallThinker-4BA0.6B-Instruct"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Runs `hub_server` (cargo build --release -p st-convert --example hub_server) and keeps its log of requests."""
+    """Runs `hub_server` (cargo build --release -p st-hub --example hub_server) and keeps its log of requests."""
 
     def __init__(self, program, mib=1, files=2):
         self.files = [f"model-{n:05}-of-{files:05}.safetensors" for n in range(1, files + 1)]

@@ -6,7 +6,7 @@ use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use st_convert::hub::{DEFAULT_ENDPOINT, Proxy};
+use st_hub::{DEFAULT_ENDPOINT, Proxies, Token};
 
 /// The environment, as far as it matters.
 #[derive(Debug)]
@@ -15,13 +15,13 @@ pub(crate) struct Env {
     pub(crate) hub_cache: PathBuf,
     /// Where the token file lies that `hf auth login` leaves.
     token_path: PathBuf,
-    token: Option<String>,
+    token: Option<Token>,
     /// Address of the hub.
     pub(crate) hub_endpoint: String,
     /// Whether the hub may not be asked.
     pub(crate) offline: bool,
-    /// Proxy for connections.
-    pub(crate) proxy: Option<Proxy>,
+    /// Proxies for connections.
+    pub(crate) proxies: Proxies,
     /// Whether colours are unwanted.
     pub(crate) no_color: bool,
 }
@@ -29,9 +29,7 @@ pub(crate) struct Env {
 impl Env {
     /// Reads the environment of the process.
     pub(crate) fn read() -> Self {
-        let mut env = Self::from_vars(|name| env::var_os(name));
-        env.proxy = Proxy::try_from_env();
-        env
+        Self::from_vars(|name| env::var_os(name))
     }
 
     fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
@@ -43,27 +41,26 @@ impl Env {
         let hf_home = path("HF_HOME").unwrap_or_else(|| cache.join("huggingface"));
         let hub_cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
         let endpoint = text("HF_ENDPOINT").map(|endpoint| endpoint.trim_end_matches('/').to_owned());
+        let token = |name: &str| set(name).and_then(|value| Token::new(value.as_encoded_bytes(), name));
+        // One that is empty hides another, so it is passed on, too.
+        let proxy = |name: &str| var(name).map(|value| value.to_string_lossy().into_owned());
         let offline = text("HF_HUB_OFFLINE").or_else(|| text("TRANSFORMERS_OFFLINE"));
         Self {
             hub_cache: hub_cache.unwrap_or_else(|| hf_home.join("hub")),
             token_path: path("HF_TOKEN_PATH").unwrap_or_else(|| hf_home.join("token")),
-            token: clean_token(text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN"))),
+            token: token("HF_TOKEN").or_else(|| token("HUGGING_FACE_HUB_TOKEN")),
             hub_endpoint: endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             offline: offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str())),
-            proxy: None,
+            proxies: Proxies::from_variables(proxy),
             no_color: set("NO_COLOR").is_some(),
         }
     }
 
     /// The hub token: of the environment, else of the token file.
-    pub(crate) fn hub_token(&self) -> Option<String> {
-        self.token.clone().or_else(|| clean_token(std::fs::read_to_string(&self.token_path).ok()))
+    pub(crate) fn hub_token(&self) -> Option<Token> {
+        let of_file = || Token::new(&std::fs::read(&self.token_path).ok()?, self.token_path.display().to_string());
+        self.token.clone().or_else(of_file)
     }
-}
-
-/// Line ends and spaces around a token come from files and copying and are no part of it.
-fn clean_token(token: Option<String>) -> Option<String> {
-    token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
 fn expand_home(path: PathBuf, home: Option<OsString>) -> PathBuf {
@@ -109,8 +106,11 @@ mod tests {
         let file = folder.path().join("token");
         std::fs::write(&file, "from-file\n").expect("written");
         let home = folder.path().to_str().expect("UTF-8");
-        assert_eq!(env(&[("HF_HOME", home)]).hub_token().as_deref(), Some("from-file"));
-        assert_eq!(env(&[("HF_HOME", home), ("HF_TOKEN", " t\n")]).hub_token().as_deref(), Some("t"));
+        let of_file = Token::new(b"from-file", file.display().to_string());
+        assert_eq!(env(&[("HF_HOME", home)]).hub_token(), of_file);
+        assert_eq!(env(&[("HF_HOME", home), ("HF_TOKEN", " \n")]).hub_token(), of_file);
+        let of_variable = Token::new(b"t", "HF_TOKEN");
+        assert_eq!(env(&[("HF_HOME", home), ("HF_TOKEN", " t\n")]).hub_token(), of_variable);
         assert_eq!(env(&[("HF_HOME", "/nonexistent")]).hub_token(), None);
     }
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use st_convert::Input;
-use st_convert::hub::{DownloadRequest, Hub, HubConfig, RepoId};
 use st_gguf::GgufFile;
+use st_hub::{DownloadRequest, Hub, HubConfig, RepoId};
 
 use crate::commands::Context;
 use crate::report::Advice;
@@ -72,7 +72,7 @@ impl Model {
                     return open_file(&path);
                 }
                 let name = short_name(repo);
-                let there = hub(context)?.cached(repo, "main").ok().flatten().is_some();
+                let there = hub(context).cached(repo, "main").ok().flatten().is_some();
                 let (state, does) = match there {
                     true => ("is downloaded, but not converted in this folder", "converts"),
                     false => ("is no file here, and not downloaded", "downloads and converts"),
@@ -129,7 +129,7 @@ pub(crate) enum Fetch {
 
 /// The checkpoint folder of a repository.
 fn snapshot(repo: &RepoId, context: &Context, fetch: Fetch) -> anyhow::Result<PathBuf> {
-    let hub = hub(context)?;
+    let hub = hub(context);
     let request = DownloadRequest::new(repo.clone());
     if let Some(folder) = hub.cached(repo, &request.revision)? {
         return Ok(folder);
@@ -149,8 +149,8 @@ fn snapshot(repo: &RepoId, context: &Context, fetch: Fetch) -> anyhow::Result<Pa
 }
 
 /// The hub as the environment describes it.
-pub(crate) fn hub(context: &Context) -> anyhow::Result<Hub> {
-    Ok(Hub::new(hub_config(context)))
+pub(crate) fn hub(context: &Context) -> Hub {
+    Hub::new(hub_config(context))
 }
 
 /// Settings of the hub as the environment gives them.
@@ -160,8 +160,8 @@ pub(crate) fn hub_config(context: &Context) -> HubConfig {
         endpoint: env.hub_endpoint.clone(),
         token: env.hub_token(),
         offline: env.offline,
-        proxy: env.proxy.clone(),
-        cancel: context.interrupt.cancel().clone(),
+        proxies: env.proxies.clone(),
+        cancel: context.interrupt.cancel().flag(),
         ..HubConfig::new(&env.hub_cache)
     }
 }
@@ -184,8 +184,7 @@ fn name_of(repo: &RepoId) -> &str {
 
 /// What a person types for a repository.
 fn short_name(repo: &RepoId) -> String {
-    let alias = st_convert::hub::ALIASES.iter().find(|(_, full)| *full == repo.as_str());
-    alias.map_or_else(|| repo.to_string(), |(alias, _)| (*alias).to_owned())
+    repo.alias().map_or_else(|| repo.to_string(), |alias| alias.short.to_owned())
 }
 
 #[cfg(test)]
@@ -196,7 +195,7 @@ mod tests {
     fn names_resolve_before_paths_and_paths_before_repositories() {
         assert_eq!(Model::resolve("tiny").expect("known"), Model::Tiny);
         let Ok(Model::Hub(repo)) = Model::resolve("4b") else { panic!("4b is a repository") };
-        assert_eq!(repo.as_str(), "PowerInfer/SmallThinker-4BA0.6B-Instruct");
+        assert_eq!(repo.as_str(), "Tiiny/SmallThinker-4BA0.6B-Instruct");
         assert_eq!(Model::resolve("src").expect("a folder"), Model::Folder("src".into()));
         assert_eq!(Model::resolve("Cargo.toml").expect("a file"), Model::File("Cargo.toml".into()));
         assert_eq!(Model::resolve("no/where.gguf").expect("a file"), Model::File("no/where.gguf".into()));

@@ -1,12 +1,14 @@
 //! How an error reaches the person: one line with the chain of causes, and what to do about it.
 
+mod hub;
+
 use std::fmt;
 use std::io::{self, Write};
 
 use st_convert::ConvertError;
-use st_convert::hub::HubError;
 use st_experts::TraceError;
 use st_gguf::GgufError;
+use st_hub::HubError;
 use st_model::ModelError;
 
 use crate::size::show_size;
@@ -112,7 +114,7 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
         return Some(advice.hint.clone());
     }
     if let Some(error) = error.downcast_ref::<HubError>() {
-        return error.hint();
+        return hub::hint(error);
     }
     if let Some(error) = error.downcast_ref::<GgufError>() {
         return gguf_hint(error);

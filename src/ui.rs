@@ -1,12 +1,13 @@
 //! What appears on stderr besides errors: notes and progress. Nothing here writes to stdout.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use st_convert::Progress;
-use st_convert::hub::{DownloadProgress, HubError, ListedFile, Listing};
+use st_hub::{DownloadProgress, HubError, ListedFile, Listing};
 
 use crate::report::OutputError;
 use crate::size::show_size;
@@ -45,8 +46,17 @@ impl Ui {
 
 /// Writes to stdout and flushes.
 pub(crate) fn print(text: &str) -> Result<(), OutputError> {
+    print_bytes(text.as_bytes())
+}
+
+/// Writes a path to stdout, byte by byte what it is: whoever reads it opens it.
+pub(crate) fn print_path(path: &Path) -> Result<(), OutputError> {
+    print_bytes(&[path.as_os_str().as_encoded_bytes(), b"\n"].concat())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<(), OutputError> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(OutputError)
+    out.write_all(bytes).and_then(|()| out.flush()).map_err(OutputError)
 }
 
 fn bar_style() -> ProgressStyle {

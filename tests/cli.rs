@@ -262,7 +262,7 @@ fn models_are_named_found_and_explained() {
     run(["run", "nonsense", "-p", "x"]).fails(&["nonsense"]);
     let folder = run(["run", &checkpoint(), "-p", "x"]).fails(&["is a folder"]);
     assert!(folder.hint().contains("st-tool quantize"));
-    let missing = run(["run", "4b", "-p", "x"]).fails(&["PowerInfer/SmallThinker-4BA0.6B-Instruct"]);
+    let missing = run(["run", "4b", "-p", "x"]).fails(&["Tiiny/SmallThinker-4BA0.6B-Instruct"]);
     assert!(missing.hint().contains("st-tool quantize 4b --q4_0"));
     run(["quantize", "21b", "--q4_0"]).fails(&["offline", "SmallThinker-21BA3B-Instruct"]).hint();
     let looked = run(["quantize", "21b", "--q4_0", "--dry-run"]).fails(&["not downloaded"]);

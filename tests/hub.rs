@@ -1,6 +1,8 @@
 //! From the hub to an answer, as a person types it: the bundled checkpoint served as `4b` by a hub on loopback.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::process::Command;
 
 use tempfile::{TempDir, tempdir};
@@ -9,11 +11,11 @@ use crate::common::repo;
 use crate::program::{Run, names, program};
 use server::{Fault, RepoFile, Server, Settings};
 
-#[path = "../converters/tests/hub/server.rs"]
+#[path = "../converters/hub/tests/hub/server.rs"]
 #[allow(dead_code, reason = "the hub's own tests use more of it")]
 mod server;
 
-const REPO: &str = "PowerInfer/SmallThinker-4BA0.6B-Instruct";
+const REPO: &str = "Tiiny/SmallThinker-4BA0.6B-Instruct";
 
 /// A hub, and a folder that is home and place of work.
 struct World {
@@ -100,4 +102,85 @@ fn plain_files_go_where_they_are_wanted() {
     assert!(printed.trim_end().ends_with("plain"), "{printed}");
     let plain = names(&world.folder.path().join("plain"));
     assert!(plain.contains(&"config.json".to_owned()) && !plain.contains(&"model.safetensors".to_owned()), "{plain:?}");
+}
+
+#[test]
+fn a_token_with_odd_characters_is_what_the_error_is_about() {
+    let world = World::new();
+    let home = world.folder.path().join("hf");
+    let of_variable = |value: &[u8]| {
+        Run::of(world.program().env("HF_TOKEN", OsStr::from_bytes(value)).args(["download", "4b", "--dry-run"]))
+    };
+    for value in ["\u{201c}hf_abc\u{201d}".as_bytes(), b"'hf_abc'", b"hf_abc\xe9"] {
+        let refused = of_variable(value).fails(&["the token of HF_TOKEN"]);
+        assert!(
+            refused.hint().contains("copy the token again") && !refused.stderr.contains("abc"),
+            "{}",
+            refused.stderr
+        );
+    }
+    Run::of(world.program().args(["download", "4b", "--token", "hf abc"])).fails(&["the token of --token"]).hint();
+    fs::create_dir(&home).expect("a folder");
+    fs::write(home.join("token"), "\u{feff}\"hf_abc\"\r\n").expect("written");
+    world.run(&["download", "4b"]).fails(&["the token of", "hf/token", "U+0022"]).hint();
+
+    // What editors and shells add is no part of it.
+    world.server.change(|settings| settings.token = Some("hf_abc".to_owned()));
+    fs::write(home.join("token"), "\u{feff}hf_abc\r\n\r\n").expect("written");
+    world.run(&["download", "4b", "--dry-run"]).ok();
+    assert!(world.server.log().iter().all(|seen| seen.authorization.as_deref() == Some("Bearer hf_abc")));
+}
+
+#[test]
+fn passwords_in_addresses_are_shown_nowhere() {
+    let world = World::new();
+    let endpoint = world.server.endpoint().replace("://", "://reader:Passw0rd@");
+    let secret = |run: Run| {
+        assert!(!run.stderr.contains("Passw0rd") && !run.stdout.contains("Passw0rd"), "{}", run.stderr);
+        run
+    };
+    let download = |args: &[&str], name: &str, value: &str| {
+        secret(Run::of(
+            world.program().env("HF_ENDPOINT", &endpoint).env(name, value).args(["download", "4b"]).args(args),
+        ))
+    };
+    download(&["-vv"], "HF_TOKEN", "hf_abc").ok();
+    world.server.change(|settings| settings.gated = true);
+    for flags in [&[][..], &["-v"], &["-vv"]] {
+        assert_eq!(download(flags, "HF_TOKEN", "hf_abc").status, 1);
+    }
+    download(&[], "HF_ENDPOINT", "reader:Passw0rd@mirror").fails(&["mirror"]).hint();
+    download(&["-vv"], "http_proxy", "http://reader:Passw0rd@127.0.0.1:1");
+    download(&[], "HTTP_PROXY", "gopher://reader:Passw0rd@proxy").fails(&["HTTP_PROXY is not"]).hint();
+}
+
+#[test]
+fn a_cache_may_have_any_name_and_one_that_cannot_be_is_an_error_with_advice() {
+    let world = World::new();
+    let odd = world.folder.path().join(OsStr::from_bytes(b"caf\xe9"));
+    let printed = world.program().env("HF_HOME", &odd).args(["download", "4b", "-q"]).output().expect("it runs");
+    let path = printed.stdout.strip_suffix(b"\n").expect("one line");
+    assert!(std::path::Path::new(OsStr::from_bytes(path)).join("config.json").exists(), "{printed:?}");
+    fs::write(world.folder.path().join("file"), "").expect("written");
+    let home = world.folder.path().join("file/hf");
+    let refused = Run::of(world.program().env("HF_HOME", home).args(["download", "4b", "-q"])).fails(&["file/hf"]);
+    assert!(refused.hint().contains("HF_HOME") && refused.hint().contains("--local-dir"));
+}
+
+#[test]
+fn a_model_that_was_fetched_under_its_former_name_is_found_by_its_alias() {
+    let world = World::new();
+    let former = "PowerInfer/SmallThinker-4BA0.6B-Instruct";
+    world.server.change(|settings| settings.repo = former.to_owned());
+    let folder = world.run(&["download", "4b", "-q"]).ok();
+    world.server.change(|settings| {
+        settings.repo = REPO.to_owned();
+        settings.former = vec![former.to_owned()];
+    });
+    for model in ["4b", REPO, former] {
+        assert_eq!(world.run(&["download", model, "-q"]).ok(), folder);
+        assert_eq!(world.run(&["download", model, "-q", "--offline"]).ok(), folder);
+    }
+    let missing = world.run(&["run", former, "-p", "x"]).fails(&["is downloaded, but not converted"]);
+    assert!(missing.hint().starts_with("st-tool quantize 4b --q4_0"));
 }

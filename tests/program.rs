@@ -10,6 +10,9 @@ pub(crate) fn program() -> Command {
     for name in ["HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "NO_COLOR", "XDG_CACHE_HOME"] {
         command.env_remove(name);
     }
+    for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
+        command.env_remove(name).env_remove(name.to_uppercase());
+    }
     command.env("HF_HOME", "/nonexistent/hf").env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
     command
 }

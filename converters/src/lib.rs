@@ -10,7 +10,6 @@ mod config;
 mod convert;
 mod error;
 mod gguf_input;
-pub mod hub;
 mod input;
 mod layout;
 mod mapped;

@@ -35,6 +35,11 @@ impl Cancel {
         Self::default()
     }
 
+    /// The request as a flag, for work that knows no other type; raising it is asking.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+
     /// Asks the work to stop at its next step. Safe to call from a signal handler.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use st_convert::hub::{DownloadRequest, Hub, Listing, RepoId};
+use st_hub::{DownloadRequest, Hub, Listing, RepoId, Token};
 
 use super::Context;
 use crate::cli::DownloadArgs;
@@ -14,7 +14,7 @@ pub(crate) fn run(args: &DownloadArgs, context: &Context) -> anyhow::Result<Exit
     let mut config = hub_config(context);
     config.offline |= args.offline;
     if let Some(token) = &args.token {
-        config.token = Some(token.trim().to_owned()).filter(|token| !token.is_empty());
+        config.token = Token::new(token.as_bytes(), "--token");
     }
     let request = DownloadRequest {
         revision: args.revision.clone(),
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &DownloadArgs, context: &Context) -> anyhow::Result<Exit
         return Ok(ExitCode::SUCCESS);
     }
     let folder = hub.download(&request, &DownloadBars::new(context.ui))?;
-    ui::print(&format!("{}\n", folder.display()))?;
+    ui::print_path(&folder)?;
     Ok(ExitCode::SUCCESS)
 }
 

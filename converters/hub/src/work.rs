@@ -6,29 +6,32 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
-use super::api::Entry;
-use super::cache::{Place, State, create_parent, has_size};
-use super::http::Client;
-use super::lock::FileLock;
-use super::transfer::Transfer;
-use super::{DownloadProgress, DownloadRequest, HubError};
+use crate::api::Entry;
+use crate::cache::{Place, State, create_parent, has_size};
+use crate::http::Client;
+use crate::lock::FileLock;
+use crate::transfer::Transfer;
+use crate::{DownloadProgress, HubError, RepoId};
 
 /// The transfers of one download.
-pub(super) struct Work<'a> {
-    pub(super) client: &'a Client<'a>,
-    pub(super) request: &'a DownloadRequest,
-    pub(super) place: &'a Place,
-    pub(super) entries: &'a [Entry],
-    pub(super) progress: &'a dyn DownloadProgress,
+pub(crate) struct Work<'a> {
+    pub(crate) client: &'a Client<'a>,
+    /// The name that the hub is asked by.
+    pub(crate) repo: &'a RepoId,
+    /// Files at once.
+    pub(crate) jobs: usize,
+    pub(crate) place: &'a Place,
+    pub(crate) entries: &'a [Entry],
+    pub(crate) progress: &'a dyn DownloadProgress,
 }
 
 impl Work<'_> {
     /// Fetches the files with these indices, several at once. The first failure ends all.
-    pub(super) fn fetch_all(&self, indices: &[usize]) -> Result<(), HubError> {
+    pub(crate) fn fetch_all(&self, indices: &[usize]) -> Result<(), HubError> {
         let next = AtomicUsize::new(0);
         let (failed, failures) = mpsc::channel();
         thread::scope(|scope| {
-            for _ in 0..self.request.jobs.clamp(1, indices.len().max(1)) {
+            for _ in 0..self.jobs.clamp(1, indices.len().max(1)) {
                 let (next, failed) = (&next, failed.clone());
                 scope.spawn(move || {
                     while let Some(index) = indices.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -48,7 +51,7 @@ impl Work<'_> {
     }
 
     /// Sees to it that one file is in its place.
-    pub(super) fn fetch(&self, index: usize) -> Result<(), HubError> {
+    pub(crate) fn fetch(&self, index: usize) -> Result<(), HubError> {
         let (entry, place) = (&self.entries[index], self.place);
         if self.client.stopped() {
             return Err(HubError::Cancelled);
@@ -99,7 +102,7 @@ impl Work<'_> {
     fn transfer(&self, index: usize, partial: &Path) -> Result<(), HubError> {
         let transfer = Transfer {
             client: self.client,
-            repo: &self.request.repo,
+            repo: self.repo,
             commit: &self.place.commit,
             entry: &self.entries[index],
             index,

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::HubError;
-use super::api::{Digest, Entry};
-use super::cache::write_atomically;
+use crate::HubError;
+use crate::api::{Digest, Entry};
+use crate::cache::write_atomically;
 
 /// The only version there is.
 const FORMAT_VERSION: u64 = 1;
@@ -38,7 +38,7 @@ fn path(folder: &Path, commit: &str) -> PathBuf {
 }
 
 /// The listing kept under `folder`; `None` where there is none or where it is of no use.
-pub(super) fn read(folder: &Path, commit: &str) -> Option<BTreeMap<String, Entry>> {
+pub(crate) fn read(folder: &Path, commit: &str) -> Option<BTreeMap<String, Entry>> {
     let text = fs::read(path(folder, commit)).ok()?;
     let tree: Tree = serde_json::from_slice(&text).ok()?;
     if tree.format_version != FORMAT_VERSION {
@@ -52,7 +52,7 @@ pub(super) fn read(folder: &Path, commit: &str) -> Option<BTreeMap<String, Entry
 }
 
 /// Keeps the listing under `folder`, unless it is there already.
-pub(super) fn write(folder: &Path, commit: &str, entries: &BTreeMap<String, Entry>) -> Result<(), HubError> {
+pub(crate) fn write(folder: &Path, commit: &str, entries: &BTreeMap<String, Entry>) -> Result<(), HubError> {
     if read(folder, commit).as_ref() == Some(entries) {
         return Ok(());
     }

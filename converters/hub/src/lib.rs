@@ -6,17 +6,24 @@
 //! inside a weight file; every setting is in [`HubConfig`].
 //!
 //! ```no_run
-//! use st_convert::hub::{DownloadRequest, Hub, HubConfig, NoProgress, RepoId};
+//! use st_hub::{DownloadRequest, Hub, HubConfig, HubError, RepoId};
 //!
-//! # fn main() -> Result<(), st_convert::hub::HubError> {
-//! let hub = Hub::new(HubConfig::new("/home/me/.cache/huggingface/hub"));
-//! let request = DownloadRequest::new(RepoId::parse("4b")?);
-//! println!("{} bytes to fetch", hub.list(&request)?.missing_bytes());
-//! let snapshot = hub.download(&request, &NoProgress)?;
-//! # Ok(())
-//! # }
+//! fn main() -> Result<(), HubError> {
+//!     let hub = Hub::new(HubConfig::new("/home/me/.cache/huggingface/hub"));
+//!     let request = DownloadRequest::new(RepoId::parse("4b")?);
+//!     let listing = hub.list(&request)?;
+//!     println!("{} files, {} bytes to fetch", listing.files.len(), listing.missing_bytes());
+//!     let folder = hub.download(&request, &())?;
+//!     // From here on it is there without a network, too, and the cache knows what each weight file should contain.
+//!     assert_eq!(hub.cached(&request.repo, "main")?, Some(folder.clone()));
+//!     for file in listing.files.iter().filter(|file| file.path.ends_with(".safetensors")) {
+//!         println!("{} {:?}", file.path, st_hub::expected_sha256(&folder.join(&file.path)));
+//!     }
+//!     Ok(())
+//! }
 //! ```
 
+mod address;
 mod api;
 mod cache;
 mod error;
@@ -25,8 +32,10 @@ mod http;
 mod lock;
 mod names;
 mod progress;
+mod proxy;
 mod request;
 mod snapshot;
+mod token;
 mod transfer;
 mod trees;
 mod work;
@@ -35,12 +44,13 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use error::HubError;
+pub use error::{Credentials, HubError};
 pub use expected::expected_sha256;
-pub use names::{ALIASES, DEFAULT_INCLUDE, RepoId};
-pub use progress::{DownloadProgress, NoProgress};
+pub use names::{ALIASES, Alias, DEFAULT_INCLUDE, RepoId, closest_known};
+pub use progress::DownloadProgress;
+pub use proxy::Proxies;
 pub use request::{DEFAULT_ENDPOINT, DownloadRequest, HubConfig, ListedFile, Listing, RetryPolicy};
-pub use ureq::Proxy;
+pub use token::Token;
 
 use api::{Api, Entry, select};
 use cache::{CachedRepo, Place, State, free_space};
@@ -51,6 +61,10 @@ use work::Work;
 /// A download, worked out and not begun.
 struct Prepared {
     place: Place,
+    /// The name that the hub is asked by.
+    asked: RepoId,
+    /// The names that the cache is to know the repository by.
+    names: [RepoId; 2],
     /// The whole listing of the commit.
     tree: BTreeMap<String, Entry>,
     /// The wanted files, in the order of [`Listing::files`].
@@ -58,6 +72,30 @@ struct Prepared {
     listing: Listing,
     /// Bytes the disk has to have room for.
     needed_space: u64,
+}
+
+impl Prepared {
+    /// What is noted for later may fail where every file is in its place: a shared cache may be read-only.
+    fn unless_settled(&self, noted: Result<(), HubError>) -> Result<(), HubError> {
+        match noted {
+            Err(error) if self.entries.iter().all(|entry| self.place.state(entry) == State::Present) => {
+                tracing::debug!(%error, "nothing is noted");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+/// What a request turned out to mean.
+struct Located {
+    place: Place,
+    /// The whole listing of the commit.
+    tree: BTreeMap<String, Entry>,
+    /// The name that the hub is asked by.
+    asked: RepoId,
+    /// The name that the hub has for it.
+    name: RepoId,
 }
 
 /// The way to the hub and to the cache.
@@ -78,7 +116,7 @@ impl Hub {
     /// Any [`HubError`] but those of a transfer.
     pub fn list(&self, request: &DownloadRequest) -> Result<Listing, HubError> {
         let client = Client::new(&self.config)?;
-        client.watched(|| Ok(self.prepare(&client, request, &NoProgress)?.listing))
+        client.watched(|| Ok(self.prepare(&client, request, &())?.listing))
     }
 
     /// Fetches what is missing and returns the folder with the files.
@@ -87,7 +125,7 @@ impl Hub {
     /// interrupted download is resumed by calling this again. Several processes may do so at once.
     ///
     /// # Errors
-    /// See [`HubError`]; each has a hint where there is something to do.
+    /// See [`HubError`].
     pub fn download(&self, request: &DownloadRequest, progress: &dyn DownloadProgress) -> Result<PathBuf, HubError> {
         let client = Client::new(&self.config)?;
         client.watched(|| {
@@ -105,7 +143,7 @@ impl Hub {
     /// [`HubError::NotSmallThinker`] where the snapshot holds another kind of model.
     pub fn cached(&self, repo: &RepoId, revision: &str) -> Result<Option<PathBuf>, HubError> {
         check_revision(revision)?;
-        let cache = CachedRepo::new(&self.config.cache_dir, repo);
+        let Some(cache) = CachedRepo::find(&self.config.cache_dir, &repo.names(), revision) else { return Ok(None) };
         let Some(commit) = cache.cached_commit(revision) else { return Ok(None) };
         let folder = cache.snapshot(&commit);
         let include = Include::new(&[])?;
@@ -140,25 +178,7 @@ impl Hub {
         let DownloadRequest { repo, revision, .. } = request;
         check_revision(revision)?;
         let include = Include::new(&request.include)?;
-        let cache = CachedRepo::new(&self.config.cache_dir, repo);
-        let notify = |wait: Duration, cause: &HubError| progress.retrying(None, wait, cause);
-        let api = Api { client, repo, notify: &notify };
-
-        let commit = if is_commit(revision) {
-            revision.clone()
-        } else if self.config.offline {
-            cache.cached_commit(revision).ok_or_else(|| offline(request, "nothing is known of it"))?
-        } else {
-            api.commit(revision)?
-        };
-        let place = Place::new(cache, commit, request.local_dir.clone());
-        let known =
-            trees::read(&place.trees(), &place.commit).or_else(|| trees::read(place.cache.folder(), &place.commit));
-        let tree = match known {
-            Some(tree) => tree,
-            None if self.config.offline => return Err(offline(request, "its list of files is missing")),
-            None => api.tree(&place.commit)?,
-        };
+        let Located { place, tree, asked, name } = self.locate(client, request, progress)?;
         let entries = select(&tree, |path| include.matches(path))?;
         if include.is_default() && !tree.contains_key(snapshot::CONFIG) {
             let found = "it has no config.json".to_owned();
@@ -169,14 +189,58 @@ impl Hub {
         }
         let (files, needed_space) = survey(&place, &entries);
         let listing = Listing {
-            repo: repo.clone(),
+            repo: name.clone(),
             revision: revision.clone(),
             commit: place.commit.clone(),
             files,
             target: place.root(),
             free_bytes: free_space(&place.storage()),
         };
-        Ok(Prepared { place, tree, entries, listing, needed_space })
+        Ok(Prepared { place, asked, names: [repo.clone(), name], tree, entries, listing, needed_space })
+    }
+
+    /// Finds out which commit is meant, where it is or will be, and what it consists of.
+    fn locate(
+        &self,
+        client: &Client<'_>,
+        request: &DownloadRequest,
+        progress: &dyn DownloadProgress,
+    ) -> Result<Located, HubError> {
+        let DownloadRequest { repo, revision, local_dir, .. } = request;
+        let (cache_dir, is_offline) = (&self.config.cache_dir, self.config.offline);
+        let mut names = repo.names();
+        let known_tree = |place: &Place| {
+            trees::read(&place.trees(), &place.commit).or_else(|| trees::read(place.cache.folder(), &place.commit))
+        };
+        // A commit with its listing stays what it is; anything else the hub is asked about.
+        if is_offline || is_commit(revision) {
+            let cache =
+                CachedRepo::find(cache_dir, &names, revision).unwrap_or_else(|| CachedRepo::new(cache_dir, repo));
+            let place = cache.cached_commit(revision).map(|commit| Place::new(cache, commit, local_dir.clone()));
+            let tree = place.as_ref().and_then(known_tree);
+            match (place, tree) {
+                (Some(place), Some(tree)) => {
+                    return Ok(Located { place, tree, asked: repo.clone(), name: repo.clone() });
+                }
+                (None, _) if is_offline => return Err(offline(request, "nothing is known of it")),
+                _ if is_offline => return Err(offline(request, "its list of files is missing")),
+                _ => {}
+            }
+        }
+        let notify = |wait: Duration, cause: &HubError| progress.retrying(None, wait, cause);
+        let (asked, info) = ask_by_either(repo, |repo| Api { client, repo, notify: &notify }.info(revision))?;
+        if !names.contains(&info.name) {
+            names.push(info.name.clone());
+        }
+        let cache =
+            CachedRepo::find(cache_dir, &names, revision).unwrap_or_else(|| CachedRepo::new(cache_dir, &info.name));
+        let commit = if is_commit(revision) { revision.clone() } else { info.commit };
+        let place = Place::new(cache, commit, local_dir.clone());
+        let tree = match known_tree(&place) {
+            Some(tree) => tree,
+            None => Api { client, repo: &asked, notify: &notify }.tree(&place.commit)?,
+        };
+        Ok(Located { place, tree, asked, name: info.name })
     }
 
     fn run(
@@ -186,7 +250,7 @@ impl Hub {
         prepared: &Prepared,
         progress: &dyn DownloadProgress,
     ) -> Result<PathBuf, HubError> {
-        let Prepared { place, tree, entries, listing, needed_space } = prepared;
+        let Prepared { place, asked, names, tree, entries, listing, needed_space } = prepared;
         progress.listed(listing);
         if self.config.offline && listing.missing_bytes() > 0 {
             let missing = listing.files.iter().filter(|file| file.on_disk < file.size).count();
@@ -195,31 +259,43 @@ impl Hub {
         if let Some(free) = listing.free_bytes.filter(|free| *free < *needed_space) {
             return Err(HubError::NoSpace { path: place.storage(), needed: *needed_space, free });
         }
-        let work = Work { client, request, place, entries, progress };
+        let work = Work { client, repo: asked, jobs: request.jobs, place, entries, progress };
         // The few bytes that tell whether the many are wanted come first.
         let config = entries.iter().position(|entry| entry.path == snapshot::CONFIG);
         match config {
             Some(index) => {
-                place.begin(tree)?;
+                prepared.unless_settled(place.begin(tree, names))?;
                 work.fetch(index)?;
                 snapshot::check_architecture_file(&request.repo, &place.root())?;
             }
             None => {
                 if tree.contains_key(snapshot::CONFIG) && !self.config.offline {
                     let notify = |wait: Duration, cause: &HubError| progress.retrying(None, wait, cause);
-                    let api = Api { client, repo: &request.repo, notify: &notify };
+                    let api = Api { client, repo: asked, notify: &notify };
                     let text = api.small_file(&place.commit, snapshot::CONFIG, snapshot::MAX_CONFIG)?;
                     snapshot::check_architecture(&request.repo, &text)?;
                 }
-                place.begin(tree)?;
+                prepared.unless_settled(place.begin(tree, names))?;
             }
         }
         let mut rest: Vec<usize> = (0..entries.len()).filter(|index| Some(*index) != config).collect();
         // The largest first: it must not be the one that is left over at the end.
         rest.sort_by_key(|index| std::cmp::Reverse(entries[*index].size));
         work.fetch_all(&rest)?;
-        place.conclude(&request.revision)?;
+        prepared.unless_settled(place.conclude(&request.revision))?;
         Ok(place.root())
+    }
+}
+
+/// What the hub answers about a repository or, where it knows none of that name, about the same model's other one.
+fn ask_by_either<T>(repo: &RepoId, ask: impl Fn(&RepoId) -> Result<T, HubError>) -> Result<(RepoId, T), HubError> {
+    match (ask(repo), repo.other_name()) {
+        (Err(unknown @ HubError::RepoNotFound { .. }), Some(other)) => match ask(&other) {
+            Ok(answer) => Ok((other, answer)),
+            Err(HubError::RepoNotFound { .. }) => Err(unknown),
+            Err(error) => Err(error),
+        },
+        (answer, _) => answer.map(|answer| (repo.clone(), answer)),
     }
 }
 

@@ -1,8 +1,8 @@
-//! What can go wrong between the hub and the disk, and what the person can do about it.
+//! What can go wrong between the hub and the disk.
 //!
-//! [`HubError`]'s text says what happened; [`HubError::hint`] says what to do next. Addresses in messages
-//! never carry their query string, because a signed address is a credential.
+//! Addresses in messages never carry user, password or query: each may be a credential.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,8 +38,22 @@ pub enum HubError {
     /// The endpoint is not an http(s) address.
     #[error("endpoint {endpoint:?} is not an http or https address")]
     InvalidEndpoint {
-        /// What was given.
+        /// What was given, without user and password.
         endpoint: String,
+    },
+    /// A variable that names a proxy does not hold the address of one.
+    #[error("{variable} is not the address of a proxy")]
+    InvalidProxy {
+        /// The variable.
+        variable: String,
+    },
+    /// A token that cannot be one, and would be refused everywhere.
+    #[error("the token of {origin} holds {found:?} (U+{:04X}), which no token has", u32::from(*found))]
+    InvalidToken {
+        /// Where it was found.
+        origin: String,
+        /// The first such character.
+        found: char,
     },
     /// No connection: no network, no name resolution, refused, or TLS failed.
     #[error("cannot reach {host}: {cause}")]
@@ -50,14 +64,14 @@ pub enum HubError {
         cause: String,
     },
     /// HTTP 401.
-    #[error("{host} does not give {repo} to {} (HTTP 401)", if *.token_sent { "this token" } else { "somebody who is not logged in" })]
+    #[error("{host} does not give {repo} to {sent} (HTTP 401)")]
     Unauthorized {
         /// The repository asked for.
         repo: String,
         /// Scheme and host that answered.
         host: String,
-        /// Whether a token went with the request.
-        token_sent: bool,
+        /// What went with the request.
+        sent: Credentials,
     },
     /// The repository exists, but its licence has to be accepted first.
     #[error("{repo} is gated: access has to be granted on its page first (HTTP {status})")]
@@ -68,8 +82,8 @@ pub enum HubError {
         host: String,
         /// The HTTP status.
         status: u16,
-        /// Whether a token went with the request.
-        token_sent: bool,
+        /// What went with the request.
+        sent: Credentials,
     },
     /// HTTP 403 for another reason than gating.
     #[error("access to {url} is forbidden (HTTP 403){}", message.as_deref().map(|m| format!(": {m}")).unwrap_or_default())]
@@ -78,10 +92,20 @@ pub enum HubError {
         url: String,
         /// The server's own explanation.
         message: Option<String>,
+        /// Whether a web page came with it, as from a filter on the way and not from a hub.
+        page: bool,
     },
     /// HTTP 404 for the repository.
     #[error("there is no model {repo} on {host} (HTTP 404)")]
     RepoNotFound {
+        /// The repository asked for.
+        repo: String,
+        /// Scheme and host that answered.
+        host: String,
+    },
+    /// HTTP 404 for the listing of a repository's files, where the repository is there.
+    #[error("{host} has {repo}, but no list of its files (HTTP 404)")]
+    NoListing {
         /// The repository asked for.
         repo: String,
         /// Scheme and host that answered.
@@ -183,6 +207,14 @@ pub enum HubError {
         /// What was wrong with it.
         reason: String,
     },
+    /// A web page came with status 200, in place of what was asked for.
+    #[error("{url} answered with a web page in place of {wanted}")]
+    WebPage {
+        /// Address without its query.
+        url: String,
+        /// What was asked for: a path inside the repository, or `the hub's answer`.
+        wanted: String,
+    },
     /// The missing bytes do not fit on the disk.
     #[error("{} has {free} bytes free, and {needed} more are to be downloaded", path.display())]
     NoSpace {
@@ -235,82 +267,30 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// What the person can do about it, where there is something.
-    pub fn hint(&self) -> Option<String> {
-        Some(match self {
-            HubError::InvalidName { .. } => {
-                "a model is `4b`, `21b`, or `owner/name` as on the hub, e.g. PowerInfer/SmallThinker-4BA0.6B-Instruct".into()
-            }
-            HubError::InvalidEndpoint { .. } => "HF_ENDPOINT should look like https://huggingface.co".into(),
-            HubError::Unreachable { .. } => {
-                "check the network and the proxy settings; --offline (or HF_HUB_OFFLINE=1) uses what is in the cache".into()
-            }
-            HubError::Unauthorized { repo, token_sent: false, .. } => format!(
-                "check the name {repo:?}; if the model is private, log in with `hf auth login`, set HF_TOKEN, or pass --token{}",
-                did_you_mean(repo)
-            ),
-            HubError::Unauthorized { host, .. } => {
-                format!("the token is invalid or expired, or cannot see this model: make a new one at {host}/settings/tokens")
-            }
-            HubError::Gated { repo, host, token_sent, .. } => {
-                let login = if *token_sent { "" } else { ", then log in with `hf auth login` or set HF_TOKEN" };
-                format!("accept the licence at {host}/{repo}{login}")
-            }
-            HubError::Forbidden { .. } => {
-                "the token needs read access to this repository (a fine-grained token has to name it)".into()
-            }
-            HubError::RepoNotFound { repo, .. } => {
-                format!("check the spelling, or log in if it is private{}", did_you_mean(repo))
-            }
-            HubError::RevisionNotFound { .. } => {
-                "a revision is a branch, a tag or a full commit hash; without --revision it is `main`".into()
-            }
-            HubError::RateLimited { .. } => {
-                "wait a while and run the same command again: it goes on where it stopped; logged-in users have higher limits".into()
-            }
-            HubError::Status { status, .. } if *status >= 500 => {
-                "the hub has a problem; run the same command again later: it goes on where it stopped".into()
-            }
-            HubError::Cut { .. } | HubError::Stalled { .. } => {
-                "run the same command again: it goes on where it stopped".into()
-            }
-            HubError::Size { .. } | HubError::Digest { .. } | HubError::Changed { .. } => {
-                "something on the way (a proxy, a mirror, a login page) may be altering the download; nothing wrong was kept".into()
-            }
-            HubError::BadResponse { .. } => {
-                "check HF_ENDPOINT and the proxy settings: a login page or a mirror may be answering in the hub's place".into()
-            }
-            HubError::NoSpace { .. } => {
-                "free some space, or point --local-dir, HF_HUB_CACHE or HF_HOME at a larger disk".into()
-            }
-            HubError::Offline { .. } => {
-                "run the same command once without --offline and without HF_HUB_OFFLINE".into()
-            }
-            HubError::NothingMatches { .. } => "--include '*' --dry-run lists every file".into(),
-            HubError::NotSmallThinker { .. } => {
-                "only models whose config.json says SmallThinkerForCausalLM can be used: `4b` and `21b` are two".into()
-            }
-            HubError::Cancelled => "run the same command again: it goes on where it stopped".into(),
-            HubError::InvalidRevision { .. }
-            | HubError::InvalidPattern { .. }
-            | HubError::FileNotFound { .. }
-            | HubError::Status { .. }
-            | HubError::UnsafePath { .. }
-            | HubError::Io { .. } => return None,
-        })
-    }
-
     /// For `map_err` on file system calls: names the action and the path.
-    pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> HubError {
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> HubError {
         let path = path.into();
         move |source| HubError::Io { action, path, source }
     }
 }
 
-/// The sentence that proposes the closest known repository, or nothing when none is close.
-fn did_you_mean(repo: &str) -> String {
-    match super::names::closest_known(repo) {
-        Some(known) => format!("; did you mean {known}?"),
-        None => String::new(),
+/// What proved to a hub who is asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Credentials {
+    /// Nothing.
+    Nothing,
+    /// An access token.
+    Token,
+    /// User and password of the hub's address.
+    Password,
+}
+
+impl fmt::Display for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Credentials::Nothing => "somebody who is not logged in",
+            Credentials::Token => "this token",
+            Credentials::Password => "this user and password",
+        })
     }
 }

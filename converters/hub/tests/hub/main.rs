@@ -6,9 +6,11 @@
 mod access;
 mod faults;
 mod layout;
+mod moved;
 #[allow(dead_code, reason = "the example of the same name uses more of it")]
 mod server;
 mod sharing;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,10 +20,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use server::{RepoFile, Server, Settings, pattern};
-use st_convert::hub::{DownloadProgress, DownloadRequest, Hub, HubConfig, HubError, Listing, RepoId, RetryPolicy};
+use st_hub::{DownloadProgress, DownloadRequest, Hub, HubConfig, HubError, Listing, RepoId, RetryPolicy};
 
 /// The repository that the loopback hub has.
-const REPO: &str = "PowerInfer/SmallThinker-4BA0.6B-Instruct";
+const REPO: &str = "Tiiny/SmallThinker-4BA0.6B-Instruct";
 /// Its two large files.
 const FIRST: &str = "model-00001-of-00002.safetensors";
 const SECOND: &str = "model-00002-of-00002.safetensors";
@@ -73,7 +75,7 @@ impl World {
     }
 
     fn repo_folder(&self) -> PathBuf {
-        self.cache().join("models--PowerInfer--SmallThinker-4BA0.6B-Instruct")
+        self.cache().join("models--Tiiny--SmallThinker-4BA0.6B-Instruct")
     }
 
     fn blob(&self, file: &str) -> PathBuf {

@@ -1,13 +1,12 @@
 //! Several at once, and those who are interrupted.
 
 use std::fs::{self, File};
-use std::sync::Barrier;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
-use st_convert::Cancel;
-use st_convert::hub::{DownloadProgress, Hub, HubConfig, HubError};
+use st_hub::{DownloadProgress, Hub, HubConfig, HubError};
 
 use crate::server::Fault;
 use crate::{DEFAULT_FILES, FIRST, Recorder, SECOND, World, request};
@@ -59,12 +58,12 @@ fn a_lock_of_another_process_is_waited_for() {
 }
 
 /// Asks to stop when some bytes of the large files have come.
-struct Interrupt(Cancel);
+struct Interrupt(Arc<AtomicBool>);
 
 impl DownloadProgress for Interrupt {
     fn advanced(&self, _: usize, bytes: u64) {
         if bytes > 10_000 {
-            self.0.cancel();
+            self.0.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -77,7 +76,7 @@ fn an_interrupted_download_keeps_what_has_arrived_and_goes_on_from_there() {
         world.server.spoil(file, Fault::StallAfter(60_000));
     }
     let config = HubConfig { stall_timeout: Duration::from_secs(600), ..world.config() };
-    let cancel = config.cancel.clone();
+    let cancel = Arc::clone(&config.cancel);
     let error = Hub::new(config).download(&request(), &Interrupt(cancel)).unwrap_err();
     assert!(matches!(error, HubError::Cancelled), "{error}");
     let kept = fs::metadata(world.partial(FIRST)).map_or(0, |m| m.len());
@@ -97,7 +96,7 @@ fn an_interrupted_download_keeps_what_has_arrived_and_goes_on_from_there() {
 fn cancelling_beforehand_transfers_nothing() {
     let world = World::new();
     let config = world.config();
-    config.cancel.cancel();
+    config.cancel.store(true, Ordering::Relaxed);
     let hub = Hub::new(config);
     assert!(matches!(hub.download(&request(), &Recorder::default()), Err(HubError::Cancelled)));
     assert!(matches!(hub.list(&request()), Err(HubError::Cancelled)));
@@ -109,15 +108,15 @@ fn cancelling_ends_the_wait_for_a_lock_and_the_wait_for_a_retry() {
     for _ in 0..100 {
         world.server.spoil("info", Fault::Status(503, vec![("Retry-After", "299".into())]));
     }
-    struct StopAtRetry(Cancel);
+    struct StopAtRetry(Arc<AtomicBool>);
     impl DownloadProgress for StopAtRetry {
         fn retrying(&self, _: Option<usize>, _: Duration, _: &HubError) {
-            self.0.cancel();
+            self.0.store(true, Ordering::Relaxed);
         }
     }
     let mut config = world.config();
     config.retry.sleep = thread::sleep;
-    let cancel = config.cancel.clone();
+    let cancel = Arc::clone(&config.cancel);
     let error = Hub::new(config).download(&request(), &StopAtRetry(cancel)).unwrap_err();
     assert!(matches!(error, HubError::Cancelled), "{error}");
     assert_eq!(world.server.log().len(), 1);

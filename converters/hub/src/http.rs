@@ -11,7 +11,8 @@ use std::time::Duration;
 use ureq::http::{HeaderMap, Response, StatusCode, Uri, header};
 use ureq::{Agent, Body, Timeout};
 
-use super::{HubConfig, HubError, RepoId};
+use crate::address::{Endpoint, join, origin, shown};
+use crate::{Credentials, HubConfig, HubError, RepoId};
 
 /// Redirects followed before giving up.
 const MAX_REDIRECTS: usize = 10;
@@ -22,15 +23,15 @@ const INPUT_BUFFER: usize = 256 << 10;
 
 /// A failed attempt, and whether another one may help.
 #[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: HubError,
-    pub(super) transient: bool,
+pub(crate) struct Failure {
+    pub(crate) error: HubError,
+    pub(crate) transient: bool,
     /// How long the server asks to wait.
-    pub(super) retry_after: Option<Duration>,
+    pub(crate) retry_after: Option<Duration>,
 }
 
 impl Failure {
-    pub(super) fn transient(error: HubError) -> Failure {
+    pub(crate) fn transient(error: HubError) -> Failure {
         Failure { error, transient: true, retry_after: None }
     }
 }
@@ -43,37 +44,42 @@ impl From<HubError> for Failure {
 
 /// The answer at the end of the redirects: status 200, 206 or 416.
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) response: Response<Body>,
+pub(crate) struct Answer {
+    pub(crate) response: Response<Body>,
     /// Where it came from, without the query.
-    pub(super) url: String,
+    pub(crate) url: String,
     /// Scheme and host it came from.
-    pub(super) host: String,
+    pub(crate) host: String,
     /// Size of the file as the hub (not a storage host) states it.
-    pub(super) linked_size: Option<u64>,
+    pub(crate) linked_size: Option<u64>,
     /// Entity tag of the file as the hub (not a storage host) states it.
-    pub(super) linked_etag: Option<String>,
+    pub(crate) linked_etag: Option<String>,
 }
 
 /// A connection pool and the rules above, for one operation on one repository.
 #[derive(Debug)]
-pub(super) struct Client<'a> {
+pub(crate) struct Client<'a> {
     config: &'a HubConfig,
     agent: Agent,
-    hub: Uri,
+    hub: Endpoint,
+    /// The value of `Authorization` for the hub.
+    authorization: Option<String>,
     /// Raised when one file has failed for good, so that the others stop.
     abort: AtomicBool,
 }
 
 impl<'a> Client<'a> {
-    pub(super) fn new(config: &'a HubConfig) -> Result<Client<'a>, HubError> {
-        let invalid = || HubError::InvalidEndpoint { endpoint: config.endpoint.clone() };
-        let hub: Uri = config.endpoint.parse().map_err(|_| invalid())?;
-        if !matches!(hub.scheme_str(), Some("http" | "https")) || hub.host().is_none_or(str::is_empty) {
-            return Err(invalid());
-        }
+    pub(crate) fn new(config: &'a HubConfig) -> Result<Client<'a>, HubError> {
+        let hub = Endpoint::parse(&config.endpoint)?;
+        // User and password of the address go first, as with the Hugging Face tools: they are of this very hub.
+        let authorization = match (hub.basic(), &config.token) {
+            (Some(basic), _) => Some(basic.to_owned()),
+            (None, Some(token)) if !config.offline => Some(token.bearer()?),
+            (None, _) => None,
+        };
         let agent = Agent::config_builder()
-            .proxy(config.proxy.clone())
+            // Each request has its own.
+            .proxy(None)
             .user_agent(concat!("st-tool/", env!("CARGO_PKG_VERSION")))
             .accept("*/*")
             // A compressed answer has no size to check, and ranges would count compressed bytes.
@@ -88,27 +94,27 @@ impl<'a> Client<'a> {
             .output_buffer_size(16 << 10)
             .build()
             .new_agent();
-        Ok(Client { config, agent, hub, abort: AtomicBool::new(false) })
+        Ok(Client { config, agent, hub, authorization, abort: AtomicBool::new(false) })
     }
 
-    /// The endpoint without a trailing slash.
-    pub(super) fn endpoint(&self) -> &str {
-        self.config.endpoint.trim_end_matches('/')
+    /// The hub's address, without password and trailing slash.
+    pub(crate) fn endpoint(&self) -> &str {
+        self.hub.as_str()
     }
 
     /// Whether work should end: cancelled from outside, or pointless because another file has failed.
-    pub(super) fn stopped(&self) -> bool {
-        self.config.cancel.is_cancelled() || self.abort.load(Ordering::Relaxed)
+    pub(crate) fn stopped(&self) -> bool {
+        self.config.cancel.load(Ordering::Relaxed) || self.abort.load(Ordering::Relaxed)
     }
 
     /// Makes all work of this client end soon.
-    pub(super) fn abort(&self) {
+    pub(crate) fn abort(&self) {
         self.abort.store(true, Ordering::Relaxed);
     }
 
     /// Runs `work` while another thread watches the cancel flag and, when it is raised, closes every connection, so
     /// that no read is left blocking.
-    pub(super) fn watched<T>(&self, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn watched<T>(&self, work: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let watcher = scope.spawn(|| {
@@ -134,7 +140,7 @@ impl<'a> Client<'a> {
     }
 
     /// One GET, following redirects. `from` asks for the bytes from that offset on.
-    pub(super) fn get(&self, url: &str, from: Option<u64>, subject: &Subject<'_>) -> Result<Answer, Failure> {
+    pub(crate) fn get(&self, url: &str, from: Option<u64>, subject: &Subject<'_>) -> Result<Answer, Failure> {
         let mut url = url.to_owned();
         let (mut linked_size, mut linked_etag) = (None, None);
         for _ in 0..=MAX_REDIRECTS {
@@ -142,29 +148,38 @@ impl<'a> Client<'a> {
                 return Err(HubError::Cancelled.into());
             }
             let uri: Uri = url.parse().map_err(|_| bad_response(&url, "an address that does not parse"))?;
-            let on_hub = same_origin(&uri, &self.hub);
-            let mut request = self.agent.get(&uri);
-            let token = self.config.token.as_deref().filter(|_| on_hub);
-            if let Some(token) = token {
-                request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+            let on_hub = self.hub.owns(&uri);
+            let mut request = self.agent.get(&uri).config().proxy(self.config.proxies.of(&uri)?).build();
+            if let Some(authorization) = self.authorization.as_ref().filter(|_| on_hub) {
+                request = request.header(header::AUTHORIZATION, authorization);
             }
             if let Some(from) = from {
                 request = request.header(header::RANGE, format!("bytes={from}-"));
             }
-            tracing::debug!(url = without_query(&url), from, "GET");
+            tracing::debug!(url = shown(&url), from, "GET");
             let response = request.call().map_err(|e| self.network_failure(&uri, e))?;
             let headers = response.headers();
+            let status = response.status();
             if on_hub {
-                let etag = text(headers, "x-linked-etag").or_else(|| text(headers, "etag"));
+                // A redirect's own entity tag is that of its body.
+                let own = if status.is_redirection() { None } else { text(headers, "etag") };
+                let etag = text(headers, "x-linked-etag").or(own);
                 linked_etag = linked_etag.or_else(|| etag.map(normalize_etag));
                 linked_size = linked_size.or_else(|| text(headers, "x-linked-size").and_then(|v| v.parse().ok()));
             }
-            match response.status() {
+            match status {
                 StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
-                    let (host, url) = (origin(&uri), without_query(&url).to_owned());
-                    return Ok(Answer { response, url, host, linked_size, linked_etag });
+                    let answer = Answer { response, url: shown(&url), host: origin(&uri), linked_size, linked_etag };
+                    return match subject.wants_page() || !is_page(answer.response.headers()) {
+                        true => Ok(answer),
+                        false => Err(HubError::WebPage { url: answer.url, wanted: subject.wanted() }.into()),
+                    };
                 }
-                status if status.is_redirection() => {
+                StatusCode::MOVED_PERMANENTLY
+                | StatusCode::FOUND
+                | StatusCode::SEE_OTHER
+                | StatusCode::TEMPORARY_REDIRECT
+                | StatusCode::PERMANENT_REDIRECT => {
                     let target =
                         text(headers, "location").ok_or_else(|| bad_response(&url, "a redirect to nowhere"))?;
                     let target = join(&uri, target);
@@ -174,14 +189,24 @@ impl<'a> Client<'a> {
                     }
                     url = target;
                 }
-                _ => return Err(self.refused(&uri, &url, &response, token.is_some(), subject)),
+                _ => return Err(self.refused(&uri, &url, &response, self.sent(on_hub), subject)),
             }
         }
         Err(bad_response(&url, "too many redirects").into())
     }
 
+    /// What went along to the hub, or to another host.
+    fn sent(&self, on_hub: bool) -> Credentials {
+        match &self.authorization {
+            Some(_) if !on_hub => Credentials::Nothing,
+            Some(_) if self.hub.basic().is_some() => Credentials::Password,
+            Some(_) => Credentials::Token,
+            None => Credentials::Nothing,
+        }
+    }
+
     /// A whole small body, attempted as often as the retry policy says. Returns the answer's `Link: rel="next"` too.
-    pub(super) fn get_small(
+    pub(crate) fn get_small(
         &self,
         url: &str,
         limit: u64,
@@ -190,7 +215,8 @@ impl<'a> Client<'a> {
     ) -> Result<(Vec<u8>, Option<String>), HubError> {
         let mut attempt = 0;
         loop {
-            let failure = match self.get(url, None, subject).and_then(|answer| self.read_small(answer, limit)) {
+            let failure = match self.get(url, None, subject).and_then(|answer| self.read_small(answer, limit, subject))
+            {
                 Ok(body) => return Ok(body),
                 // Without any network, waiting before saying so helps nobody.
                 Err(failure) if matches!(failure.error, HubError::Unreachable { .. }) => return Err(failure.error),
@@ -200,7 +226,12 @@ impl<'a> Client<'a> {
         }
     }
 
-    fn read_small(&self, answer: Answer, limit: u64) -> Result<(Vec<u8>, Option<String>), Failure> {
+    fn read_small(
+        &self,
+        answer: Answer,
+        limit: u64,
+        subject: &Subject<'_>,
+    ) -> Result<(Vec<u8>, Option<String>), Failure> {
         if answer.response.status() != StatusCode::OK {
             return Err(bad_response(&answer.url, "a partial answer to a request for all").into());
         }
@@ -213,11 +244,14 @@ impl<'a> Client<'a> {
         if body.len() as u64 > limit {
             return Err(bad_response(&answer.url, "far more than such an answer has").into());
         }
+        if !subject.wants_page() && begins_as_page(&body) {
+            return Err(HubError::WebPage { url: answer.url, wanted: subject.wanted() }.into());
+        }
         Ok((body, next))
     }
 
     /// Sleeps before the next attempt, or returns the error where there shall be none.
-    pub(super) fn wait_to_retry(
+    pub(crate) fn wait_to_retry(
         &self,
         failure: Failure,
         attempt: &mut u32,
@@ -248,7 +282,7 @@ impl<'a> Client<'a> {
     }
 
     /// What a failed read of a body means. Stalls and cuts are transient.
-    pub(super) fn read_failure(&self, host: &str, what: &str, at: u64, error: io::Error) -> Failure {
+    pub(crate) fn read_failure(&self, host: &str, what: &str, at: u64, error: io::Error) -> Failure {
         if self.stopped() {
             return HubError::Cancelled.into();
         }
@@ -271,7 +305,7 @@ impl<'a> Client<'a> {
                 HubError::Stalled { host, limit: self.config.stall_timeout }
             }
             ureq::Error::Io(e) if is_cut(&e) => {
-                HubError::Cut { file: without_query(&uri.to_string()).to_owned(), at: 0, cause: e.to_string() }
+                HubError::Cut { file: shown(&uri.to_string()), at: 0, cause: e.to_string() }
             }
             ureq::Error::Protocol(e) => return bad_response(&uri.to_string(), e).into(),
             other => HubError::Unreachable { host, cause: other.to_string() },
@@ -284,27 +318,28 @@ impl<'a> Client<'a> {
         uri: &Uri,
         url: &str,
         response: &Response<Body>,
-        token_sent: bool,
+        sent: Credentials,
         subject: &Subject<'_>,
     ) -> Failure {
         let headers = response.headers();
-        let (host, url) = (origin(uri), without_query(url).to_owned());
+        let (host, url) = (origin(uri), shown(url));
         let code = text(headers, "x-error-code").unwrap_or_default();
         let message =
             text(headers, "x-error-message").map(|m| m.chars().filter(|c| !c.is_control()).take(300).collect());
         let repo = subject.repo.to_string();
         match response.status().as_u16() {
             status @ (401 | 403) if code == "GatedRepo" => {
-                HubError::Gated { repo, host: self.endpoint().to_owned(), status, token_sent }.into()
+                HubError::Gated { repo, host: self.endpoint().to_owned(), status, sent }.into()
             }
-            401 => HubError::Unauthorized { repo, host, token_sent }.into(),
-            403 => HubError::Forbidden { url, message }.into(),
+            401 => HubError::Unauthorized { repo, host, sent }.into(),
+            403 => HubError::Forbidden { url, message, page: code.is_empty() && is_page(headers) }.into(),
             404 if code == "RevisionNotFound" => {
                 HubError::RevisionNotFound { repo, revision: subject.revision.to_owned() }.into()
             }
-            404 => match subject.file {
-                Some(file) => HubError::FileNotFound { repo, file: file.to_owned() }.into(),
-                None => HubError::RepoNotFound { repo, host }.into(),
+            404 => match subject.what {
+                What::File(file) => HubError::FileNotFound { repo, file: file.to_owned() }.into(),
+                What::Listing if code.is_empty() => HubError::NoListing { repo, host }.into(),
+                What::Info | What::Listing => HubError::RepoNotFound { repo, host }.into(),
             },
             429 => {
                 let retry_after = retry_after(headers);
@@ -320,14 +355,49 @@ impl<'a> Client<'a> {
 
 /// What a request is about, for its error message.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Subject<'a> {
-    pub(super) repo: &'a RepoId,
-    pub(super) revision: &'a str,
-    pub(super) file: Option<&'a str>,
+pub(crate) struct Subject<'a> {
+    pub(crate) repo: &'a RepoId,
+    pub(crate) revision: &'a str,
+    pub(crate) what: What<'a>,
 }
 
-pub(super) fn bad_response(url: &str, reason: impl ToString) -> HubError {
-    HubError::BadResponse { url: without_query(url).to_owned(), reason: reason.to_string() }
+/// What of a repository is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum What<'a> {
+    Info,
+    Listing,
+    File(&'a str),
+}
+
+impl Subject<'_> {
+    /// Whether a web page is what was asked for.
+    fn wants_page(&self) -> bool {
+        let ends = |file: &str, end: &str| file.to_ascii_lowercase().ends_with(end);
+        matches!(self.what, What::File(file) if [".html", ".htm", ".xhtml"].iter().any(|end| ends(file, end)))
+    }
+
+    fn wanted(&self) -> String {
+        match self.what {
+            What::File(file) => file.to_owned(),
+            What::Info | What::Listing => "the hub's answer".to_owned(),
+        }
+    }
+}
+
+/// Whether the answer says that it is a web page.
+fn is_page(headers: &HeaderMap) -> bool {
+    let kind = text(headers, "content-type").unwrap_or_default().trim_start().to_ascii_lowercase();
+    kind.starts_with("text/html") || kind.starts_with("application/xhtml")
+}
+
+/// Whether the text looks like a web page, whatever its sender says.
+fn begins_as_page(body: &[u8]) -> bool {
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body).trim_ascii_start();
+    [&b"<!doctype html"[..], b"<html"].iter().any(|s| body.get(..s.len()).is_some_and(|b| b.eq_ignore_ascii_case(s)))
+}
+
+pub(crate) fn bad_response(url: &str, reason: impl ToString) -> HubError {
+    HubError::BadResponse { url: shown(url), reason: reason.to_string() }
 }
 
 /// Entity tags name blobs, so only the tag itself counts: no quotes, no mark of weakness.
@@ -362,64 +432,9 @@ fn is_cut(error: &io::Error) -> bool {
     matches!(error.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
 }
 
-fn without_query(url: &str) -> &str {
-    url.split(['?', '#']).next().unwrap_or(url)
-}
-
-fn origin(uri: &Uri) -> String {
-    let authority = uri.authority().map(|a| a.as_str()).unwrap_or_default();
-    // User and password do not belong into a message.
-    let host = authority.rsplit('@').next().unwrap_or_default();
-    format!("{}://{host}", uri.scheme_str().unwrap_or_default())
-}
-
-fn same_origin(a: &Uri, b: &Uri) -> bool {
-    let port = |uri: &Uri| uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
-    let host = |uri: &Uri| uri.host().unwrap_or_default().to_ascii_lowercase();
-    a.scheme_str() == b.scheme_str() && host(a) == host(b) && port(a) == port(b)
-}
-
-/// The address that `location` means when `base` answered with it.
-pub(super) fn join(base: &Uri, location: &str) -> String {
-    let scheme = base.scheme_str().unwrap_or("https");
-    let authority = base.authority().map(|a| a.as_str()).unwrap_or_default();
-    if location.contains("://") {
-        location.to_owned()
-    } else if let Some(rest) = location.strip_prefix("//") {
-        format!("{scheme}://{rest}")
-    } else if location.starts_with('/') {
-        format!("{scheme}://{authority}{location}")
-    } else {
-        let folder = base.path().rsplit_once('/').map_or("", |(folder, _)| folder);
-        format!("{scheme}://{authority}{folder}/{location}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn uri(text: &str) -> Uri {
-        text.parse().unwrap()
-    }
-
-    #[test]
-    fn origins_compare_scheme_host_and_port() {
-        assert!(same_origin(&uri("https://Hub.co/a"), &uri("https://hub.co:443/b")));
-        for other in ["http://hub.co/", "https://hub.co:444/", "https://cdn.hub.co/", "https://hub.co.evil.org/"] {
-            assert!(!same_origin(&uri("https://hub.co"), &uri(other)), "{other}");
-        }
-        assert_eq!(origin(&uri("https://user:secret@hub.co:1/x?y")), "https://hub.co:1");
-    }
-
-    #[test]
-    fn locations_resolve_against_the_address_that_sent_them() {
-        let base = uri("http://hub:8080/a/b?c");
-        assert_eq!(join(&base, "https://cdn/x?sig"), "https://cdn/x?sig");
-        assert_eq!(join(&base, "//cdn/x"), "http://cdn/x");
-        assert_eq!(join(&base, "/x"), "http://hub:8080/x");
-        assert_eq!(join(&base, "x"), "http://hub:8080/a/x");
-    }
 
     #[test]
     fn headers_are_read() {
@@ -434,5 +449,14 @@ mod tests {
         assert_eq!(retry_after(&headers), Some(Duration::from_secs(7)));
         headers.insert("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT".parse().unwrap());
         assert_eq!(retry_after(&headers), Some(Duration::from_secs(55)));
+    }
+    #[test]
+    fn pages_are_known_by_their_type_or_their_beginning() {
+        let mut headers = HeaderMap::new();
+        assert!(!is_page(&headers));
+        headers.insert("content-type", "Text/HTML; charset=utf-8".parse().unwrap());
+        assert!(is_page(&headers));
+        assert!(begins_as_page(b"\n <!DOCTYPE html>") && begins_as_page(b"\xef\xbb\xbf<HTML lang=en>"));
+        assert!(!begins_as_page(b"<h") && !begins_as_page(b"{\"html\": 1}"));
     }
 }

@@ -5,13 +5,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use hf_hub::api::RepoInfo;
 use hf_hub::{Repo, RepoType};
 use serde::Deserialize;
 
-use super::http::{Client, Subject, bad_response, join};
-use super::names::{check_file_name, encode_path, is_commit, is_hex};
-use super::{HubError, RepoId};
+use crate::address::join;
+use crate::http::{Client, Subject, What, bad_response};
+use crate::names::{check_file_name, encode_path, is_commit, is_hex};
+use crate::{HubError, RepoId};
 
 /// Largest answer that is read into memory: a listing page of a very large repository is a few MiB.
 const MAX_JSON: u64 = 64 << 20;
@@ -20,7 +20,7 @@ const MAX_PAGES: usize = 1000;
 
 /// How the content of a file is proven.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Digest {
+pub(crate) enum Digest {
     /// SHA-256 of the content, stated for large files.
     Sha256(String),
     /// SHA-1 of git's blob header and the content, stated for all others.
@@ -29,7 +29,7 @@ pub(super) enum Digest {
 
 impl Digest {
     /// The hash, which is also the entity tag and the name of the blob in the cache.
-    pub(super) fn hex(&self) -> &str {
+    pub(crate) fn hex(&self) -> &str {
         match self {
             Digest::Sha256(hex) | Digest::GitSha1(hex) => hex,
         }
@@ -38,20 +38,20 @@ impl Digest {
 
 /// One file of a repository at a commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// Path inside the repository, checked where it is going to be used as a path.
-    pub(super) path: String,
-    pub(super) size: u64,
-    pub(super) digest: Digest,
+    pub(crate) path: String,
+    pub(crate) size: u64,
+    pub(crate) digest: Digest,
     /// The git object, of the file itself or of its pointer.
-    pub(super) blob_id: String,
+    pub(crate) blob_id: String,
     /// Address in the hub's chunk store, kept for the Hugging Face tools that read the same listing.
-    pub(super) xet_hash: Option<String>,
+    pub(crate) xet_hash: Option<String>,
 }
 
 impl Entry {
     /// Builds an entry from fields as they were stated; `None` where a hash is not one.
-    pub(super) fn checked(
+    pub(crate) fn checked(
         path: String,
         size: u64,
         blob_id: String,
@@ -66,6 +66,21 @@ impl Entry {
         };
         Some(Entry { path, size, digest, blob_id, xet_hash })
     }
+}
+
+/// What the hub says about a repository at a revision.
+#[derive(Debug)]
+pub(crate) struct Info {
+    /// The commit that the revision stands for now.
+    pub(crate) commit: String,
+    /// The name that the hub has for the repository, which may have moved since it was given the one that was asked for.
+    pub(crate) name: RepoId,
+}
+
+#[derive(Deserialize)]
+struct InfoAnswer {
+    sha: String,
+    id: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -89,32 +104,34 @@ struct TreeLfs {
 }
 
 /// Requests about one repository.
-pub(super) struct Api<'a> {
-    pub(super) client: &'a Client<'a>,
-    pub(super) repo: &'a RepoId,
-    pub(super) notify: &'a dyn Fn(Duration, &HubError),
+pub(crate) struct Api<'a> {
+    pub(crate) client: &'a Client<'a>,
+    pub(crate) repo: &'a RepoId,
+    pub(crate) notify: &'a dyn Fn(Duration, &HubError),
 }
 
 impl Api<'_> {
-    /// The commit that `revision` stands for now.
-    pub(super) fn commit(&self, revision: &str) -> Result<String, HubError> {
+    /// What `revision` stands for now.
+    pub(crate) fn info(&self, revision: &str) -> Result<Info, HubError> {
         // `api_url` escapes the slashes, and nothing else.
         let repo = Repo::with_revision(self.repo.to_string(), RepoType::Model, encode_path(revision));
         let url = format!("{}/api/{}", self.client.endpoint(), repo.api_url());
-        let subject = Subject { repo: self.repo, revision, file: None };
+        let subject = Subject { repo: self.repo, revision, what: What::Info };
         let (body, _) = self.client.get_small(&url, MAX_JSON, &subject, self.notify)?;
-        let info: RepoInfo = serde_json::from_slice(&body).map_err(|e| bad_response(&url, e))?;
+        let info: InfoAnswer = serde_json::from_slice(&body).map_err(|e| bad_response(&url, e))?;
         if !is_commit(&info.sha) {
             return Err(bad_response(&url, "the commit is not 40 hexadecimal digits"));
         }
-        Ok(info.sha)
+        // A mirror may say anything here; what is no name changes nothing.
+        let name = info.id.and_then(|id| RepoId::owner_and_name(&id).ok()).unwrap_or_else(|| self.repo.clone());
+        Ok(Info { commit: info.sha, name })
     }
 
     /// Every file at `commit`, by path.
-    pub(super) fn tree(&self, commit: &str) -> Result<BTreeMap<String, Entry>, HubError> {
+    pub(crate) fn tree(&self, commit: &str) -> Result<BTreeMap<String, Entry>, HubError> {
         let endpoint = self.client.endpoint();
         let mut url = format!("{endpoint}/api/models/{}/tree/{commit}?recursive=true&expand=false", self.repo);
-        let subject = Subject { repo: self.repo, revision: commit, file: None };
+        let subject = Subject { repo: self.repo, revision: commit, what: What::Listing };
         let mut entries = BTreeMap::new();
         for _ in 0..MAX_PAGES {
             let (body, next) = self.client.get_small(&url, MAX_JSON, &subject, self.notify)?;
@@ -133,20 +150,20 @@ impl Api<'_> {
     }
 
     /// A small file's content, without storing it.
-    pub(super) fn small_file(&self, commit: &str, path: &str, limit: u64) -> Result<Vec<u8>, HubError> {
-        let subject = Subject { repo: self.repo, revision: commit, file: Some(path) };
+    pub(crate) fn small_file(&self, commit: &str, path: &str, limit: u64) -> Result<Vec<u8>, HubError> {
+        let subject = Subject { repo: self.repo, revision: commit, what: What::File(path) };
         let url = resolve_url(self.client.endpoint(), self.repo, commit, path);
         Ok(self.client.get_small(&url, limit, &subject, self.notify)?.0)
     }
 }
 
 /// Where the hub serves a file.
-pub(super) fn resolve_url(endpoint: &str, repo: &RepoId, commit: &str, path: &str) -> String {
+pub(crate) fn resolve_url(endpoint: &str, repo: &RepoId, commit: &str, path: &str) -> String {
     format!("{endpoint}/{repo}/resolve/{commit}/{}", encode_path(path))
 }
 
 /// The wanted files, refusing names that are not safe to write.
-pub(super) fn select(entries: &BTreeMap<String, Entry>, wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>, HubError> {
+pub(crate) fn select(entries: &BTreeMap<String, Entry>, wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>, HubError> {
     let chosen = entries.values().filter(|entry| wanted(&entry.path));
     chosen.map(|entry| check_file_name(&entry.path).map(|()| entry.clone())).collect()
 }

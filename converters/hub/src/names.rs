@@ -6,12 +6,34 @@
 use std::fmt;
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::HubError;
+use crate::HubError;
+
+/// A model that has a short name.
+#[derive(Debug)]
+pub struct Alias {
+    /// The short name.
+    pub short: &'static str,
+    /// Where the model is now.
+    pub repo: &'static str,
+    /// Where it was before: caches may have it under this name, and mirrors may know no other.
+    pub former: &'static str,
+}
 
 /// Short names and the repositories they stand for.
-pub const ALIASES: [(&str, &str); 2] =
-    [("4b", "PowerInfer/SmallThinker-4BA0.6B-Instruct"), ("21b", "PowerInfer/SmallThinker-21BA3B-Instruct")];
+pub const ALIASES: [Alias; 2] = [
+    Alias {
+        short: "4b",
+        repo: "Tiiny/SmallThinker-4BA0.6B-Instruct",
+        former: "PowerInfer/SmallThinker-4BA0.6B-Instruct",
+    },
+    Alias {
+        short: "21b",
+        repo: "Tiiny/SmallThinker-21BA3B-Instruct",
+        former: "PowerInfer/SmallThinker-21BA3B-Instruct",
+    },
+];
 
 /// What a conversion reads: weights and their index, configuration, tokenizer, chat template.
 pub const DEFAULT_INCLUDE: [&str; 6] =
@@ -27,9 +49,14 @@ impl RepoId {
     /// # Errors
     /// [`HubError::InvalidName`] where it is neither.
     pub fn parse(text: &str) -> Result<RepoId, HubError> {
-        if let Some((_, repo)) = ALIASES.iter().find(|(alias, _)| alias.eq_ignore_ascii_case(text)) {
-            return Ok(RepoId((*repo).to_owned()));
+        match ALIASES.iter().find(|alias| alias.short.eq_ignore_ascii_case(text)) {
+            Some(alias) => Ok(RepoId(alias.repo.to_owned())),
+            None => RepoId::owner_and_name(text),
         }
+    }
+
+    /// Reads `owner/name` alone.
+    pub(crate) fn owner_and_name(text: &str) -> Result<RepoId, HubError> {
         let invalid = |reason| Err(HubError::InvalidName { name: text.to_owned(), reason });
         let Some((owner, name)) = text.split_once('/') else {
             return invalid("it is no alias, and `owner/name` has a slash");
@@ -49,6 +76,23 @@ impl RepoId {
         Ok(RepoId(text.to_owned()))
     }
 
+    /// The alias of this model, under its present name or its former one.
+    pub fn alias(&self) -> Option<&'static Alias> {
+        ALIASES.iter().find(|alias| [alias.repo, alias.former].iter().any(|name| name.eq_ignore_ascii_case(&self.0)))
+    }
+
+    /// The name that the same model is known by besides this one.
+    pub(crate) fn other_name(&self) -> Option<RepoId> {
+        let alias = self.alias()?;
+        let other = if alias.repo.eq_ignore_ascii_case(&self.0) { alias.former } else { alias.repo };
+        Some(RepoId(other.to_owned()))
+    }
+
+    /// All names that the model is known by, this one first.
+    pub(crate) fn names(&self) -> Vec<RepoId> {
+        std::iter::once(self.clone()).chain(self.other_name()).collect()
+    }
+
     /// `owner/name`.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -61,21 +105,18 @@ impl fmt::Display for RepoId {
     }
 }
 
-/// The known repository whose name differs least from `repo`, if it differs little.
-pub(super) fn closest_known(repo: &str) -> Option<String> {
-    let wanted = repo.to_ascii_lowercase();
-    let wanted_name = wanted.rsplit('/').next().unwrap_or(&wanted);
+/// The known model whose repository's name differs least from `repo`, if it differs little and is another.
+pub fn closest_known(repo: &str) -> Option<&'static Alias> {
+    let name = |repo: &str| repo.rsplit('/').next().unwrap_or(repo).to_ascii_lowercase();
+    let wanted = name(repo);
     ALIASES
         .iter()
-        .filter(|(_, known)| !known.eq_ignore_ascii_case(repo))
-        .map(|(alias, known)| {
-            let known_lower = known.to_ascii_lowercase();
-            let known_name = known_lower.rsplit('/').next().unwrap_or(&known_lower);
-            (edit_distance(wanted_name, known_name), known_name.len(), alias, known)
-        })
-        .filter(|(distance, len, ..)| *distance <= len / 2)
+        .map(|alias| (edit_distance(&wanted, &name(alias.repo)), name(alias.repo).len(), alias))
+        .filter(|(distance, len, _)| *distance <= len / 2)
         .min_by_key(|(distance, ..)| *distance)
-        .map(|(_, _, alias, known)| format!("{known} (`{alias}`)"))
+        .map(|(.., alias)| alias)
+        // Whoever wrote its name exactly meant it.
+        .filter(|alias| ![alias.repo, alias.former].iter().any(|known| known.eq_ignore_ascii_case(repo)))
 }
 
 /// Levenshtein distance in bytes.
@@ -94,7 +135,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
 }
 
 /// Refuses revisions that could not be a git reference, in particular those that would climb out of `refs/`.
-pub(super) fn check_revision(revision: &str) -> Result<(), HubError> {
+pub(crate) fn check_revision(revision: &str) -> Result<(), HubError> {
     let invalid = |reason| Err(HubError::InvalidRevision { revision: revision.to_owned(), reason });
     if revision.is_empty() || revision.len() > 255 {
         return invalid("it has 1 to 255 characters");
@@ -109,17 +150,17 @@ pub(super) fn check_revision(revision: &str) -> Result<(), HubError> {
 }
 
 /// Whether the text is a full commit hash.
-pub(super) fn is_commit(text: &str) -> bool {
+pub(crate) fn is_commit(text: &str) -> bool {
     is_hex(text, 40)
 }
 
 /// Whether the text is `len` lowercase hexadecimal digits.
-pub(super) fn is_hex(text: &str, len: usize) -> bool {
+pub(crate) fn is_hex(text: &str, len: usize) -> bool {
     text.len() == len && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// Refuses file names that would be written outside the folder they are joined to, on any system.
-pub(super) fn check_file_name(path: &str) -> Result<(), HubError> {
+pub(crate) fn check_file_name(path: &str) -> Result<(), HubError> {
     let unsafe_part =
         |part: &str| part.is_empty() || part == "." || part == ".." || part.len() > 255 || part.contains(['\\', ':']);
     if path.len() > 1024 || path.chars().any(char::is_control) || path.split('/').any(unsafe_part) {
@@ -130,7 +171,7 @@ pub(super) fn check_file_name(path: &str) -> Result<(), HubError> {
 
 /// Which files of a repository are wanted.
 #[derive(Debug)]
-pub(super) struct Include {
+pub(crate) struct Include {
     set: GlobSet,
     patterns: Vec<String>,
     is_default: bool,
@@ -141,7 +182,7 @@ impl Include {
     ///
     /// Given patterns mean what they mean to the Hugging Face tools: `*` matches `/` too, and `dir/` is everything
     /// under it.
-    pub(super) fn new(patterns: &[String]) -> Result<Include, HubError> {
+    pub(crate) fn new(patterns: &[String]) -> Result<Include, HubError> {
         let is_default = patterns.is_empty();
         let patterns: Vec<String> = if is_default {
             DEFAULT_INCLUDE.iter().map(|p| (*p).to_owned()).collect()
@@ -162,35 +203,25 @@ impl Include {
         Ok(Include { set, patterns, is_default })
     }
 
-    pub(super) fn matches(&self, path: &str) -> bool {
+    pub(crate) fn matches(&self, path: &str) -> bool {
         self.set.is_match(path)
     }
 
     /// Whether nothing was asked for in particular.
-    pub(super) fn is_default(&self) -> bool {
+    pub(crate) fn is_default(&self) -> bool {
         self.is_default
     }
 
     /// The patterns, for a message.
-    pub(super) fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         self.patterns.join(", ")
     }
 }
 
 /// Percent-encodes everything but unreserved characters and `/`.
-pub(super) fn encode_path(path: &str) -> String {
-    const HEX: &[u8; 16] = b"0123456789ABCDEF";
-    let mut out = String::with_capacity(path.len());
-    for byte in path.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            out.push('%');
-            out.push(char::from(HEX[usize::from(byte >> 4)]));
-            out.push(char::from(HEX[usize::from(byte & 15)]));
-        }
-    }
-    out
+pub(crate) fn encode_path(path: &str) -> String {
+    const ESCAPED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+    utf8_percent_encode(path, &ESCAPED).to_string()
 }
 
 #[cfg(test)]
@@ -199,9 +230,18 @@ mod tests {
 
     #[test]
     fn aliases_and_repositories_parse() {
-        assert_eq!(RepoId::parse("4b").unwrap().as_str(), "PowerInfer/SmallThinker-4BA0.6B-Instruct");
-        assert_eq!(RepoId::parse("21B").unwrap().as_str(), "PowerInfer/SmallThinker-21BA3B-Instruct");
+        assert_eq!(RepoId::parse("4b").unwrap().as_str(), "Tiiny/SmallThinker-4BA0.6B-Instruct");
+        assert_eq!(RepoId::parse("21B").unwrap().as_str(), "Tiiny/SmallThinker-21BA3B-Instruct");
         assert_eq!(RepoId::parse("a_b/c.d-e").unwrap().as_str(), "a_b/c.d-e");
+    }
+
+    #[test]
+    fn a_known_model_goes_by_both_its_names() {
+        let names = |text: &str| RepoId::parse(text).unwrap().names();
+        let [new, old] = [ALIASES[0].repo, ALIASES[0].former].map(|name| RepoId::parse(name).unwrap());
+        assert_eq!(names("4b"), [new.clone(), old.clone()]);
+        assert_eq!(names(old.as_str()), [old, new]);
+        assert_eq!(names("a/b"), [RepoId::parse("a/b").unwrap()]);
     }
 
     #[test]
@@ -229,11 +269,11 @@ mod tests {
 
     #[test]
     fn a_near_miss_proposes_the_known_repository() {
-        let hint = closest_known("PowerInfer/SmallThinker-4B-A0.6B-Instruct").unwrap();
-        assert_eq!(hint, "PowerInfer/SmallThinker-4BA0.6B-Instruct (`4b`)");
-        let hint = closest_known("powerinfer/smallthinker-21b-instruct").unwrap();
-        assert!(hint.ends_with("(`21b`)"), "{hint}");
-        assert_eq!(closest_known("meta-llama/Llama-3"), None);
+        let near = |repo| closest_known(repo).map(|alias| alias.short);
+        assert_eq!(near("PowerInfer/SmallThinker-4B-A0.6B-Instruct"), Some("4b"));
+        assert_eq!(near("tiiny/smallthinker-21b-instruct"), Some("21b"));
+        assert_eq!(near("meta-llama/Llama-3"), None);
+        assert_eq!(near(ALIASES[0].repo), None);
     }
 
     #[test]

@@ -6,10 +6,10 @@
 use std::fs;
 use std::path::Path;
 
-use super::api::Digest;
-use super::cache::recorded_etag;
-use super::names::{is_commit, is_hex};
-use super::trees;
+use crate::api::Digest;
+use crate::cache::recorded_etag;
+use crate::names::{is_commit, is_hex};
+use crate::trees;
 
 /// The SHA-256 that the hub states for a file of its cache or of a folder that was downloaded into, in hexadecimal.
 ///

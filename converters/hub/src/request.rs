@@ -1,36 +1,39 @@
 //! What is asked for, how it is to be done, and what it would take.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
-use super::{Proxy, RepoId};
-use crate::Cancel;
+use crate::address::without_user;
+use crate::{Proxies, RepoId, Token};
 
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
 /// Everything that is the same for all downloads of a program.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HubConfig {
-    /// Address of the hub, without a path.
+    /// Address of the hub. User and password in it are sent there instead of a token, and shown nowhere.
     pub endpoint: String,
     /// The folder that holds `models--owner--name` folders.
     pub cache_dir: PathBuf,
     /// Sent to the endpoint, and to no other host.
-    pub token: Option<String>,
+    pub token: Option<Token>,
     /// Answer from the disk alone.
     pub offline: bool,
-    /// Proxy for all connections.
-    pub proxy: Option<Proxy>,
+    /// Proxies, and what is reached without one.
+    pub proxies: Proxies,
     /// When and how often to try again.
     pub retry: RetryPolicy,
     /// The longest a connection may stay silent.
     pub stall_timeout: Duration,
     /// The longest that connecting may take.
     pub connect_timeout: Duration,
-    /// Asks the work to end soon; what has arrived stays.
-    pub cancel: Cancel,
+    /// Raised by whoever wants the work to end soon; what has arrived stays.
+    pub cancel: Arc<AtomicBool>,
 }
 
 impl HubConfig {
@@ -41,12 +44,25 @@ impl HubConfig {
             cache_dir: cache_dir.into(),
             token: None,
             offline: false,
-            proxy: None,
+            proxies: Proxies::default(),
             retry: RetryPolicy::default(),
             stall_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
-            cancel: Cancel::new(),
+            cancel: Arc::default(),
         }
+    }
+}
+
+impl fmt::Debug for HubConfig {
+    /// Without the address's password: the other secrets hide themselves.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HubConfig")
+            .field("endpoint", &without_user(&self.endpoint))
+            .field("cache_dir", &self.cache_dir)
+            .field("token", &self.token)
+            .field("offline", &self.offline)
+            .field("proxies", &self.proxies)
+            .finish_non_exhaustive()
     }
 }
 
@@ -84,7 +100,7 @@ pub struct DownloadRequest {
     pub repo: RepoId,
     /// Branch, tag or full commit hash.
     pub revision: String,
-    /// Globs over paths inside the repository; none means [`DEFAULT_INCLUDE`](super::DEFAULT_INCLUDE).
+    /// Globs over paths inside the repository; none means [`DEFAULT_INCLUDE`](crate::DEFAULT_INCLUDE).
     pub include: Vec<String>,
     /// Plain files in this folder instead of the cache.
     pub local_dir: Option<PathBuf>,
@@ -102,7 +118,7 @@ impl DownloadRequest {
 /// What a download consists of.
 #[derive(Debug, Clone)]
 pub struct Listing {
-    /// The repository.
+    /// The repository, by the name that the hub has for it.
     pub repo: RepoId,
     /// The revision asked for.
     pub revision: String,
@@ -110,7 +126,7 @@ pub struct Listing {
     pub commit: String,
     /// The files, by path.
     pub files: Vec<ListedFile>,
-    /// The folder that [`Hub::download`](super::Hub::download) will return.
+    /// The folder that [`Hub::download`](crate::Hub::download) will return.
     pub target: PathBuf,
     /// Free bytes on that disk, where the system says.
     pub free_bytes: Option<u64>,

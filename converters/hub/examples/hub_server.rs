@@ -1,6 +1,6 @@
 //! The tests' hub on loopback as a program of its own, for comparing with other clients.
 //!
-//! `hub_server [MIB [FILES]]` serves `PowerInfer/SmallThinker-4BA0.6B-Instruct` with FILES weight files (2) of MIB
+//! `hub_server [MIB [FILES]]` serves `Tiiny/SmallThinker-4BA0.6B-Instruct` with FILES weight files (2) of MIB
 //! MiB each (1), prints its endpoint, and logs every request to stderr. It runs until its standard input ends.
 #![allow(clippy::print_stdout, reason = "a program for scripts, which read the endpoint from stdout")]
 
@@ -31,7 +31,7 @@ fn main() {
     let index = serde_json::json!({ "weight_map": weight_map }).to_string();
     files.push(("model.safetensors.index.json".to_owned(), RepoFile::small(index)));
     let settings = Settings {
-        repo: "PowerInfer/SmallThinker-4BA0.6B-Instruct".to_owned(),
+        repo: "Tiiny/SmallThinker-4BA0.6B-Instruct".to_owned(),
         files: files.into_iter().collect(),
         echo: true,
         ..Settings::default()

@@ -41,6 +41,8 @@ pub(crate) enum Fault {
     LinkedEtag(String),
     /// The hub redirects there.
     RedirectTo(String),
+    /// The hub answers with a web page and this type of content.
+    Page(&'static str),
 }
 
 impl Fault {
@@ -50,7 +52,10 @@ impl Fault {
 
     /// Whether it is the host that states the identity, and not the one that sends the body, that misbehaves.
     fn is_of_the_hub(&self) -> bool {
-        matches!(self, Fault::Status(..) | Fault::LinkedSize(_) | Fault::LinkedEtag(_) | Fault::RedirectTo(_))
+        matches!(
+            self,
+            Fault::Status(..) | Fault::LinkedSize(_) | Fault::LinkedEtag(_) | Fault::RedirectTo(_) | Fault::Page(_)
+        )
     }
 }
 
@@ -142,8 +147,26 @@ pub(crate) struct Settings {
     pub(crate) page: usize,
     /// The commit that the repository info states.
     pub(crate) commit: Option<String>,
+    /// Names that the repository had before it moved, and how that is told.
+    pub(crate) former: Vec<String>,
+    pub(crate) moved: Moved,
+    /// The mirror has no address for the listing of files.
+    pub(crate) no_listing: bool,
     /// Every request is written to stderr as `HOST METHOD TARGET RANGE`.
     pub(crate) echo: bool,
+}
+
+/// The redirect from a former name.
+pub(crate) struct Moved {
+    pub(crate) status: u16,
+    /// What stands in front of the path; nothing for a relative location.
+    pub(crate) base: String,
+}
+
+impl Default for Moved {
+    fn default() -> Moved {
+        Moved { status: 307, base: String::new() }
+    }
 }
 
 struct Shared {
@@ -313,6 +336,12 @@ impl Shared {
         {
             return answer(stream, request, 401, &[], b"");
         }
+        if let Some(rest) = settings.former.iter().find_map(|former| without_name(&request.target, former)) {
+            let location = format!("{}{}", settings.moved.base, rest.replace("{}", &repo));
+            // The entity tag is that of the redirect's own body, as some frameworks give one.
+            let headers = [("Location", location), ("ETag", "W/\"53-redirect\"".to_owned())];
+            return answer(stream, request, settings.moved.status, &headers, b"Moved");
+        }
         if settings.gated {
             return answer(stream, request, 403, &[("X-Error-Code", "GatedRepo".into())], b"");
         }
@@ -322,6 +351,13 @@ impl Shared {
         }
         if let Some(Fault::RedirectTo(target)) = &fault {
             return answer(stream, request, 302, &[("Location", target.clone())], b"");
+        }
+        if let Some(Fault::Page(kind)) = fault {
+            let page = b"\n<!DOCTYPE html><html><title>Log in</title></html>";
+            return answer(stream, request, 200, &[("Content-Type", kind.to_owned())], page);
+        }
+        if settings.no_listing && matches!(route, Route::Tree(_)) {
+            return answer(stream, request, 404, &[], b"");
         }
         let revision_is_known = |revision: &str| ["main", "v1", "refs/pr/1", COMMIT].contains(&revision);
         match route {
@@ -486,6 +522,14 @@ fn write_content(
         at += n;
     }
     Ok(())
+}
+
+/// The target with `{}` in place of the repository's name, if it is about this one.
+fn without_name(target: &str, repo: &str) -> Option<String> {
+    ["/api/models/", "/"].iter().find_map(|prefix| {
+        let rest = target.strip_prefix(prefix)?.strip_prefix(repo)?;
+        rest.starts_with('/').then(|| format!("{prefix}{{}}{rest}"))
+    })
 }
 
 enum Route<'a> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{HubError, Listing};
+use crate::{HubError, Listing};
 
 /// Receives the events of a download, from several threads at once. Every method does nothing by default.
 ///
@@ -39,7 +39,4 @@ pub trait DownloadProgress: Send + Sync {
 }
 
 /// Watches nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoProgress;
-
-impl DownloadProgress for NoProgress {}
+impl DownloadProgress for () {}

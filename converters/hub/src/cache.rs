@@ -3,6 +3,7 @@
 //! The cache of one repository is `blobs/<etag>` (content), `snapshots/<commit>/<path>` (relative links to it),
 //! `refs/<revision>` (a commit) and `trees/<commit>.json` (the listing); content on its way is
 //! `blobs/<etag>.incomplete`. In a plain folder the same bookkeeping lies under `.cache/huggingface/`.
+//! A repository that goes by two names, because it has moved, has one folder; the other name is a link to it.
 //! This module never talks to the network.
 
 use std::collections::BTreeMap;
@@ -12,43 +13,69 @@ use std::os::unix::fs::symlink;
 use std::path::{Component, Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE;
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use sha1::Digest as _;
 
-use super::api::Entry;
-use super::names::is_commit;
-use super::transfer::Hasher;
-use super::{HubError, RepoId, trees};
+use crate::api::Entry;
+use crate::names::is_commit;
+use crate::transfer::Hasher;
+use crate::{HubError, RepoId, trees};
 
 /// One repository in a cache folder.
 #[derive(Debug)]
-pub(super) struct CachedRepo {
+pub(crate) struct CachedRepo {
     paths: CacheRepo,
     folder: PathBuf,
     locks: PathBuf,
 }
 
 impl CachedRepo {
-    pub(super) fn new(cache_dir: &Path, repo: &RepoId) -> CachedRepo {
-        let repo = Repo::new(repo.to_string(), RepoType::Model);
-        let name = repo.folder_name();
+    /// The folder of `repo`, or the one that it is a link to: there are the locks, too.
+    pub(crate) fn new(cache_dir: &Path, repo: &RepoId) -> CachedRepo {
+        let linked = linked_repo(&cache_dir.join(folder_name(repo)));
+        let repo = linked.as_ref().unwrap_or(repo);
+        let name = folder_name(repo);
         CachedRepo {
-            paths: Cache::new(cache_dir.to_owned()).repo(repo),
+            paths: Cache::new(cache_dir.to_owned()).repo(Repo::new(repo.to_string(), RepoType::Model)),
             folder: cache_dir.join(&name),
             locks: cache_dir.join(".locks").join(&name),
         }
     }
 
+    /// The folder of the first of `names` that has one, and before all others one that has `revision`.
+    pub(crate) fn find(cache_dir: &Path, names: &[RepoId], revision: &str) -> Option<CachedRepo> {
+        let mut there: Vec<_> = names.iter().map(|name| CachedRepo::new(cache_dir, name)).collect();
+        there.retain(|repo| repo.folder.is_dir());
+        let has =
+            |repo: &CachedRepo| repo.cached_commit(revision).is_some_and(|commit| repo.snapshot(&commit).is_dir());
+        let best = there.iter().position(has).unwrap_or(0);
+        there.into_iter().nth(best)
+    }
+
+    /// Makes the folder findable under another name, unless that has a folder of its own.
+    fn add_name(&self, name: &RepoId) {
+        let link = self.folder.with_file_name(folder_name(name));
+        if let Some(target) = self.folder.file_name().filter(|_| fs::symlink_metadata(&link).is_err()) {
+            // Without it the other name is only found where the hub can be asked.
+            if let Err(error) = symlink(target, &link) {
+                tracing::debug!(%error, link = %link.display(), "no link for the other name");
+            }
+        }
+    }
+
     /// The folder that `trees/` lies in.
-    pub(super) fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 
-    pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
+    pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
         self.paths.pointer_path(commit)
     }
 
     /// The commit `revision` stood for when it was last fetched.
-    pub(super) fn cached_commit(&self, revision: &str) -> Option<String> {
+    pub(crate) fn cached_commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
@@ -66,28 +93,39 @@ impl CachedRepo {
     }
 }
 
+fn folder_name(repo: &RepoId) -> String {
+    Repo::new(repo.to_string(), RepoType::Model).folder_name()
+}
+
+/// The repository whose folder `path` is a link to.
+fn linked_repo(path: &Path) -> Option<RepoId> {
+    let target = fs::read_link(path).ok()?;
+    let (owner, name) = target.to_str()?.strip_prefix("models--")?.split_once("--")?;
+    RepoId::owner_and_name(&format!("{owner}/{name}")).ok()
+}
+
 /// The destination of one download.
 #[derive(Debug)]
-pub(super) struct Place {
-    pub(super) cache: CachedRepo,
-    pub(super) commit: String,
+pub(crate) struct Place {
+    pub(crate) cache: CachedRepo,
+    pub(crate) commit: String,
     /// A plain folder instead of the cache.
     local: Option<PathBuf>,
 }
 
 /// The paths that one file passes through.
 #[derive(Debug)]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     /// Where the content ends up.
-    pub(super) content: PathBuf,
+    pub(crate) content: PathBuf,
     /// Where it grows; its length is what has arrived.
-    pub(super) partial: PathBuf,
-    pub(super) lock: PathBuf,
+    pub(crate) partial: PathBuf,
+    pub(crate) lock: PathBuf,
 }
 
 /// What is already there of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(crate) enum State {
     /// Under its final name.
     Present,
     /// The content is on this disk, but not under this name: no transfer needed. The bytes count as needed space
@@ -101,26 +139,26 @@ pub(super) enum State {
 }
 
 impl Place {
-    pub(super) fn new(cache: CachedRepo, commit: String, local: Option<PathBuf>) -> Place {
+    pub(crate) fn new(cache: CachedRepo, commit: String, local: Option<PathBuf>) -> Place {
         Place { cache, commit, local }
     }
 
     /// What the download returns: the snapshot folder or the plain folder.
-    pub(super) fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         self.local.clone().unwrap_or_else(|| self.cache.snapshot(&self.commit))
     }
 
     /// The folder whose disk receives the bytes.
-    pub(super) fn storage(&self) -> PathBuf {
+    pub(crate) fn storage(&self) -> PathBuf {
         self.local.clone().unwrap_or_else(|| self.cache.folder.clone())
     }
 
     /// Where the listing is kept.
-    pub(super) fn trees(&self) -> PathBuf {
+    pub(crate) fn trees(&self) -> PathBuf {
         self.local.as_deref().map_or_else(|| self.cache.folder.clone(), bookkeeping)
     }
 
-    pub(super) fn slot(&self, entry: &Entry) -> Slot {
+    pub(crate) fn slot(&self, entry: &Entry) -> Slot {
         let etag = entry.digest.hex();
         match &self.local {
             None => Slot {
@@ -142,7 +180,7 @@ impl Place {
     }
 
     /// Looks at the disk. May read a whole file where a plain folder has one of unknown origin.
-    pub(super) fn state(&self, entry: &Entry) -> State {
+    pub(crate) fn state(&self, entry: &Entry) -> State {
         let slot = self.slot(entry);
         let partial = || State::Partial(fs::metadata(&slot.partial).map_or(0, |m| m.len()).min(entry.size));
         let Some(folder) = &self.local else {
@@ -167,20 +205,20 @@ impl Place {
     }
 
     /// The content in the cache, when this place is a plain folder and the cache has it.
-    pub(super) fn cached_content(&self, entry: &Entry) -> Option<PathBuf> {
+    pub(crate) fn cached_content(&self, entry: &Entry) -> Option<PathBuf> {
         let blob = self.cache.paths.blob_path(entry.digest.hex());
         (self.local.is_some() && has_size(&blob, entry.size)).then_some(blob)
     }
 
     /// Gives verified content its final name.
-    pub(super) fn settle(&self, entry: &Entry, slot: &Slot, partial: &Path) -> Result<(), HubError> {
+    pub(crate) fn settle(&self, entry: &Entry, slot: &Slot, partial: &Path) -> Result<(), HubError> {
         create_parent(&slot.content)?;
         fs::rename(partial, &slot.content).map_err(HubError::io("rename to", &slot.content))?;
         self.record(entry, slot)
     }
 
     /// Makes content that has its final place findable: the snapshot's link, or the plain folder's metadata.
-    pub(super) fn record(&self, entry: &Entry, slot: &Slot) -> Result<(), HubError> {
+    pub(crate) fn record(&self, entry: &Entry, slot: &Slot) -> Result<(), HubError> {
         match &self.local {
             None => link(&slot.content, &self.pointer(entry)),
             Some(folder) => {
@@ -191,19 +229,24 @@ impl Place {
         }
     }
 
-    /// Called before the first file: the listing, so that others can tell a part from the whole.
-    pub(super) fn begin(&self, entries: &BTreeMap<String, Entry>) -> Result<(), HubError> {
+    /// Called before the first file: the listing, so that others can tell a part from the whole, and the names that the
+    /// cache is to know the repository by.
+    pub(crate) fn begin(&self, entries: &BTreeMap<String, Entry>, names: &[RepoId]) -> Result<(), HubError> {
         if let Some(folder) = &self.local {
             let ignore = bookkeeping(folder).join(".gitignore");
             if !ignore.exists() {
                 write_atomically(&ignore, b"*")?;
             }
         }
-        trees::write(&self.trees(), &self.commit, entries)
+        trees::write(&self.trees(), &self.commit, entries)?;
+        if self.local.is_none() {
+            names.iter().for_each(|name| self.cache.add_name(name));
+        }
+        Ok(())
     }
 
     /// Called after the last file: from here on the revision is found in the cache.
-    pub(super) fn conclude(&self, revision: &str) -> Result<(), HubError> {
+    pub(crate) fn conclude(&self, revision: &str) -> Result<(), HubError> {
         if self.local.is_none() { self.cache.write_ref(revision, &self.commit) } else { Ok(()) }
     }
 
@@ -213,7 +256,7 @@ impl Place {
 }
 
 /// The entity tag noted for a file of a plain folder, unless the file was changed afterwards.
-pub(super) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
+pub(crate) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
     let text = fs::read_to_string(metadata_path(folder, file)).ok()?;
     let mut lines = text.lines();
     let (_commit, etag, noted) = (lines.next()?, lines.next()?, lines.next()?.trim().parse::<f64>().ok()?);
@@ -224,18 +267,18 @@ pub(super) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
 }
 
 /// Free bytes on the disk that `path` is on or will be created on; `None` where the system does not say.
-pub(super) fn free_space(path: &Path) -> Option<u64> {
+pub(crate) fn free_space(path: &Path) -> Option<u64> {
     let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
     let stat = rustix::fs::statvfs(existing.unwrap_or(Path::new("."))).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Whether there is a file of that size. Links are followed.
-pub(super) fn has_size(path: &Path, size: u64) -> bool {
+pub(crate) fn has_size(path: &Path, size: u64) -> bool {
     fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == size)
 }
 
-pub(super) fn create_parent(path: &Path) -> Result<(), HubError> {
+pub(crate) fn create_parent(path: &Path) -> Result<(), HubError> {
     match path.parent() {
         Some(folder) => fs::create_dir_all(folder).map_err(HubError::io("create", folder)),
         None => Ok(()),
@@ -243,7 +286,7 @@ pub(super) fn create_parent(path: &Path) -> Result<(), HubError> {
 }
 
 /// Writes a small file so that readers see the old or the new one, never a part.
-pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), HubError> {
+pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), HubError> {
     create_parent(path)?;
     let beside = beside(path);
     let write = || {
@@ -262,7 +305,18 @@ fn beside(path: &Path) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    path.with_file_name(format!("{name}.{}-{number}.tmp", std::process::id()))
+    path.with_file_name(with_suffix(&name, &format!(".{}-{number}.tmp", std::process::id())))
+}
+
+/// `name` and `suffix`; where together they are longer than names may be, the end of `name` gives way to its hash.
+fn with_suffix(name: &str, suffix: &str) -> String {
+    const NAME_MAX: usize = 255;
+    if name.len() + suffix.len() <= NAME_MAX {
+        return format!("{name}{suffix}");
+    }
+    let hash = short_hash(name);
+    let room = NAME_MAX - suffix.len() - hash.len() - 1;
+    format!("{}.{hash}{suffix}", &name[..name.floor_char_boundary(room)])
 }
 
 /// Makes `pointer` a relative link to `blob`, replacing what is there.
@@ -298,23 +352,14 @@ fn bookkeeping(folder: &Path) -> PathBuf {
 }
 
 fn metadata_path(folder: &Path, file: &str) -> PathBuf {
-    bookkeeping(folder).join("download").join(format!("{file}.metadata"))
+    let path = bookkeeping(folder).join("download").join(file);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(with_suffix(&name, ".metadata"))
 }
 
 /// URL-safe base64 of the SHA-1, as `huggingface_hub` names partial files of a plain folder.
 fn short_hash(name: &str) -> String {
-    use sha1::Digest as _;
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    let hash = sha1::Sha1::digest(name.as_bytes());
-    let mut out = String::with_capacity(28);
-    for chunk in hash.chunks(3) {
-        let bits = chunk.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
-        for i in 0..4 {
-            let sextet = (bits >> (18 - 6 * i)) & 63;
-            out.push(if i <= chunk.len() { char::from(ALPHABET[sextet as usize]) } else { '=' });
-        }
-    }
-    out
+    URL_SAFE.encode(sha1::Sha1::digest(name.as_bytes()))
 }
 
 #[cfg(test)]
@@ -346,5 +391,34 @@ mod tests {
         fs::write(repo.folder().join("refs/main"), "../../../etc").unwrap();
         assert_eq!(repo.cached_commit("main"), None);
         assert_eq!(repo.cached_commit(commit).as_deref(), Some(commit));
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_with_its_suffix_is_cut_and_stays_one_of_its_own() {
+        assert_eq!(with_suffix(&"a".repeat(246), ".metadata"), format!("{}.metadata", "a".repeat(246)));
+        let (a, b) = (format!("{}a", "ü".repeat(127)), format!("{}b", "ü".repeat(127)));
+        let names = [&a, &b].map(|name| with_suffix(name, ".metadata"));
+        assert!(names.iter().all(|name| name.len() <= 255 && name.ends_with(".metadata")), "{names:?}");
+        assert_ne!(names[0], names[1]);
+    }
+
+    #[test]
+    fn a_folder_has_all_the_names_it_was_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let [old, new, other] = ["a/old", "b/new", "c/other"].map(|name| RepoId::parse(name).unwrap());
+        let there = CachedRepo::new(folder.path(), &old);
+        assert!(CachedRepo::find(folder.path(), &[new.clone(), old.clone()], "main").is_none());
+        fs::create_dir(there.folder()).unwrap();
+        there.add_name(&new);
+        there.add_name(&old);
+        let found = CachedRepo::find(folder.path(), &[other.clone(), new.clone()], "main").unwrap();
+        assert_eq!((&found.folder, &found.locks), (&there.folder, &there.locks));
+        assert_eq!(fs::read_link(folder.path().join("models--b--new")).unwrap(), Path::new("models--a--old"));
+        // Two folders from other tools: the one that has the revision.
+        let commit = "0123456789012345678901234567890123456789";
+        let second = CachedRepo::new(folder.path(), &other);
+        fs::create_dir_all(second.snapshot(commit)).unwrap();
+        second.write_ref("main", commit).unwrap();
+        assert_eq!(CachedRepo::find(folder.path(), &[new, other], "main").unwrap().folder, second.folder);
     }
 }

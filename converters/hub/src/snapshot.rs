@@ -7,15 +7,15 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::names::check_file_name;
-use super::{HubError, RepoId};
+use crate::names::check_file_name;
+use crate::{HubError, RepoId};
 
 /// The file that says what a model is.
-pub(super) const CONFIG: &str = "config.json";
+pub(crate) const CONFIG: &str = "config.json";
 /// The architecture that this program is for.
 const ARCHITECTURE: &str = "SmallThinkerForCausalLM";
 /// Longest `config.json` that is read.
-pub(super) const MAX_CONFIG: u64 = 4 << 20;
+pub(crate) const MAX_CONFIG: u64 = 4 << 20;
 /// Longest weight index that is read.
 const MAX_INDEX: u64 = 64 << 20;
 
@@ -31,7 +31,7 @@ struct Index {
 }
 
 /// Refuses a `config.json` of another kind of model.
-pub(super) fn check_architecture(repo: &RepoId, config: &[u8]) -> Result<(), HubError> {
+pub(crate) fn check_architecture(repo: &RepoId, config: &[u8]) -> Result<(), HubError> {
     let found = match serde_json::from_slice::<Config>(config) {
         Ok(config) if config.architectures.iter().any(|a| a == ARCHITECTURE) => return Ok(()),
         Ok(config) if config.architectures.is_empty() => "its config.json names no architecture".to_owned(),
@@ -42,14 +42,14 @@ pub(super) fn check_architecture(repo: &RepoId, config: &[u8]) -> Result<(), Hub
 }
 
 /// The same for the `config.json` in a folder.
-pub(super) fn check_architecture_file(repo: &RepoId, folder: &Path) -> Result<(), HubError> {
+pub(crate) fn check_architecture_file(repo: &RepoId, folder: &Path) -> Result<(), HubError> {
     let path = folder.join(CONFIG);
     let text = read_limited(&path, MAX_CONFIG).map_err(HubError::io("read", &path))?;
     check_architecture(repo, &text)
 }
 
 /// Whether a folder has a configuration and every weight file that its index names.
-pub(super) fn looks_whole(folder: &Path) -> bool {
+pub(crate) fn looks_whole(folder: &Path) -> bool {
     if !folder.join(CONFIG).is_file() {
         return false;
     }

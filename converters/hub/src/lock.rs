@@ -10,14 +10,14 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::HubError;
+use crate::HubError;
 
 /// How often a lock that somebody else holds is tried again.
 const POLL: Duration = Duration::from_millis(50);
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
-pub(super) struct FileLock {
+pub(crate) struct FileLock {
     /// `None` where the file system knows no locks.
     held: Option<File>,
 }
@@ -27,7 +27,7 @@ impl FileLock {
     ///
     /// `on_wait` is called once if somebody else holds it; waiting ends with [`HubError::Cancelled`] when `stopped`
     /// says so.
-    pub(super) fn acquire(
+    pub(crate) fn acquire(
         path: &Path,
         on_wait: impl FnOnce(),
         stopped: impl Fn() -> bool,
@@ -68,7 +68,7 @@ impl FileLock {
     }
 
     /// Whether others are kept out. Where the file system knows no locks, nothing may be shared with them.
-    pub(super) fn is_exclusive(&self) -> bool {
+    pub(crate) fn is_exclusive(&self) -> bool {
         self.held.is_some()
     }
 }

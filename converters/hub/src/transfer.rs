@@ -17,10 +17,10 @@ use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 use ureq::http::{StatusCode, header};
 
-use super::api::{Digest, Entry, resolve_url};
-use super::cache::{create_parent, free_space};
-use super::http::{Answer, Client, Failure, Subject, bad_response};
-use super::{DownloadProgress, HubError, RepoId};
+use crate::api::{Digest, Entry, resolve_url};
+use crate::cache::{create_parent, free_space};
+use crate::http::{Answer, Client, Failure, Subject, What, bad_response};
+use crate::{DownloadProgress, HubError, RepoId};
 
 /// Size of one buffer between the socket, the file and the hash.
 const CHUNK: usize = 512 << 10;
@@ -28,7 +28,7 @@ const CHUNK: usize = 512 << 10;
 const CHUNKS: usize = 6;
 
 /// The running hash that proves a file.
-pub(super) enum Hasher {
+pub(crate) enum Hasher {
     Sha256(Sha256),
     GitSha1(Sha1),
 }
@@ -58,7 +58,7 @@ impl Hasher {
     }
 
     /// The hash of a file on disk.
-    pub(super) fn of_file(path: &Path, entry: &Entry) -> io::Result<String> {
+    pub(crate) fn of_file(path: &Path, entry: &Entry) -> io::Result<String> {
         let (mut file, mut hasher, mut buffer) = (File::open(path)?, Hasher::new(entry), vec![0; CHUNK]);
         loop {
             match file.read(&mut buffer)? {
@@ -95,20 +95,20 @@ impl HashQueue {
 }
 
 /// One file's way from the hub to `partial`.
-pub(super) struct Transfer<'a> {
-    pub(super) client: &'a Client<'a>,
-    pub(super) repo: &'a RepoId,
-    pub(super) commit: &'a str,
-    pub(super) entry: &'a Entry,
+pub(crate) struct Transfer<'a> {
+    pub(crate) client: &'a Client<'a>,
+    pub(crate) repo: &'a RepoId,
+    pub(crate) commit: &'a str,
+    pub(crate) entry: &'a Entry,
     /// Index for `progress`.
-    pub(super) index: usize,
-    pub(super) partial: &'a Path,
-    pub(super) progress: &'a dyn DownloadProgress,
+    pub(crate) index: usize,
+    pub(crate) partial: &'a Path,
+    pub(crate) progress: &'a dyn DownloadProgress,
 }
 
 impl Transfer<'_> {
     /// Completes and proves the partial file. On an error it keeps what has arrived, unless that is proven wrong.
-    pub(super) fn run(&self) -> Result<(), HubError> {
+    pub(crate) fn run(&self) -> Result<(), HubError> {
         create_parent(self.partial)?;
         let file = OpenOptions::new()
             .read(true)
@@ -211,7 +211,7 @@ impl Transfer<'_> {
     /// One request, and as much of its answer as arrives. `at` is where the file stands, before and after.
     fn attempt(&self, file: &File, at: &mut u64, queue: &HashQueue) -> Result<(), Failure> {
         let entry = self.entry;
-        let subject = Subject { repo: self.repo, revision: self.commit, file: Some(&entry.path) };
+        let subject = Subject { repo: self.repo, revision: self.commit, what: What::File(&entry.path) };
         let url = resolve_url(self.client.endpoint(), self.repo, self.commit, &entry.path);
         let mut answer = self.client.get(&url, Some(*at).filter(|at| *at > 0), &subject)?;
         self.check_identity(&answer)?;

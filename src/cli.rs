@@ -1,8 +1,10 @@
 //! The command line as types: names, defaults and help, and nothing that acts.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use st_model::Isa;
 
 use crate::size::parse_size;
@@ -97,7 +99,7 @@ pub(crate) struct DownloadArgs {
 pub(crate) struct QuantizeArgs {
     /// A checkpoint folder, `4b`, `21b`, `owner/name`, or an F32, F16, BF16 or Q8_0 GGUF file.
     #[arg(value_name = "MODEL")]
-    pub(crate) model: String,
+    pub(crate) model: OsString,
     /// 4 bits and a scale per 32 weights.
     #[arg(long = "q4_0", group = "type")]
     pub(crate) q4_0: bool,
@@ -125,7 +127,7 @@ pub(crate) struct QuantizeArgs {
     /// The file to write; by default ./NAME-TYPE.gguf.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
-    /// Replace an existing output.
+    /// Replace an existing output, of the same kind.
     #[arg(long)]
     pub(crate) force: bool,
     /// Show the tensors and their sizes; write nothing.
@@ -135,8 +137,8 @@ pub(crate) struct QuantizeArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "force"])]
     pub(crate) compare: Option<PathBuf>,
     /// Threads; the output does not depend on it. By default all.
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub(crate) threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
+    pub(crate) threads: Unless<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -150,12 +152,12 @@ pub(crate) struct LayoutArgs {
     /// The layout to bring it to.
     #[arg(long, value_name = "LAYOUT")]
     pub(crate) to: LayoutName,
-    /// Replace an existing output.
+    /// Replace an existing output, of the same kind.
     #[arg(long)]
     pub(crate) force: bool,
     /// Threads; the output does not depend on it. By default all.
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub(crate) threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
+    pub(crate) threads: Unless<usize>,
 }
 
 /// Where the weights are and what running them may cost.
@@ -165,8 +167,8 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
     /// Compute threads; by default the physical cores.
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub(crate) threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
+    pub(crate) threads: Unless<usize>,
     /// Do not begin to read experts before attention (for measuring).
     #[arg(long)]
     pub(crate) no_prefetch: bool,
@@ -189,7 +191,7 @@ pub(crate) struct EngineArgs {
 pub(crate) struct RunArgs {
     /// The model; without it, the small one inside this program.
     #[arg(value_name = "MODEL")]
-    pub(crate) model: Option<String>,
+    pub(crate) model: Option<OsString>,
     /// Answer this and exit; `-` reads stdin.
     #[arg(short, long, value_name = "TEXT", group = "input", allow_hyphen_values = true)]
     pub(crate) prompt: Option<String>,
@@ -198,16 +200,16 @@ pub(crate) struct RunArgs {
     pub(crate) file: Option<PathBuf>,
     /// The prompt as token ids: comma-separated, or @FILE.
     #[arg(long, value_name = "LIST", group = "input", conflicts_with_all = ["system", "raw"])]
-    pub(crate) token_ids: Option<String>,
+    pub(crate) token_ids: Option<OsString>,
     /// The system message.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub(crate) system: Option<String>,
     /// No chat template: continue the text as it is.
     #[arg(long)]
     pub(crate) raw: bool,
-    /// Tokens to generate at most; by default until the end token or the context is full.
-    #[arg(short = 'n', long, value_name = "N")]
-    pub(crate) max_tokens: Option<usize>,
+    /// Tokens to generate at most; -1, the default, goes on until the end token or the context is full.
+    #[arg(short = 'n', long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = unless::<usize>)]
+    pub(crate) max_tokens: Unless<usize>,
     /// Context length; by default the model's own, or what the memory allows.
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) ctx: Option<usize>,
@@ -227,7 +229,7 @@ pub(crate) struct RunArgs {
     /// Speed and memory on stderr at the end.
     #[arg(long)]
     pub(crate) stats: bool,
-    /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces FILE.
+    /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces an earlier trace.
     #[arg(long, value_name = "FILE")]
     pub(crate) record_routing: Option<PathBuf>,
 }
@@ -237,9 +239,9 @@ pub(crate) struct SamplingArgs {
     /// Randomness; 0 always takes the likeliest token.
     #[arg(long, value_name = "F", default_value_t = 0.8)]
     pub(crate) temp: f32,
-    /// Choose among the N likeliest tokens; 0 for all.
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    pub(crate) top_k: usize,
+    /// Choose among the N likeliest tokens; 0 or -1 for all.
+    #[arg(long, value_name = "N", default_value = "40", value_parser = unless::<usize>)]
+    pub(crate) top_k: Unless<usize>,
     /// Choose among the likeliest tokens of this total probability.
     #[arg(long, value_name = "F", default_value_t = 0.95)]
     pub(crate) top_p: f32,
@@ -249,16 +251,16 @@ pub(crate) struct SamplingArgs {
     /// Make the last 64 tokens less likely; 1 does nothing.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub(crate) repeat_penalty: f32,
-    /// Start of the random sequence, for the same answer again; by default another every time.
-    #[arg(long, value_name = "N")]
-    pub(crate) seed: Option<u64>,
+    /// Start of the random sequence, for the same answer again; -1, the default, takes another every time.
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = unless::<u64>)]
+    pub(crate) seed: Unless<u64>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     /// The model; without it, the small one inside this program.
     #[arg(value_name = "MODEL")]
-    pub(crate) model: Option<String>,
+    pub(crate) model: Option<OsString>,
     /// Prompt tokens.
     #[arg(short = 'p', value_name = "N", default_value_t = 512)]
     pub(crate) prompt_tokens: usize,
@@ -277,14 +279,14 @@ pub(crate) struct BenchArgs {
     #[arg(short = 'o', value_name = "FORMAT", default_value = "md")]
     pub(crate) output: BenchFormat,
     /// Write which experts each token of all repetitions is sent to, the one that warms up included, for
-    /// `st-tool cache-sim`; replaces FILE.
+    /// `st-tool cache-sim`; replaces an earlier trace.
     #[arg(long, value_name = "FILE")]
     pub(crate) record_routing: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct CacheSimArgs {
-    /// A file that `--record-routing` wrote.
+    /// A file that `--record-routing` wrote; `-` reads stdin.
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
     /// Sizes of the cache in experts, comma-separated; by default ten, up to all experts.
@@ -302,10 +304,10 @@ pub(crate) struct CacheSimArgs {
 pub(crate) struct LogitsArgs {
     /// The model.
     #[arg(value_name = "MODEL")]
-    pub(crate) model: String,
+    pub(crate) model: OsString,
     /// The tokens: comma-separated, or @FILE.
     #[arg(long, value_name = "LIST")]
-    pub(crate) token_ids: String,
+    pub(crate) token_ids: OsString,
     /// The safetensors file to write.
     #[arg(short, long, value_name = "OUT.safetensors")]
     pub(crate) output: PathBuf,
@@ -315,22 +317,22 @@ pub(crate) struct LogitsArgs {
     /// Compute with plain 32-bit floats.
     #[arg(long, conflicts_with_all = ["memory", "threads"])]
     pub(crate) reference: bool,
-    /// Replace an existing output.
+    /// Replace an existing output, of the same kind.
     #[arg(long)]
     pub(crate) force: bool,
     /// The most memory this process may use, all told, such as 1GiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
     /// Compute threads; by default the physical cores.
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub(crate) threads: Option<usize>,
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
+    pub(crate) threads: Unless<usize>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// A GGUF file, or a model.
     #[arg(value_name = "FILE|MODEL")]
-    pub(crate) model: String,
+    pub(crate) model: OsString,
     /// List every tensor.
     #[arg(long)]
     pub(crate) tensors: bool,
@@ -343,8 +345,8 @@ pub(crate) struct InspectArgs {
 pub(crate) struct PerplexityArgs {
     /// The model.
     #[arg(value_name = "MODEL")]
-    pub(crate) model: String,
-    /// The text.
+    pub(crate) model: OsString,
+    /// The text; `-` reads stdin.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) file: PathBuf,
     /// Tokens per window; by default 512, or the model's context where that is shorter.
@@ -407,6 +409,24 @@ pub(crate) enum BenchFormat {
     Json,
 }
 
+impl Cli {
+    /// Reads the arguments of the process.
+    pub(crate) fn from_args() -> Result<Self, clap::Error> {
+        Self::from(std::env::args_os())
+    }
+
+    fn from(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
+        // -1 is a value, for the option's own words to accept or refuse, and never an option that does not exist.
+        let takes_numbers = |arg: clap::Arg| match arg.is_positional() || !arg.get_action().takes_values() {
+            true => arg,
+            false => arg.allow_negative_numbers(true),
+        };
+        let mut command = Self::command().mut_subcommands(|verb| verb.mut_args(takes_numbers));
+        let mut matches = command.try_get_matches_from_mut(args)?;
+        Self::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))
+    }
+}
+
 impl QuantizeArgs {
     /// The one type that was asked for.
     pub(crate) fn type_name(&self) -> TypeName {
@@ -425,6 +445,31 @@ fn parse_isa(text: &str) -> Result<Isa, String> {
     named.ok_or_else(|| format!("the names are {}", Isa::ALL.map(Isa::name).join(", ")))
 }
 
+/// A number, or none where it is -1: what the option is by default, as other tools of this kind write it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Unless<T>(pub(crate) Option<T>);
+
+fn unless<T: FromStr>(text: &str) -> Result<Unless<T>, String> {
+    match text {
+        "-1" => Ok(Unless(None)),
+        _ => text
+            .parse()
+            .map(|number| Unless(Some(number)))
+            .map_err(|_| "it must be a whole number from 0, or -1".into()),
+    }
+}
+
+/// More threads than the largest machines have are a slip.
+const MAX_THREADS: usize = 1024;
+
+fn threads(text: &str) -> Result<Unless<usize>, String> {
+    match unless(text)? {
+        Unless(Some(0)) => Err("it must be at least 1".into()),
+        Unless(Some(many)) if many > MAX_THREADS => Err(format!("it must be at most {MAX_THREADS}")),
+        number => Ok(number),
+    }
+}
+
 fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("it must be at least 1".into()),
@@ -435,8 +480,6 @@ fn positive(text: &str) -> Result<usize, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -445,10 +488,29 @@ mod tests {
     }
 
     #[test]
+    fn minus_one_is_no_limit_and_any() {
+        let parse = |args: &[&str]| match Cli::from([&["st-tool", "run"], args].concat()).expect("valid").command {
+            Command::Run(args) => args,
+            _ => panic!("run"),
+        };
+        for (args, given) in [
+            (&["-n", "-1", "--seed", "-1", "--top-k", "-1", "--threads", "-1"][..], None),
+            (&["-n-1", "--seed=-1", "--top-k=-1", "--threads=-1"], None),
+            (&["-n", "7", "--seed", "7", "--top-k", "7", "--threads", "7"], Some(7)),
+        ] {
+            let args = parse(args);
+            assert_eq!((args.max_tokens.0, args.sampling.top_k.0, args.engine.threads.0), (given, given, given));
+            assert_eq!(args.sampling.seed.0, given.map(|n| n as u64));
+        }
+        let args = parse(&[]);
+        assert_eq!((args.max_tokens.0, args.sampling.top_k.0, args.engine.threads.0), (None, Some(40), None));
+    }
+
+    #[test]
     fn exactly_one_type_is_asked_for() {
         let parse = |args: &[&str]| {
             let all = ["st-tool", "quantize", "m"].iter().chain(args).copied();
-            Cli::try_parse_from(all.collect::<Vec<_>>())
+            Cli::from(all.collect::<Vec<_>>())
         };
         assert!(parse(&[]).is_err());
         assert!(parse(&["--q4_0", "--f32"]).is_err());

@@ -68,9 +68,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_machine_has_cores_and_memory() {
+    fn the_machine_has_cores() {
         assert!((1..=available_threads()).contains(&physical_cores()));
-        assert!(peak_resident().is_none_or(|bytes| bytes > 100 << 10));
-        assert!(read_bandwidth(2, Some(8 << 20)) > 1e6);
+    }
+
+    #[test]
+    fn a_bandwidth_is_bytes_by_seconds() {
+        // Between a disk's and that of a cache of many cores.
+        let rate = read_bandwidth(2, Some(64 << 20));
+        assert!((1e8..1e13).contains(&rate), "{rate}");
+    }
+
+    /// The other tests of this process take no such amount, and none would be counted as less.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_of_resident_memory_counts_what_was_touched() {
+        const BYTES: usize = 96 << 20;
+        let before = peak_resident().expect("the system says");
+        let touched = black_box(vec![1u8; before as usize + BYTES]);
+        let peak = peak_resident().expect("the system says");
+        assert!(peak >= touched.len() as u64, "{peak} after {before}");
     }
 }

@@ -3,9 +3,11 @@
 mod cli;
 mod commands;
 mod env;
+mod input;
 mod machine;
 mod models;
 mod report;
+mod shown;
 mod signals;
 mod size;
 mod table;
@@ -13,23 +15,54 @@ mod tensor_file;
 mod terminal;
 mod ui;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
-
-use clap::Parser as _;
+use std::thread::{self, JoinHandle};
 
 use cli::Cli;
 use commands::Context;
 use env::Env;
+use report::OutputError;
 use signals::Interrupt;
 use ui::Ui;
 
+/// Of the thread that does the work. The one that a process begins with has what a limit of the session leaves it, and
+/// that may be too little.
+const STACK_BYTES: usize = 16 << 20;
+
 fn main() -> ExitCode {
-    // Wrong arguments end here, with clap's message and exit status 2.
-    let cli = Cli::parse();
+    let cli = match Cli::from_args() {
+        Ok(cli) => cli,
+        Err(error) => return not_run(&error),
+    };
     let env = Env::read();
     let ui = Ui::new(cli.quiet, env.no_color);
     start_logging(cli.verbose, ui.color);
+    let worker = thread::Builder::new().name("main".into()).stack_size(STACK_BYTES);
+    match worker.spawn(move || run(cli, env, ui)).map(JoinHandle::join) {
+        Ok(Ok(status)) => status,
+        Ok(Err(panic)) => std::panic::resume_unwind(panic),
+        Err(error) => {
+            report::print(&anyhow::Error::from(error).context("cannot start a thread"), ui.color);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What was asked for is the help; or wrong arguments end here, with clap's message and exit status 2.
+fn not_run(error: &clap::Error) -> ExitCode {
+    let printed = error.print().and_then(|()| io::stdout().flush());
+    match printed {
+        _ if error.use_stderr() => ExitCode::from(2),
+        Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => {
+            report::print(&OutputError(cause).into(), false);
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn run(cli: Cli, env: Env, ui: Ui) -> ExitCode {
     let result = Interrupt::install().map_err(anyhow::Error::from).map(|interrupt| Context { env, ui, interrupt });
     let outcome = result.map(|context| {
         let status = commands::run(cli.command, &context);

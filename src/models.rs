@@ -1,5 +1,6 @@
 //! What MODEL means: a name, a file, a folder or a repository, resolved to something that can be opened.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -29,7 +30,16 @@ pub(crate) enum Model {
 
 impl Model {
     /// Resolves an argument: first the fixed names, then what is on disk, then repositories.
-    pub(crate) fn resolve(name: &str) -> anyhow::Result<Self> {
+    pub(crate) fn resolve(name: impl AsRef<OsStr>) -> anyhow::Result<Self> {
+        let name = name.as_ref();
+        let Some(name) = name.to_str() else {
+            // No name of a model or a repository is like this, so it is a path.
+            let path = PathBuf::from(name);
+            return Ok(if path.is_dir() { Self::Folder(path) } else { Self::File(path) });
+        };
+        if name == "-" {
+            return Err(Advice::new("a model is not read from stdin", "name its file").into());
+        }
         if name == "tiny" {
             return Ok(Self::Tiny);
         }
@@ -100,6 +110,14 @@ impl Model {
             Self::Hub(repo) => snapshot(repo, context, fetch)?,
         };
         Ok(Input::open(&path)?)
+    }
+
+    /// The file or folder that was named, if one was.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) | Self::Folder(path) => Some(path),
+            Self::Tiny | Self::Hub(_) => None,
+        }
     }
 
     /// The name that a converted file is given.

@@ -11,6 +11,7 @@ use st_gguf::GgufError;
 use st_hub::HubError;
 use st_model::ModelError;
 
+use crate::shown::one_line;
 use crate::size::show_size;
 
 /// An error of the command line itself, with advice.
@@ -93,7 +94,14 @@ pub(crate) fn print(error: &anyhow::Error, color: bool) {
 fn chain(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
-        let message = one_line(&cause.to_string());
+        let mut message = one_line(&cause.to_string());
+        // What begins with the name that the line ends with need not repeat it.
+        if let Some((name, rest)) = message.split_once(": ")
+            && !name.is_empty()
+            && line.ends_with(name)
+        {
+            message = rest.to_owned();
+        }
         if line.is_empty() {
             line = message;
         } else if !line.ends_with(&message) {
@@ -101,12 +109,6 @@ fn chain(error: &anyhow::Error) -> String {
         }
     }
     line
-}
-
-/// Control characters come from file names and file contents; they shall not reach the terminal.
-fn one_line(text: &str) -> String {
-    let words: Vec<&str> = text.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect();
-    words.join(" ").chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
@@ -135,6 +137,14 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
 fn gguf_hint(error: &GgufError) -> Option<String> {
     Some(match error {
         GgufError::Exists { .. } => "--force replaces it; -o names another file".into(),
+        GgufError::OtherKind { .. } | GgufError::Descriptor { .. } => "name another file for the output".into(),
+        GgufError::Stdout { .. } => "-o FILE names the file; ./- is one of that name".into(),
+        GgufError::Busy { .. } => "wait for it to end, or name another file for the output".into(),
+        GgufError::Io { source, .. }
+            if matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) =>
+        {
+            "`ls -ld` on the file and its folder says who may".into()
+        }
         GgufError::NoFolder { folder, .. } => format!("`mkdir -p {}` makes it", folder.display()),
         GgufError::NoSpace { needed, .. } => {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))

@@ -12,7 +12,7 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use st_convert::Cancel;
 
-use crate::report::Interrupted;
+use crate::report::{self, Interrupted};
 use crate::terminal::Terminal;
 
 /// What the signal thread and the work share.
@@ -25,15 +25,18 @@ pub(crate) struct Interrupt {
 struct Shared {
     /// The signals that arrived and were not acted on: bit `n` for signal `n`.
     seen: AtomicU64,
-    /// Set while nothing is running that would look at a flag: end at once on SIGTERM and SIGHUP.
+    /// Set while nothing is running that would look at a flag: end at once.
     idle: Mutex<Option<Idle>>,
     cancel: Cancel,
 }
 
-/// Waiting for a line to be typed, at a terminal that wants its settings back.
+/// What is waited for.
 #[derive(Debug)]
-struct Idle {
-    terminal: Option<Terminal>,
+enum Idle {
+    /// A line to be typed, at a terminal that wants its settings back. Ctrl-C is a key like others there.
+    Line(Option<Terminal>),
+    /// Input that may never come.
+    Input,
 }
 
 impl Interrupt {
@@ -95,24 +98,43 @@ impl Interrupt {
     /// Runs `wait`, which waits for a line to be typed and looks at no flag; `None` where the process was asked to end
     /// before that began.
     pub(crate) fn while_idle<T>(&self, wait: impl FnOnce() -> T) -> Option<T> {
-        let set_idle = |idle| *self.shared.idle.lock().unwrap_or_else(PoisonError::into_inner) = idle;
-        set_idle(Some(Idle { terminal: Terminal::remember() }));
+        let set_idle = |idle| self.shared.set_idle(idle);
+        set_idle(Some(Idle::Line(Terminal::remember())));
         // A request that came before that was left to whoever looks at the flag.
         let result = (!self.terminating()).then(wait);
         set_idle(None);
         result
     }
+
+    /// Runs `read`, which waits for input and looks at no flag: a request to stop ends the process meanwhile.
+    pub(crate) fn while_reading<T>(&self, read: impl FnOnce() -> T) -> Result<T, Interrupted> {
+        self.shared.set_idle(Some(Idle::Input));
+        let result = self.check().map(|()| read());
+        self.shared.set_idle(None);
+        result
+    }
 }
 
 impl Shared {
+    fn set_idle(&self, idle: Option<Idle>) {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = idle;
+    }
+
     fn receive(&self, signal: i32) {
         let before = self.seen.fetch_or(bit(signal), Ordering::Relaxed);
         // Held to the end, so that a line that is complete at this moment changes nothing any more.
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        // Work that does not look at the flag, or waits at a prompt, would never end.
-        if before & bit(signal) != 0 || (idle.is_some() && signal != SIGINT) {
-            if let Some(Idle { terminal: Some(terminal) }) = &*idle {
-                terminal.restore();
+        let at_once = match &*idle {
+            // Work that does not look at the flag would never end.
+            None => before & bit(signal) != 0,
+            Some(Idle::Line(_)) => signal != SIGINT || before & bit(signal) != 0,
+            Some(Idle::Input) => true,
+        };
+        if at_once {
+            match &*idle {
+                Some(Idle::Line(Some(terminal))) => terminal.restore(),
+                Some(Idle::Input) => report::print(&Interrupted.into(), false),
+                _ => {}
             }
             std::process::exit(128 + signal);
         }

@@ -1,14 +1,17 @@
 //! A safetensors file whose tensors are filled row by row, in any order, without being held in memory.
 //!
-//! The file is written beside its final name and renamed when it is complete; until then nothing stands there.
+//! What is written here are logits, and what goes with them: they come first in the file, which is how it is known again.
 
-use std::fs::Permissions;
-use std::io::{self, Write};
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use anyhow::Context as _;
 use serde_json::{Map, json};
-use tempfile::NamedTempFile;
+use st_gguf::{GgufError, Kind, OutputFile, begins_with};
+
+/// The files that are written here.
+pub(crate) const LOGITS: Kind = Kind { name: "a file of logits", recognizes };
 
 /// Element types that are written here, four bytes each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +23,20 @@ pub(crate) enum Dtype {
 /// A file being written. Dropping it without [`TensorFile::finish`] removes it.
 #[derive(Debug)]
 pub(crate) struct TensorFile {
-    file: NamedTempFile,
+    file: OutputFile,
     /// Where each tensor starts in the file, and the bytes of one of its rows.
     places: Vec<(u64, usize)>,
     buffer: Vec<u8>,
 }
 
 impl TensorFile {
-    /// Begins the file that will be `path`: name, type and shape of each tensor.
-    pub(crate) fn create(path: &Path, tensors: &[(String, Dtype, Vec<usize>)]) -> io::Result<Self> {
+    /// Begins the file that will be `path`: name, type and shape of each tensor. An existing one is replaced only with
+    /// `overwrite`.
+    pub(crate) fn create(
+        path: &Path,
+        tensors: &[(String, Dtype, Vec<usize>)],
+        overwrite: bool,
+    ) -> anyhow::Result<Self> {
         let mut header = Map::new();
         let mut places = Vec::with_capacity(tensors.len());
         let mut offset = 0u64;
@@ -50,10 +58,11 @@ impl TensorFile {
             *place += start;
         }
 
-        let mut file = beside(path)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        file.as_file().set_len(start + offset)?;
+        let mut file = OutputFile::create(path, LOGITS, overwrite)?;
+        file.write_all(&(header.len() as u64).to_le_bytes())
+            .and_then(|()| file.write_all(&header))
+            .and_then(|()| file.file().set_len(start + offset))
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Self { file, places, buffer: Vec::new() })
     }
 
@@ -71,30 +80,19 @@ impl TensorFile {
         let (start, row_bytes) = self.places[tensor];
         self.buffer.clear();
         self.buffer.extend(values.flatten());
-        self.file.as_file().write_all_at(&self.buffer, start + (first * row_bytes) as u64)
+        self.file.file().write_all_at(&self.buffer, start + (first * row_bytes) as u64)
     }
 
-    /// Gives the complete file its name; an existing one is replaced only with `overwrite`.
-    pub(crate) fn finish(self, path: &Path, overwrite: bool) -> io::Result<()> {
-        self.file.as_file().sync_all()?;
-        match overwrite {
-            true => self.file.persist(path)?,
-            false => self.file.persist_noclobber(path)?,
-        };
-        Ok(())
+    /// Gives the complete file its name.
+    pub(crate) fn finish(self) -> Result<(), GgufError> {
+        self.file.finish()
     }
 }
 
-/// A file next to the one it is to become, with the permissions that a new file has. Dropping it removes it.
-pub(crate) fn beside(path: &Path) -> io::Result<NamedTempFile> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".st-tool-").suffix(".partial").permissions(Permissions::from_mode(0o666));
-    builder.tempfile_in(folder).map_err(|error| match folder.try_exists() {
-        // The system's words would name a file that nobody has heard of.
-        Ok(false) => io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display())),
-        _ => error,
-    })
+/// Files of this kind begin with the one tensor that all of them have; a checkpoint's do not.
+fn recognizes(bytes: &mut dyn Read) -> io::Result<bool> {
+    io::copy(&mut bytes.take(8), &mut io::sink())?;
+    begins_with(bytes, br#"{"logits":"#)
 }
 
 #[cfg(test)]
@@ -104,22 +102,22 @@ mod tests {
     use super::*;
 
     fn tensors() -> Vec<(String, Dtype, Vec<usize>)> {
-        vec![("a".into(), Dtype::F32, vec![3, 2]), ("b".into(), Dtype::I32, vec![2, 1])]
+        vec![("logits".into(), Dtype::F32, vec![3, 2]), ("b".into(), Dtype::I32, vec![2, 1])]
     }
 
     #[test]
     fn rows_written_in_any_order_are_read_by_the_reference_reader() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.safetensors");
-        let mut file = TensorFile::create(&path, &tensors()).expect("created");
+        let mut file = TensorFile::create(&path, &tensors(), false).expect("created");
         file.write_i32(1, 0, &[7, -8]).expect("written");
         file.write_f32(0, 2, &[5.0, 6.0]).expect("written");
         file.write_f32(0, 0, &[1.0, 2.0, 3.0, 4.0]).expect("written");
-        file.finish(&path, false).expect("finished");
+        file.finish().expect("finished");
 
         let bytes = std::fs::read(&path).expect("read");
         let read = SafeTensors::deserialize(&bytes).expect("valid");
-        let a = read.tensor("a").expect("there");
+        let a = read.tensor("logits").expect("there");
         assert_eq!(a.shape(), [3, 2]);
         let values: Vec<f32> = a.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().expect("four"))).collect();
         assert_eq!(values, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
@@ -130,12 +128,16 @@ mod tests {
     fn nothing_is_left_of_a_file_that_was_not_finished_and_nothing_is_replaced_unasked() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.safetensors");
-        drop(TensorFile::create(&path, &tensors()).expect("created"));
+        drop(TensorFile::create(&path, &tensors(), false).expect("created"));
         assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 0);
-        std::fs::write(&path, "mine").expect("written");
-        assert!(TensorFile::create(&path, &tensors()).expect("created").finish(&path, false).is_err());
-        assert_eq!(std::fs::read(&path).expect("read"), b"mine");
-        TensorFile::create(&path, &tensors()).expect("created").finish(&path, true).expect("replaced");
+        TensorFile::create(&path, &tensors(), false).expect("created").finish().expect("finished");
+        assert!(TensorFile::create(&path, &tensors(), false).is_err());
+        TensorFile::create(&path, &tensors(), true).expect("created").finish().expect("replaced");
         assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
+        // The weights of a model are tensors, too.
+        for other in ["mine", "12345678{\"model.norm.weight\":"] {
+            std::fs::write(&path, other).expect("written");
+            assert!(TensorFile::create(&path, &tensors(), true).is_err());
+        }
     }
 }

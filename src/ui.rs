@@ -6,10 +6,12 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 use st_convert::Progress;
 use st_hub::{DownloadProgress, HubError, ListedFile, Listing};
 
 use crate::report::OutputError;
+use crate::shown::{harmless, harmless_json, one_line};
 use crate::size::show_size;
 
 /// How much is shown, and where.
@@ -40,17 +42,28 @@ impl Ui {
     /// Writes a line to stderr that was asked for explicitly.
     pub(crate) fn say(&self, text: impl std::fmt::Display) {
         // Notes are for people: a closed stderr is no reason to stop.
-        let _ = writeln!(io::stderr().lock(), "{text}");
+        let _ = writeln!(io::stderr().lock(), "{}", harmless(&text.to_string()));
     }
 }
 
-/// Writes to stdout and flushes.
+/// Writes to stdout and flushes: at a terminal harmlessly, elsewhere as it is.
 pub(crate) fn print(text: &str) -> Result<(), OutputError> {
+    let text = if io::stdout().is_terminal() { harmless(text) } else { text.into() };
     print_bytes(text.as_bytes())
 }
 
-/// Writes a path to stdout, byte by byte what it is: whoever reads it opens it.
+/// Writes JSON and a line break to stdout, as [`print`] does: at a terminal with the escapes that JSON has.
+pub(crate) fn print_json(value: &Value) -> Result<(), OutputError> {
+    let line = format!("{value}\n");
+    let line = if io::stdout().is_terminal() { harmless_json(&line) } else { line };
+    print_bytes(line.as_bytes())
+}
+
+/// Writes a path to stdout, byte by byte what it is, but at a terminal: whoever reads it opens it.
 pub(crate) fn print_path(path: &Path) -> Result<(), OutputError> {
+    if io::stdout().is_terminal() {
+        return print(&format!("{}\n", path.display()));
+    }
     print_bytes(&[path.as_os_str().as_encoded_bytes(), b"\n"].concat())
 }
 
@@ -144,7 +157,7 @@ impl DownloadBars {
     fn line(&self, text: String) {
         if self.ui.bars {
             // Above the bars; a terminal that fails to show it is not worth an error.
-            let _ = self.bars.println(text);
+            let _ = self.bars.println(harmless(&text));
         } else {
             self.ui.note(text);
         }
@@ -164,10 +177,10 @@ impl DownloadProgress for DownloadBars {
             self.total.set_position(here);
             self.total.reset_eta();
         }
-        let file_bar = |file: &ListedFile| FileBar {
-            name: file.path.clone(),
-            bar: ProgressBar::hidden().with_style(bar_style()).with_message(file.path.clone()),
-            counted: file.on_disk,
+        let file_bar = |file: &ListedFile| {
+            let name = one_line(&file.path);
+            let bar = ProgressBar::hidden().with_style(bar_style()).with_message(name.clone());
+            FileBar { name, bar, counted: file.on_disk }
         };
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         *files = listing.files.iter().map(file_bar).collect();

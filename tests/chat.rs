@@ -1,7 +1,9 @@
 //! The chat as a person meets it: `st-tool run` at a terminal of its own.
 
+use std::fs::Permissions;
 use std::io::{Read as _, Write as _};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -9,11 +11,14 @@ use std::thread;
 use std::time::Duration;
 
 use pty_process::blocking::{Pty, open};
+use rustix::fs::{CWD, FileType, mknodat};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
-use serde_json::{Value, json};
-use tempfile::tempdir;
+use serde_json::{Value as Json, json};
+use st_gguf::{Array, Value};
+use tempfile::{TempDir, tempdir};
 
-use crate::program::{arg, program, run};
+use crate::common::repo;
+use crate::program::{arg, names, program, run};
 use crate::reject::altered;
 
 /// What the program writes when it begins to wait for a line, and when it has one.
@@ -137,7 +142,7 @@ fn send(signal: &str, chat: &Chat) {
 
 fn messages(file: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(file).expect("read");
-    let saved: Value = serde_json::from_str(&text).expect("JSON");
+    let saved: Json = serde_json::from_str(&text).expect("JSON");
     let messages = saved["messages"].as_array().expect("messages");
     messages.iter().map(|message| message["content"].as_str().expect("text").to_owned()).collect()
 }
@@ -231,6 +236,133 @@ fn ctrl_c_while_the_prompt_is_read_forgets_the_message() {
     assert_eq!(messages(&after), messages(&before));
     chat.press(CTRL_D);
     assert_eq!(chat.end(), 0);
+}
+
+/// What is no saved conversation is neither read nor written over, and the chat goes on.
+#[test]
+fn only_conversations_are_saved_over_and_loaded() {
+    let folder = tempdir().expect("a folder");
+    let [fifo, text, saved, model] = ["fifo", "text", "saved", "m.gguf"].map(|name| folder.path().join(name));
+    mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0).expect("a pipe");
+    std::fs::write(&text, "mine").expect("written");
+    std::fs::copy(repo("models/tiny/tiny-q4_0.gguf"), &model).expect("copied");
+    let mut chat = Chat::begin(&["tiny"]);
+    for command in ["/save", "/load"] {
+        for (name, words) in [
+            (arg(&fifo), "not a regular file"),
+            ("/dev/zero", "not a regular file"),
+            (arg(folder.path()), "not a regular file"),
+            (arg(&text), "saved conversation"),
+            (arg(&model), "saved conversation"),
+        ] {
+            let refused = chat.say(&format!("{command} {name}"));
+            assert!(refused.contains("error") && refused.contains(words), "{command} {name}: {refused}");
+        }
+    }
+    assert_eq!(std::fs::read(&text).expect("read"), b"mine");
+    chat.say(&format!("/save {}", arg(&saved)));
+    let private = Permissions::from_mode(0o600);
+    std::fs::set_permissions(&saved, private.clone()).expect("set");
+    chat.say(&format!("/save {}", arg(&saved)));
+    assert_eq!(std::fs::metadata(&saved).expect("there").permissions().mode() & 0o777, private.mode());
+    assert_eq!(names(folder.path()), ["fifo", "m.gguf", "saved", "text"]);
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
+#[test]
+fn what_is_no_command_is_a_message() {
+    let mut chat = Chat::begin(&["tiny"]);
+    for message in ["// What is 27 + 45?", " /quit now", "/ what", "/tmp/file is here"] {
+        let answer = chat.say(message);
+        assert!(!answer.is_empty() && !answer.contains("no command"), "{message}: {answer}");
+    }
+    let told = chat.say("/nonsense");
+    assert!(told.contains("no command") && told.contains("with a space before it"), "{told}");
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
+#[test]
+fn a_byte_that_is_not_utf_8_costs_a_line_and_no_more() {
+    let mut chat = Chat::begin(&["tiny"]);
+    chat.say("Hello.");
+    chat.press(b"caf\xe9\r");
+    let told = chat.until(WAITS);
+    assert!(told.contains("not UTF-8"), "{told}");
+    assert_eq!(chat.say("/stats").lines().count(), 3);
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
+/// The bundled model with another text for token `id`.
+fn that_says(id: usize, text: &str) -> (TempDir, PathBuf) {
+    // Bytes as the vocabulary writes them: those that are no visible character of Latin-1 have one from U+0100 on.
+    let is_plain = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..);
+    let letter = |byte: u8| match is_plain(byte) {
+        true => char::from(byte),
+        false => char::from_u32(256 + (0..byte).filter(|&b| !is_plain(b)).count() as u32).expect("a character"),
+    };
+    altered(|metadata, _| {
+        let list = |key: &str| match metadata.get(key) {
+            Some(Value::Array(Array::String(list))) => list.iter().map(str::to_owned).collect::<Vec<_>>(),
+            other => panic!("{key}: {other:?}"),
+        };
+        let (mut tokens, mut merges) = (list("tokenizer.ggml.tokens"), list("tokenizer.ggml.merges"));
+        let old = std::mem::replace(&mut tokens[id], text.bytes().map(letter).collect());
+        merges.retain(|merge| merge.replace(' ', "") != old && !merge.split(' ').any(|part| part == old));
+        for (key, list) in [("tokenizer.ggml.tokens", tokens), ("tokenizer.ggml.merges", merges)] {
+            metadata.insert(key, Value::Array(Array::String(list.into_iter().collect())));
+        }
+    })
+}
+
+/// At a terminal what a model says is seen and not obeyed; elsewhere it is what it is.
+#[test]
+fn an_answer_steers_no_terminal() {
+    const ASKS: &str = "Tell me a story.";
+    let object = run(["run", "tiny", "-q", "--temp", "0", "-p", ASKS, "-n", "1", "--json"]).ok();
+    let id = serde_json::from_str::<Json>(&object).expect("JSON")["ids"][0].as_u64().expect("an id");
+    // The title, the screen, a control of 8 bits, one that turns text around.
+    let says = "\x1b]0;t\x07\x1b[2J\u{9b}2J\u{202e}";
+    let (_folder, model) = that_says(id as usize, says);
+    let mut chat = Chat::begin(&[arg(&model), "-n", "1"]);
+    let shown = chat.say(ASKS);
+    assert_eq!(shown, "\u{fffd}]0;t\u{fffd}\u{fffd}[2J\u{fffd}2J\u{fffd}");
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+
+    let mut piped = program();
+    let piped = piped.args(["run", arg(&model), "-q", "--temp", "0", "-n", "1", "-p", ASKS]);
+    assert_eq!(piped.output().expect("it runs").stdout, format!("{says}\n").as_bytes());
+    let object = piped.arg("--json").output().expect("it runs").stdout;
+    assert_eq!(serde_json::from_slice::<Json>(&object).expect("JSON")["text"], says);
+}
+
+/// Where a text is typed before there is a model, too.
+#[test]
+#[cfg(target_os = "linux")]
+fn ctrl_c_ends_the_wait_for_a_text() {
+    for args in [&["run", "-p", "-"][..], &["run", "-f", "-"], &["perplexity", "tiny", "-f", "-"], &["cache-sim", "-"]]
+    {
+        let (terminal, programs_end) = open().expect("a terminal");
+        let mut command = program();
+        command.args(args);
+        let mut program = pty_process::blocking::Command::from(command).spawn(programs_end).expect("it starts");
+        (&terminal).write_all(b"# routing n_layers=2 n_experts=4 expert_bytes=4096\r").expect("it is typed");
+        // Once it listens to the signal, whether it reads already or is about to.
+        crate::program::patiently(|| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", program.id())).expect("it runs");
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("the signals it catches");
+            u64::from_str_radix(caught.trim(), 16).expect("a mask") & 1 << (2 - 1) != 0
+        });
+        (&terminal).write_all(CTRL_C).expect("it is pressed");
+        let ended = patiently(|wait| {
+            thread::sleep(wait);
+            program.try_wait().expect("it can be waited for")
+        });
+        assert_eq!(ended.expect("it ends").code(), Some(130), "{args:?}");
+    }
 }
 
 /// With half a line typed; [`Chat::end`] compares the settings.

@@ -86,7 +86,7 @@ fn reference_does_not_depend_on_how_a_prompt_is_cut() {
 }
 
 /// A named budget: how far the kernels' logits may be from the f32 path on the same (dequantized) weights.
-struct Budget {
+pub(crate) struct Budget {
     /// Median over positions of |difference| / |logits| (Euclidean norms of a position's row).
     median: f64,
     /// Share of positions whose best token may differ.
@@ -96,7 +96,7 @@ struct Budget {
 /// Float weights are multiplied in f32: only the order of sums differs.
 const F32_KERNELS: Budget = Budget { median: 1e-5, flips: 0.0 };
 /// Activations are rounded to 8 bits in blocks of 32 before each product; a trained model.
-const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
+pub(crate) const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
 /// The same on random weights, which do not forgive rounding as trained ones do: set from what was observed (median up to
 /// 0.093, best token other at up to 22.5 % of positions), where float weights on the same code stay within 2.1e-6.
 const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
@@ -107,7 +107,7 @@ const BF16_CACHE: [Budget; 2] = [Budget { median: 5e-3, flips: 0.01 }, Budget { 
 /// Keys and values rounded to 8 bits in blocks of 32; a trained model, and random weights.
 const Q8_0_CACHE: [Budget; 2] = [Budget { median: 0.01, flips: 0.01 }, Budget { median: 0.05, flips: 0.12 }];
 
-fn within(name: &str, got: &[f32], expected: &[f32], n_vocab: usize, budget: &Budget) {
+pub(crate) fn within(name: &str, got: &[f32], expected: &[f32], n_vocab: usize, budget: &Budget) {
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
     let rows = got.chunks_exact(n_vocab).zip(expected.chunks_exact(n_vocab));
     let mut errors: Vec<f64> = rows

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 /// The program, in a clean environment: nothing of the machine's hub cache, no network.
 pub(crate) fn program() -> Command {
@@ -88,6 +89,26 @@ impl Run {
         let hint = self.stderr.lines().find_map(|line| line.strip_prefix("hint: "));
         hint.unwrap_or_else(|| panic!("no hint: {}", self.stderr))
     }
+}
+
+/// A `--memory` little above the least that works for `model`, so that experts come and go.
+pub(crate) fn little_memory(model: &str) -> String {
+    let refused = run(["run", model, "-p", "x", "--memory", "1MiB"]).fails(&["needs at least"]);
+    let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
+    (least.expect("bytes").parse::<u64>().expect("a number") + (1 << 19)).to_string()
+}
+
+/// Asks until it is so, in short steps, so that a pause of the whole machine counts as one.
+#[track_caller]
+pub(crate) fn patiently(mut is_so: impl FnMut() -> bool) {
+    let step = Duration::from_millis(5);
+    assert!(
+        (0..60_000).any(|_| is_so() || {
+            std::thread::sleep(step);
+            false
+        }),
+        "it never was"
+    );
 }
 
 /// The names in a folder, sorted, hidden ones too.

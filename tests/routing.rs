@@ -13,7 +13,7 @@ use st_model::{Engine, LoadOptions, ModelError, Session, StoreStats};
 use tempfile::tempdir;
 
 use crate::common;
-use crate::program::{Run, arg, names, run};
+use crate::program::{Run, arg, little_memory, names, run};
 
 /// Two prompts, each with some tokens after it: the trace, and what the store counted for prompts and for tokens.
 fn conversation(engine: &Engine, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreStats; 2]) {
@@ -87,19 +87,22 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// The program end to end: what `run` counted under a budget is what `cache-sim` says for LRU with as many slots.
+/// The program end to end: what `run` counted under a budget is what `cache-sim` says for its policy with as many slots.
 #[test]
 fn cache_sim_says_what_run_counted() {
     let folder = tempdir().expect("a folder");
     let trace = folder.path().join("trace.txt");
-    fs::write(&trace, "of an earlier run").expect("written");
+    fs::write(&trace, "# routing n_layers=1 of an earlier run").expect("written");
     let story = ["run", "tiny", "-p", "Tell me a story.", "--temp", "0", "-n", "40", "--record-routing", arg(&trace)];
     let free = run(story);
     assert!(free.stderr.contains("trace.txt: routing of "), "{}", free.stderr);
     let resident = fs::read_to_string(&trace).expect("a trace");
-    let ran = run([&story[..], &["--memory", "40MiB", "--no-guess", "--json", "-q"]].concat());
+    // So little that experts come and go.
+    let memory = little_memory("tiny");
+    let ran = run([&story[..], &["--memory", &memory, "--no-guess", "--json", "-q"]].concat());
     assert_eq!(ran.stderr, "");
     let experts = json(&ran.ok())["stats"]["experts"].clone();
+    assert!(experts["generation"]["evictions"].as_u64().expect("a number") > 0, "{experts}");
     let slots = experts["slots"].to_string();
     let streamed = fs::read_to_string(&trace).expect("a trace");
     let rows = |text: &str| text.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
@@ -109,11 +112,11 @@ fn cache_sim_says_what_run_counted() {
 
     let object = json(&run(["cache-sim", arg(&trace), "--slots", &slots, "--json"]).ok());
     assert_eq!(object["sizes"][0]["policies"].as_array().expect("policies").len(), 4);
-    let lru = &object["sizes"][0]["policies"][0];
-    assert_eq!(lru["policy"], "lru");
+    let policies = object["sizes"][0]["policies"].as_array().expect("policies");
+    let own = policies.iter().find(|row| row["policy"] == Policy::default().name()).expect("the store's own policy");
     for part in ["prompt", "generation"] {
         for key in ["hits", "misses"] {
-            assert_eq!(lru[part][key], experts[part][key], "{part} {key}");
+            assert_eq!(own[part][key], experts[part][key], "{part} {key}");
         }
     }
 
@@ -152,9 +155,9 @@ fn a_trace_that_cannot_be_written_is_one_error_and_leaves_nothing() {
     }
     // Work that fails leaves what was there.
     let trace = folder.path().join("trace");
-    fs::write(&trace, "mine").expect("written");
+    fs::write(&trace, "# routing n_layers=1 of mine").expect("written");
     run(["run", "-p", "x", "--ctx", "2", "--record-routing", arg(&trace)]).fails(&["context"]);
-    assert_eq!(fs::read(&trace).expect("read"), b"mine");
+    assert_eq!(fs::read(&trace).expect("read"), b"# routing n_layers=1 of mine");
     assert_eq!(names(folder.path()), ["trace"]);
 }
 

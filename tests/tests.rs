@@ -9,6 +9,7 @@ mod hub;
 mod identity;
 mod loading;
 mod memory;
+mod outputs;
 mod program;
 mod regression;
 mod reject;

@@ -89,14 +89,14 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         );
     }
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
-    let name = args.model.as_deref().unwrap_or("tiny");
+    let name = args.model.as_deref().unwrap_or("tiny".as_ref());
     let file = Model::resolve(name)?.open_gguf(context)?;
     let threads = engine::threads(&args.engine);
     // Measured before the model is loaded, with little memory: both must fit the budget.
     let bandwidth = read_bandwidth(threads, args.engine.memory);
     reset_peak_resident();
     // Generation begins after one token that it goes on from.
-    let ctx = args.depth + args.prompt_tokens.max(args.generated_tokens + 1);
+    let ctx = args.depth.saturating_add(args.prompt_tokens.max(args.generated_tokens.saturating_add(1)));
     let engine = engine::load_file(file, &args.engine, Some(ctx), None, context)?;
     let tokens = text_tokens(&engine, ctx)?;
 
@@ -111,7 +111,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         None => measured?,
     };
     let facts = Facts {
-        model: name,
+        model: &name.to_string_lossy(),
         threads,
         isa: engine.isa().name(),
         depth: args.depth,
@@ -119,11 +119,10 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
         cache: engine.plan().budget.map(|_| cache_json(&engine)),
     };
-    let text = match args.output {
-        BenchFormat::Md => markdown(&rows, &facts),
-        BenchFormat::Json => format!("{}\n", json(&rows, &facts)),
-    };
-    ui::print(&text)?;
+    match args.output {
+        BenchFormat::Md => ui::print(&markdown(&rows, &facts))?,
+        BenchFormat::Json => ui::print_json(&json(&rows, &facts))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

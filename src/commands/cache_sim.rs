@@ -1,10 +1,8 @@
 //! `st-tool cache-sim`: what caches of other sizes and policies would have done with recorded routing.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use serde_json::{Value, json};
 use st_experts::cache_sim::{BELADY, Replay, SimRow, Tally};
 use st_experts::{Policy, RoutingTrace, TraceHeader};
@@ -14,12 +12,10 @@ use super::Context;
 use crate::cli::CacheSimArgs;
 use crate::report::Advice;
 use crate::size::show_size;
-use crate::{table, ui};
+use crate::{input, table, ui};
 
 pub(crate) fn run(args: &CacheSimArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let path = args.file.display();
-    let file = File::open(&args.file).with_context(|| format!("cannot read {path}"))?;
-    let trace = RoutingTrace::read(BufReader::new(file)).with_context(|| format!("cannot read {path}"))?;
+    let trace = input::with(&args.file, &context.interrupt, |file| RoutingTrace::read(BufReader::new(file)))?;
     let replay = Replay::new(&trace);
     let header = trace.header();
     let mut sizes = Vec::new();
@@ -27,11 +23,10 @@ pub(crate) fn run(args: &CacheSimArgs, context: &Context) -> anyhow::Result<Exit
         context.interrupt.check()?;
         sizes.push(Size { n_slots, header, rows: replay.all_policies(n_slots) });
     }
-    let text = match args.json {
-        true => format!("{}\n", json(&sizes, header, &replay)),
-        false => tables(&sizes, header, &replay),
-    };
-    ui::print(&text)?;
+    match args.json {
+        true => ui::print_json(&json(&sizes, header, &replay))?,
+        false => ui::print(&tables(&sizes, header, &replay))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -64,7 +59,7 @@ fn sizes_of(args: &CacheSimArgs, replay: &Replay, header: Option<TraceHeader>) -
         return Ok(if args.slots.is_empty() { replay.default_slots() } else { args.slots.clone() });
     }
     let Some(TraceHeader { expert_bytes: expert @ 1.., other_bytes: Some(other), .. }) = header else {
-        let message = format!("{} does not say how much memory the recorded run took", args.file.display());
+        let message = format!("{} does not say how much memory the recorded run took", input::name(&args.file));
         return Err(Advice::new(message, "--slots gives the sizes in experts").into());
     };
     let slots = |&budget: &u64| -> anyhow::Result<usize> {

@@ -1,15 +1,18 @@
 //! The chat: lines typed at a terminal, answers, and the commands that begin with `/`.
 
-use std::io::Write as _;
+use std::io::{self, BufReader, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use rustix::termios::{QueueSelector, tcflush};
 use rustyline::Editor;
 use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+use st_gguf::{FileSource, Kind, OutputFile};
 use st_model::chat::{ChatTemplate, Message, Role};
 use st_model::sampler::Sampler;
 use st_model::tokenizer::Tokenizer;
@@ -19,7 +22,6 @@ use super::run::{Style, answer, bad_template, no_template, no_tokenizer};
 use super::{Context, stats};
 use crate::cli::RunArgs;
 use crate::report::{self, Interrupted, is_closed_output};
-use crate::tensor_file::beside;
 
 const HELP: &str = "\
 /help          this list
@@ -29,6 +31,7 @@ const HELP: &str = "\
 /save FILE     write the conversation to FILE
 /load FILE     go on with a conversation from FILE
 /quit          leave, as does Ctrl-D
+A message that begins with such a word needs a space before it.
 Ctrl-C stops an answer.";
 
 /// A conversation as it is saved.
@@ -54,14 +57,16 @@ enum Line<'a> {
 
 impl<'a> Line<'a> {
     fn parse(line: &'a str) -> Self {
-        let line = line.trim();
-        if line.is_empty() {
+        let said = line.trim();
+        if said.is_empty() {
             return Self::Nothing;
         }
-        if !line.starts_with('/') {
-            return Self::Say(line);
+        let (command, argument) = line.trim_end().split_once(char::is_whitespace).unwrap_or((line.trim_end(), ""));
+        // A command is a slash and a word; code, comments and paths are none, and neither is what a space stands before.
+        let is_word = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphabetic());
+        if !command.strip_prefix('/').is_some_and(is_word) {
+            return Self::Say(said);
         }
-        let (command, argument) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match (command, argument.trim()) {
             ("/help", "") => Self::Help,
             ("/clear", "") => Self::Clear,
@@ -70,7 +75,7 @@ impl<'a> Line<'a> {
             ("/save", file) if !file.is_empty() => Self::Save(file),
             ("/load", file) if !file.is_empty() => Self::Load(file),
             ("/quit" | "/exit", "") => Self::Quit,
-            _ => Self::Unknown(line),
+            _ => Self::Unknown(said),
         }
     }
 }
@@ -143,6 +148,13 @@ impl<'a> Chat<'a> {
                 }
                 Err(ReadlineError::Interrupted) => self.context.ui.note("Ctrl-D leaves"),
                 Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
+                Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                    // The rest of what was pasted is no line of its own.
+                    let _ = tcflush(io::stdin(), QueueSelector::IFlush);
+                    self.context
+                        .ui
+                        .say("a byte that is not UTF-8: the line is dropped (is the terminal set to UTF-8?)");
+                }
                 Err(error) => return Err(error).context("cannot read from the terminal"),
             }
             if self.context.interrupt.terminating() {
@@ -183,7 +195,9 @@ impl<'a> Chat<'a> {
             Line::Save(file) => self.save(Path::new(file)),
             Line::Load(file) => self.load(Path::new(file)),
             Line::Unknown(line) => {
-                ui.say(format_args!("{line:?} is no command; /help lists them"));
+                ui.say(format_args!(
+                    "{line:?} is no command; /help lists them; with a space before it, it is a message"
+                ));
                 Ok(())
             }
         };
@@ -244,10 +258,7 @@ impl<'a> Chat<'a> {
         let saved = Saved { messages: self.all_messages() };
         let mut json = serde_json::to_vec_pretty(&saved)?;
         json.push(b'\n');
-        if path.exists() && read_saved(path).is_err() {
-            anyhow::bail!("{} exists and is no saved conversation; it is left as it is", path.display());
-        }
-        write_whole(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
+        write_whole(path, &json)?;
         self.context.ui.note(format_args!("{}: {} messages", path.display(), saved.messages.len()));
         Ok(())
     }
@@ -265,18 +276,33 @@ impl<'a> Chat<'a> {
     }
 }
 
+/// What a saved conversation is known by; the messages are not kept.
+const CONVERSATION: Kind = Kind {
+    name: "a saved conversation",
+    recognizes: |bytes| {
+        #[derive(Deserialize)]
+        struct Any {
+            #[serde(rename = "messages")]
+            _messages: Vec<IgnoredAny>,
+        }
+        match serde_json::from_reader::<_, Any>(BufReader::new(bytes)) {
+            Err(error) if error.is_io() => Err(error.into()),
+            read => Ok(read.is_ok()),
+        }
+    },
+};
+
 fn read_saved(path: &Path) -> anyhow::Result<Saved> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is no saved conversation", path.display()))
+    let file = FileSource::open(path)?;
+    // Piece by piece, so that what is no conversation is not read to its end.
+    serde_json::from_reader(BufReader::new(file.file()))
+        .with_context(|| format!("{} is no saved conversation", path.display()))
 }
 
-/// Writes beside the final name first, so that no half conversation ever stands under it.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = beside(path)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut file = OutputFile::create(path, CONVERSATION, true)?;
+    file.write_all(bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(file.finish()?)
 }
 
 #[cfg(test)]
@@ -288,6 +314,13 @@ mod tests {
         for (line, parsed) in [
             ("  ", Line::Nothing),
             (" hello /help ", Line::Say("hello /help")),
+            ("// adds\nfn add() {}", Line::Say("// adds\nfn add() {}")),
+            ("/usr/bin is full", Line::Say("/usr/bin is full")),
+            ("/* a */", Line::Say("/* a */")),
+            ("/", Line::Say("/")),
+            (" /help", Line::Say("/help")),
+            ("/help ", Line::Help),
+            ("/system Be brief,\nand kind.", Line::System("Be brief,\nand kind.")),
             ("/help", Line::Help),
             ("/clear", Line::Clear),
             ("/clear now", Line::Unknown("/clear now")),
@@ -310,7 +343,7 @@ mod tests {
         write_whole(&path, &serde_json::to_vec(&saved).expect("JSON")).expect("written");
         assert_eq!(read_saved(&path).expect("read").messages, saved.messages);
         assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
-        std::fs::write(&path, "{}").expect("written");
-        assert!(read_saved(&path).is_err());
+        write_whole(&path, b"{}").expect("replaced");
+        assert!(read_saved(&path).is_err() && write_whole(&path, b"{}").is_err(), "what is no conversation");
     }
 }

@@ -1,5 +1,6 @@
 //! Loading a model for a command: options to plan to engine, with the plan shown before work begins.
 
+use std::ffi::OsStr;
 use std::ops::ControlFlow;
 
 use st_gguf::GgufFile;
@@ -13,12 +14,12 @@ use crate::size::show_size;
 
 /// Compute threads of a command.
 pub(crate) fn threads(args: &EngineArgs) -> usize {
-    args.threads.unwrap_or_else(physical_cores)
+    args.threads.0.unwrap_or_else(physical_cores)
 }
 
 /// Opens and loads a model. Without a name, the bundled one, and a note says so.
 pub(crate) fn load(
-    name: Option<&str>,
+    name: Option<&OsStr>,
     args: &EngineArgs,
     ctx: Option<usize>,
     kv_type: Option<KvName>,
@@ -29,7 +30,7 @@ pub(crate) fn load(
             .ui
             .note("note: no MODEL is given; this is `tiny`, the small model inside st-tool: it tells short stories");
     }
-    let file = Model::resolve(name.unwrap_or("tiny"))?.open_gguf(context)?;
+    let file = Model::resolve(name.unwrap_or("tiny".as_ref()))?.open_gguf(context)?;
     load_file(file, args, ctx, kv_type, context)
 }
 

@@ -10,6 +10,7 @@ use st_gguf::{Array, ExpertIndex, GgufFile, Header, Layout, Value};
 use super::Context;
 use crate::cli::InspectArgs;
 use crate::models::Model;
+use crate::shown::escaped;
 use crate::size::show_size;
 use crate::ui;
 
@@ -19,11 +20,10 @@ const SHOWN_ELEMENTS: usize = 8;
 
 pub(crate) fn run(args: &InspectArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    let text = match args.json {
-        true => format!("{}\n", json(&file, args.tensors)),
-        false => table(&file, args.tensors),
-    };
-    ui::print(&text)?;
+    match args.json {
+        true => ui::print_json(&json(&file, args.tensors))?,
+        false => ui::print(&table(&file, args.tensors))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -44,14 +44,14 @@ fn table(file: &GgufFile, tensors: bool) -> String {
     let header = &file.header;
     let mut out = format!(
         "{}: GGUF version {}, {}, alignment {}\n",
-        header.file_name(),
+        escaped(header.file_name()),
         header.version,
         show_size(header.file_len),
         header.alignment
     );
     let width = header.metadata.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
     for (key, value) in header.metadata.iter() {
-        let _ = writeln!(out, "  {:width$}  {}", printable(key), show(value));
+        let _ = writeln!(out, "  {:width$}  {}", escaped(key), show(value));
     }
     match ExpertIndex::from_header(header) {
         Ok(index) => {
@@ -73,7 +73,7 @@ fn table(file: &GgufFile, tensors: bool) -> String {
             );
         }
         Err(error) => {
-            let _ = writeln!(out, "not a SmallThinker model that can be run: {}", printable(&error.to_string()));
+            let _ = writeln!(out, "not a SmallThinker model that can be run: {}", escaped(&error.to_string()));
         }
     }
     for (name, count, bytes) in by_type(header) {
@@ -86,7 +86,7 @@ fn table(file: &GgufFile, tensors: bool) -> String {
             let _ = writeln!(
                 out,
                 "{:width$}  {:6}  {:>20}  {:>10}  at {}",
-                printable(&tensor.name),
+                escaped(&tensor.name),
                 tensor.ty.name(),
                 shape.join(" x "),
                 show_size(tensor.n_bytes),
@@ -97,21 +97,16 @@ fn table(file: &GgufFile, tensors: bool) -> String {
     out
 }
 
-/// Texts come from the file: nothing in them may steer the terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
-}
-
 fn show(value: &Value) -> String {
     match value {
         Value::String(text) => {
             let cut: String = text.chars().take(SHOWN_TEXT).collect();
             let more = if cut.len() < text.len() { "…" } else { "" };
-            printable(&cut) + more
+            escaped(&cut) + more
         }
         Value::Array(array) => {
             let shown: Vec<String> =
-                (0..array.len().min(SHOWN_ELEMENTS)).map(|i| element(array, i).to_string()).collect();
+                (0..array.len().min(SHOWN_ELEMENTS)).map(|i| escaped(&element(array, i).to_string())).collect();
             let more = match array.len() - shown.len() {
                 0 => String::new(),
                 _ => format!(", … {} in all", array.len()),

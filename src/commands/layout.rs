@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use st_convert::{RelayoutOptions, relayout};
 
-use super::Context;
+use super::{Context, check_converted};
 use crate::cli::LayoutArgs;
 use crate::machine::available_threads;
 use crate::size::show_size;
@@ -13,9 +13,10 @@ use crate::ui::ConvertBar;
 pub(crate) fn run(args: &LayoutArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let options = RelayoutOptions {
         to: args.to.into(),
-        threads: args.threads.unwrap_or_else(available_threads),
+        threads: args.threads.0.unwrap_or_else(available_threads),
         overwrite: args.force,
     };
+    check_converted(&args.output, args.force, Some(&args.input))?;
     let bar = ConvertBar::new(context.ui, "rearranging");
     let written = relayout(&args.input, &options, &args.output, &bar, context.interrupt.cancel())?;
     drop(bar);

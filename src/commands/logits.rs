@@ -10,17 +10,17 @@ use super::{Context, engine, tokens};
 use crate::cli::{EngineArgs, LogitsArgs};
 use crate::models::Model;
 use crate::report::Advice;
-use crate::tensor_file::{Dtype, TensorFile};
+use crate::tensor_file::{Dtype, LOGITS, TensorFile};
 
 /// Tokens that are run between two looks at whether to stop.
 const STRETCH: usize = 512;
 
 pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let ids = tokens::parse(&args.token_ids)?;
+    let ids = tokens::parse(&args.token_ids, &context.interrupt)?;
     if ids.is_empty() {
         return Err(Advice::new("there are no token ids", "--token-ids 1,2,3 or --token-ids @FILE").into());
     }
-    check_output(&args.output, args.force)?;
+    check_output(&args.output, LOGITS, args.force)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let config = ModelConfig::from_metadata(&file.header.metadata)?;
     if ids.len() > config.context_length {
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
 fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
     let engine_args = EngineArgs { memory: args.memory, threads: args.threads, ..EngineArgs::default() };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), None, context)?;
-    let mut out = Output::create(&args.output, ids.len(), engine.n_vocab(), engine.config(), args.layers)?;
+    let mut out = Output::create(args, ids.len(), engine.n_vocab(), engine.config())?;
     let mut session = Session::new(&engine)?;
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {
         context.interrupt.check()?;
@@ -64,7 +64,7 @@ fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context
         )?;
         written.into_inner().map_err(|error| cannot_write(&args.output, error))?;
     }
-    out.finish(args)
+    out.finish()
 }
 
 fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
@@ -86,7 +86,7 @@ fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Con
         let rows = logits.flatten_all().and_then(|rows| rows.to_vec1::<f32>()).map_err(ModelError::from)?;
         let out = match &mut out {
             Some(out) => out,
-            None => out.insert(Output::create(&args.output, ids.len(), n_vocab, &config, args.layers)?),
+            None => out.insert(Output::create(args, ids.len(), n_vocab, &config)?),
         };
         let write = |out: &mut Output| -> std::io::Result<()> {
             for (layer, (residual, ids, weights)) in layers.iter().enumerate() {
@@ -96,7 +96,7 @@ fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Con
         };
         write(out).map_err(|error| cannot_write(&args.output, error))?;
     }
-    out.map_or(Ok(()), |out| out.finish(args))
+    out.map_or(Ok(()), Output::finish)
 }
 
 fn cannot_write(path: &Path, error: std::io::Error) -> anyhow::Error {
@@ -110,7 +110,8 @@ struct Output {
 }
 
 impl Output {
-    fn create(path: &Path, n: usize, n_vocab: usize, config: &ModelConfig, layers: bool) -> anyhow::Result<Self> {
+    fn create(args: &LogitsArgs, n: usize, n_vocab: usize, config: &ModelConfig) -> anyhow::Result<Self> {
+        let layers = args.layers;
         let mut tensors = vec![("logits".to_owned(), Dtype::F32, vec![n, n_vocab])];
         if layers {
             for layer in 0..config.n_layers {
@@ -119,8 +120,7 @@ impl Output {
                 tensors.push((format!("layer.{layer}.topk_weights"), Dtype::F32, vec![n, config.n_experts_used]));
             }
         }
-        let file = TensorFile::create(path, &tensors).map_err(|error| cannot_write(path, error))?;
-        Ok(Self { file, layers })
+        Ok(Self { file: TensorFile::create(&args.output, &tensors, args.force)?, layers })
     }
 
     /// Logits of the rows from `first` on.
@@ -147,7 +147,7 @@ impl Output {
         self.file.write_f32(base + 2, first, weights)
     }
 
-    fn finish(self, args: &LogitsArgs) -> anyhow::Result<()> {
-        self.file.finish(&args.output, args.force).map_err(|error| cannot_write(&args.output, error))
+    fn finish(self) -> anyhow::Result<()> {
+        Ok(self.file.finish()?)
     }
 }

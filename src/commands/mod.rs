@@ -15,13 +15,15 @@ mod run;
 mod stats;
 mod tokens;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use st_convert::WeightType;
-use st_gguf::Layout;
+use st_gguf::{Kind, Layout, check_output, is_same_file};
 
 use crate::cli::{Command, LayoutName, TypeName};
 use crate::env::Env;
+use crate::report::Advice;
 use crate::signals::Interrupt;
 use crate::ui::Ui;
 
@@ -49,6 +51,16 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Inspect(args) => inspect::run(&args, context),
         Command::Perplexity(args) => perplexity::run(&args, context),
     }
+}
+
+/// Whether a conversion of `input` may be written to `output`.
+fn check_converted(output: &Path, force: bool, input: Option<&Path>) -> anyhow::Result<()> {
+    if let Some(input) = input.filter(|input| is_same_file(input, output)) {
+        let message = format!("{} is the file that is read: it would be lost", output.display());
+        let also = if input == output { String::new() } else { format!(" (it is {}, too)", input.display()) };
+        return Err(Advice::new(message + &also, "name another file for the output").into());
+    }
+    Ok(check_output(output, Kind::GGUF, force)?)
 }
 
 impl From<TypeName> for WeightType {

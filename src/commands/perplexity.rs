@@ -5,7 +5,6 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use serde_json::json;
 use st_model::sampler::SamplerError;
 use st_model::{ModelConfig, ModelError, Session};
@@ -15,12 +14,12 @@ use super::{Context, engine};
 use crate::cli::PerplexityArgs;
 use crate::models::Model;
 use crate::report::Advice;
-use crate::ui;
+use crate::{input, ui};
 
 const DEFAULT_WINDOW: usize = 512;
 
 pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let text = std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let text = input::text(&args.file, &context.interrupt)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let limit = ModelConfig::from_metadata(&file.header.metadata)?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));
@@ -28,7 +27,7 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
     let ids = engine.tokenizer().ok_or_else(no_tokenizer)?.encode(&text, true)?;
     drop(text);
     if ids.len() < 2 || window < 2 {
-        let message = format!("{} gives {} tokens, of which none can be scored", args.file.display(), ids.len());
+        let message = format!("{} gives {} tokens, of which none can be scored", input::name(&args.file), ids.len());
         return Err(Advice::new(message, "give a text of some hundred words at least").into());
     }
 
@@ -56,21 +55,19 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
     }
     bar.finish_and_clear();
     let (perplexity, error) = (score.perplexity(), score.standard_error());
-    let line = match args.json {
-        true => json!({
+    match args.json {
+        true => ui::print_json(&json!({
             "perplexity": perplexity,
             "standard_error": error,
             "tokens_scored": score.count,
             "windows": windows,
             "ctx": window,
-        })
-        .to_string(),
-        false => format!(
-            "perplexity {perplexity:.4} ± {error:.4} ({} tokens scored in {windows} windows of {window})",
+        }))?,
+        false => ui::print(&format!(
+            "perplexity {perplexity:.4} ± {error:.4} ({} tokens scored in {windows} windows of {window})\n",
             score.count
-        ),
-    };
-    ui::print(&format!("{line}\n"))?;
+        ))?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use st_convert::{ConvertOptions, ConvertPlan, SearchGain, SquaredErrors, compare, convert, plan};
-use st_gguf::{Layout, check_output};
+use st_gguf::Layout;
 
-use super::Context;
+use super::{Context, check_converted};
 use crate::cli::QuantizeArgs;
 use crate::machine::available_threads;
 use crate::models::{Fetch, Model};
@@ -19,14 +19,14 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         ty: args.type_name().into(),
         output_type: args.output_type.map(Into::into),
         layout: args.layout.into(),
-        threads: args.threads.unwrap_or_else(available_threads),
+        threads: args.threads.0.unwrap_or_else(available_threads),
         search: args.search,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
     let writes = !args.dry_run && args.compare.is_none();
     if writes {
         // Said before anything is downloaded.
-        check_output(&output, args.force)?;
+        check_converted(&output, args.force, model.path())?;
     }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;

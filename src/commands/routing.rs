@@ -1,27 +1,29 @@
 //! `--record-routing`: the routers' choices as a trace, for `st-tool cache-sim`.
 //!
-//! The file is written beside its final name and gets that name when it is complete, so that no half trace ever stands
-//! there. Without the option nothing of this exists, and a run does not even look whether to record.
+//! The file gets its name when it is complete, so that no half trace ever stands there, and it takes the place of an earlier
+//! trace only: a MODEL that was meant for the command, and stands where FILE is missing, stays what it is. Without the
+//! option nothing of this exists, and a run does not even look whether to record.
 
-use std::fs;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 use st_experts::{TraceHeader, TraceWriter};
+use st_gguf::{Kind, OutputFile, begins_with};
 use st_model::{Engine, Routing, Session};
-use tempfile::NamedTempFile;
 
 use super::Context;
 use crate::report::is_interruption;
-use crate::tensor_file::beside;
+
+/// Traces begin with a line that says of what model they are.
+const TRACE: Kind = Kind { name: "a routing trace", recognizes: |bytes| begins_with(bytes, b"# routing n_layers=") };
 
 /// A trace that was asked for, before there is a model.
 #[derive(Debug)]
 pub(crate) struct RoutingFile {
     path: PathBuf,
-    file: NamedTempFile,
+    file: OutputFile,
 }
 
 /// A trace being written.
@@ -33,7 +35,7 @@ pub(crate) struct Recorder {
 
 #[derive(Debug)]
 struct Trace {
-    writer: TraceWriter<BufWriter<NamedTempFile>>,
+    writer: TraceWriter<BufWriter<OutputFile>>,
     /// Tokens of earlier batches.
     before: u64,
     /// Tokens of them and of the batch that runs.
@@ -43,12 +45,7 @@ struct Trace {
 impl RoutingFile {
     /// Makes sure that `path` can be written.
     pub(crate) fn create(path: &Path) -> anyhow::Result<Self> {
-        let begun = match fs::metadata(path) {
-            // A device or a pipe would be replaced by a file.
-            Ok(metadata) if !metadata.is_file() => Err(io::Error::other("it is not a regular file")),
-            _ => beside(path),
-        };
-        let file = begun.with_context(|| cannot_write(path))?;
+        let file = OutputFile::create(path, TRACE, true).with_context(|| cannot_write(path))?;
         Ok(Self { path: path.to_owned(), file })
     }
 
@@ -82,7 +79,7 @@ impl Recorder {
     pub(crate) fn finish<T>(self, outcome: anyhow::Result<T>, context: &Context) -> anyhow::Result<T> {
         if outcome.as_ref().err().is_none_or(is_interruption) {
             let Trace { writer, tokens, .. } = self.trace.into_inner().unwrap_or_else(PoisonError::into_inner);
-            complete(writer, &self.path).with_context(|| cannot_write(&self.path))?;
+            complete(writer).with_context(|| cannot_write(&self.path))?;
             context.ui.note(format_args!("{}: routing of {tokens} tokens", self.path.display()));
         }
         outcome
@@ -102,11 +99,9 @@ impl Trace {
     }
 }
 
-fn complete(writer: TraceWriter<BufWriter<NamedTempFile>>, path: &Path) -> io::Result<()> {
+fn complete(writer: TraceWriter<BufWriter<OutputFile>>) -> anyhow::Result<()> {
     let file = writer.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+    Ok(file.finish()?)
 }
 
 fn cannot_write(path: &Path) -> String {

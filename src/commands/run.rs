@@ -1,12 +1,11 @@
 //! `st-tool run`: one answer to a prompt, or a chat.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context as _;
 use serde_json::json;
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
@@ -17,7 +16,8 @@ use super::routing::RoutingFile;
 use super::{Context, engine, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::report::{Advice, Interrupted, OutputError};
-use crate::ui;
+use crate::signals::Interrupt;
+use crate::{input, ui};
 
 /// How long a prompt is run before a bar shows how far it is.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -35,12 +35,12 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
     let mut sampler = Sampler::new(options)?;
-    let input = read_input(args)?;
+    let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
     let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
-    let generate_options = GenerateOptions { max_tokens: args.max_tokens, stop: args.stop.clone() };
+    let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
 
     let mut session = Session::new(&engine)?;
     if let Some(recorder) = &recorder {
@@ -143,7 +143,7 @@ pub(crate) fn answer(
             "seed": style.seed,
             "stats": stats::json(&answer.stats, engine),
         });
-        ui::print(&format!("{object}\n"))?;
+        ui::print_json(&object)?;
     } else if engine.tokenizer().is_none() {
         ui::print(&format!("{}\n", ids()))?;
     } else if !ends_line {
@@ -196,49 +196,38 @@ pub(crate) fn no_template(why: &str) -> Advice {
     Advice::new(format!("the file has no chat template, and {why}"), RAW)
 }
 
-fn read_input(args: &RunArgs) -> anyhow::Result<Input> {
+fn read_input(args: &RunArgs, interrupt: &Interrupt) -> anyhow::Result<Input> {
     if let Some(list) = &args.token_ids {
-        return tokens::parse(list).map(Input::Ids);
+        return tokens::parse(list, interrupt).map(Input::Ids);
     }
-    match (&args.prompt, &args.file) {
-        (Some(prompt), _) if prompt == "-" => read_stdin(),
-        (Some(prompt), _) => Ok(Input::Text(prompt.clone())),
-        (None, Some(file)) if file == Path::new("-") => read_stdin(),
-        (None, Some(file)) => {
-            let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-            text_of(bytes).with_context(|| format!("cannot read {}", file.display()))
-        }
-        (None, None) if io::stdin().is_terminal() => Ok(Input::Chat),
-        (None, None) => read_stdin(),
-    }
-}
-
-fn read_stdin() -> anyhow::Result<Input> {
-    let mut bytes = Vec::new();
-    io::stdin().lock().read_to_end(&mut bytes).context("cannot read stdin")?;
-    text_of(bytes).context("cannot read stdin")
+    let text = match (&args.prompt, &args.file) {
+        (Some(prompt), _) if prompt != "-" => return Ok(Input::Text(prompt.clone())),
+        (None, Some(file)) => input::text(file, interrupt)?,
+        (None, None) if io::stdin().is_terminal() => return Ok(Input::Chat),
+        _ => input::text(Path::new("-"), interrupt)?,
+    };
+    Ok(Input::Text(without_last_break(text)))
 }
 
 /// Files and pipes end in a line break that is not part of the prompt.
-fn text_of(bytes: Vec<u8>) -> anyhow::Result<Input> {
-    let mut text = String::from_utf8(bytes).map_err(|error| anyhow::anyhow!("it is not UTF-8 text: {error}"))?;
+fn without_last_break(mut text: String) -> String {
     if text.ends_with('\n') {
         text.pop();
         if text.ends_with('\r') {
             text.pop();
         }
     }
-    Ok(Input::Text(text))
+    text
 }
 
 fn sampler_options(args: &SamplingArgs) -> SamplerOptions {
     SamplerOptions {
         temperature: args.temp,
-        top_k: args.top_k,
+        top_k: args.top_k.0.unwrap_or(0),
         top_p: args.top_p,
         min_p: args.min_p,
         repeat_penalty: args.repeat_penalty,
-        seed: args.seed.unwrap_or_else(any_seed),
+        seed: args.seed.0.unwrap_or_else(any_seed),
     }
 }
 

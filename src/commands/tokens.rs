@@ -1,14 +1,18 @@
-//! Token ids on the command line: `1,2,3`, or `@FILE` with the same in a file.
+//! Token ids on the command line: `1,2,3`, or `@FILE` with the same in a file (`@-`: on stdin).
 
-use anyhow::Context as _;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
+use crate::input;
 use crate::report::Advice;
+use crate::signals::Interrupt;
 
 /// Reads a list of token ids; whitespace counts as a separator.
-pub(crate) fn parse(list: &str) -> anyhow::Result<Vec<u32>> {
-    let text = match list.strip_prefix('@') {
-        Some(path) => std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?,
-        None => list.to_owned(),
+pub(crate) fn parse(list: &OsStr, interrupt: &Interrupt) -> anyhow::Result<Vec<u32>> {
+    let text = match list.as_bytes().strip_prefix(b"@") {
+        Some(path) => input::text(Path::new(OsStr::from_bytes(path)), interrupt)?,
+        None => list.to_string_lossy().into_owned(),
     };
     let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
     words
@@ -25,6 +29,10 @@ pub(crate) fn parse(list: &str) -> anyhow::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn parse(list: &str) -> anyhow::Result<Vec<u32>> {
+        super::parse(list.as_ref(), &Interrupt::default())
+    }
 
     #[test]
     fn lists_and_files_are_read() {

@@ -173,6 +173,26 @@ pub enum GgufError {
         /// The output.
         path: PathBuf,
     },
+    /// The output exists and is of another kind; such a file is never replaced.
+    #[error("{}: the file exists and is not {kind}: it is left as it is", path.display())]
+    OtherKind {
+        /// The output.
+        path: PathBuf,
+        /// What would be written.
+        kind: &'static str,
+    },
+    /// The output is a link that stands for an open file of a process.
+    #[error("{file}: it leads to an open file of a process, and is no file of its own")]
+    Descriptor {
+        /// The output.
+        file: String,
+    },
+    /// The output is `-`.
+    #[error("-: {kind} goes to a file of its own, not to stdout")]
+    Stdout {
+        /// What would be written.
+        kind: &'static str,
+    },
     /// The output would lie in a folder that does not exist.
     #[error("{}: the folder {} does not exist", path.display(), folder.display())]
     NoFolder {

@@ -1,18 +1,16 @@
 //! Writing a GGUF file, tensor by tensor, in bounded memory.
 //!
-//! The bytes go to `.NAME.partial` beside the output and get the final name only when they are complete
-//! and on the disk: whatever happens before, nothing stands under that name that was not there. The partial
-//! file is locked while it is written, so that two writers of one output notice each other; one that a
-//! killed process left behind is not locked, and is taken over.
+//! Owns the order and the padding of what is written; [`OutputFile`] owns the file and its name.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::Metadata;
 use crate::encode::{Plan, TensorSpec, encode};
 use crate::error::{GgufError, Result};
+use crate::output::{Kind, OutputFile};
 
 const BUFFER_BYTES: usize = 1 << 20;
 /// How much is handed to the disk at a time while writing goes on.
@@ -25,7 +23,7 @@ const RELEASE_LAG: u64 = 64 << 20;
 pub struct WriteOptions {
     /// Every tensor starts at a multiple of this: a power of two.
     pub alignment: u64,
-    /// Whether an existing regular file is replaced; otherwise it is an error.
+    /// Whether an existing GGUF file is replaced; otherwise it is an error. A file of another kind never is.
     pub overwrite: bool,
 }
 
@@ -39,12 +37,11 @@ impl Default for WriteOptions {
 /// A file being written. Dropping it without [`finish`](Self::finish) removes what was written.
 #[derive(Debug)]
 pub struct GgufWriter {
-    stream: Option<TensorStream<BufWriter<File>>>,
+    stream: Option<TensorStream<BufWriter<OutputFile>>>,
     plan: Plan,
     tensors: Vec<TensorSpec>,
     options: WriteOptions,
     path: PathBuf,
-    partial: PathBuf,
     /// Up to where the kernel was asked to write to the disk.
     handed_over: u64,
 }
@@ -54,13 +51,11 @@ impl GgufWriter {
     /// `general.alignment` is set to `options.alignment`.
     ///
     /// # Errors
-    /// As [`plan`](crate::plan()) and [`check_output`]; [`GgufError::Busy`], [`GgufError::NoSpace`] before the first byte is
-    /// written; [`GgufError::Io`].
+    /// As [`plan`](crate::plan()) and [`OutputFile::create`]; [`GgufError::NoSpace`] before the first byte is written;
+    /// [`GgufError::Io`].
     pub fn create(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], options: WriteOptions) -> Result<Self> {
         let (header, plan) = encode(metadata, tensors, options.alignment)?;
-        check_output(path, options.overwrite)?;
-        let partial = partial_path(path)?;
-        let file = claim_partial(path, &partial)?;
+        let file = OutputFile::create(path, Kind::GGUF, options.overwrite)?;
         let mut writer = Self {
             stream: Some(TensorStream::new(
                 BufWriter::with_capacity(BUFFER_BYTES, file),
@@ -71,11 +66,10 @@ impl GgufWriter {
             tensors: tensors.to_vec(),
             options,
             path: path.to_owned(),
-            partial,
             handed_over: 0,
         };
         let needed = writer.plan.total;
-        if let Some(available) = available_space(parent_of(path)).ok().flatten()
+        if let Some(available) = writer.free_space()
             && available < needed
         {
             let (path, available) = (path.to_owned(), Some(available));
@@ -125,15 +119,15 @@ impl GgufWriter {
             return Err(GgufError::malformed(self.path.display(), "replaced metadata", problem));
         }
         let sink = &mut self.stream_mut().sink;
-        let written = sink.flush().and_then(|()| sink.get_ref().write_all_at(&header, 0));
+        let written = sink.flush().and_then(|()| sink.get_ref().file().write_all_at(&header, 0));
         written.map_err(|source| self.write_error(source))
     }
 
     /// Completes the file: everything is on the disk and under its final name when this returns.
     ///
     /// # Errors
-    /// [`GgufError::DataSize`] where tensor data is missing; [`GgufError::Exists`] where the output came
-    /// into being meanwhile; [`GgufError::NoSpace`], [`GgufError::Io`]. Nothing is left behind then.
+    /// [`GgufError::DataSize`] where tensor data is missing; [`GgufError::NoSpace`]; as [`OutputFile::finish`]. Nothing is
+    /// left behind then.
     pub fn finish(mut self) -> Result<()> {
         let stream = self.stream_mut();
         let (expected, got) = (stream.announced(), stream.received);
@@ -142,12 +136,12 @@ impl GgufWriter {
             return Err(GgufError::DataSize { file, expected, got });
         }
         let sink = &mut stream.sink;
-        let synced = sink.flush().and_then(|()| sink.get_ref().sync_all());
+        let synced = sink.flush().and_then(|()| sink.get_ref().file().sync_all());
         synced.map_err(|source| self.write_error(source))?;
-        self.publish()?;
-        // From here on the partial name is free for others: drop must not remove what they put there.
-        self.stream = None;
-        sync_dir(parent_of(&self.path)).map_err(|source| GgufError::io(self.path.display(), "sync its folder", source))
+        match self.stream.take() {
+            Some(stream) => stream.sink.into_parts().0.finish(),
+            None => Ok(()),
+        }
     }
 
     /// Keeps the disk busy while more is computed, so that the sync at the end has little left to wait for, and gives
@@ -158,33 +152,24 @@ impl GgufWriter {
         let end = self.plan.header_bytes + stream.position;
         while end >= self.handed_over + WRITEBACK_BYTES + BUFFER_BYTES as u64 {
             for start in [Some(self.handed_over), self.handed_over.checked_sub(RELEASE_LAG)].into_iter().flatten() {
-                advise_done(stream.sink.get_ref(), start, WRITEBACK_BYTES);
+                advise_done(stream.sink.get_ref().file(), start, WRITEBACK_BYTES);
             }
             self.handed_over += WRITEBACK_BYTES;
         }
     }
 
-    fn publish(&self) -> Result<()> {
-        let fail = |source| GgufError::io(self.path.display(), "give the file its final name", source);
-        if self.options.overwrite {
-            check_output(&self.path, true)?;
-            return std::fs::rename(&self.partial, &self.path).map_err(fail);
-        }
-        match rename_exclusive(&self.partial, &self.path) {
-            Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-                Err(GgufError::Exists { path: self.path.clone() })
-            }
-            renamed => renamed.map_err(fail),
-        }
-    }
-
-    fn stream_mut(&mut self) -> &mut TensorStream<BufWriter<File>> {
+    fn stream_mut(&mut self) -> &mut TensorStream<BufWriter<OutputFile>> {
         // `finish` takes the stream away and consumes the writer, so no method can meet it empty.
         self.stream.as_mut().expect("a writer that was not finished has its stream")
     }
 
+    fn free_space(&self) -> Option<u64> {
+        let output = self.stream.as_ref()?.sink.get_ref();
+        available_space(output.folder()).ok().flatten()
+    }
+
     fn write_error(&self, source: io::Error) -> GgufError {
-        let free = available_space(parent_of(&self.path)).ok().flatten();
+        let free = self.free_space();
         // What was written so far is given back, so it counts as free.
         let written = self.stream.as_ref().map_or(0, |stream| stream.position);
         write_error(&self.path, self.plan.total, free.map(|free| free.saturating_add(written)), source)
@@ -194,11 +179,8 @@ impl GgufWriter {
 impl Drop for GgufWriter {
     fn drop(&mut self) {
         if let Some(stream) = self.stream.take() {
-            // Removed while still locked, so that it cannot be another writer's by now. What fails here
-            // leaves a stale partial file, which the next writer takes over.
-            let (file, _) = stream.sink.into_parts();
-            let _ = std::fs::remove_file(&self.partial);
-            drop(file);
+            // Taken apart, so that what is still in the buffer is not written for nothing.
+            drop(stream.sink.into_parts());
         }
     }
 }
@@ -288,108 +270,6 @@ impl<W: Write> TensorStream<W> {
     }
 }
 
-fn parent_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-fn partial_path(path: &Path) -> Result<PathBuf> {
-    let name =
-        path.file_name().ok_or_else(|| GgufError::malformed(path.display(), "the output", "has no file name"))?;
-    let mut partial = std::ffi::OsString::from(".");
-    partial.push(name);
-    partial.push(".partial");
-    Ok(path.with_file_name(partial))
-}
-
-/// Whether `path` can become an output: it is free, or a regular file that may be replaced, in a folder that exists. Whoever
-/// has much to do before writing asks first; the writer has the last word.
-///
-/// # Errors
-/// [`GgufError::Exists`], [`GgufError::NotAFile`], [`GgufError::NoFolder`], [`GgufError::Io`].
-pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
-    match std::fs::metadata(path) {
-        Ok(metadata) if !metadata.is_file() => Err(GgufError::NotAFile { file: path.display().to_string() }),
-        Ok(_) if !overwrite => Err(GgufError::Exists { path: path.to_owned() }),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => match parent_of(path).try_exists() {
-            Ok(false) => Err(GgufError::NoFolder { path: path.to_owned(), folder: parent_of(path).to_owned() }),
-            _ => Ok(()),
-        },
-        Err(source) => Err(GgufError::io(path.display(), "look at the output", source)),
-    }
-}
-
-/// Opens, locks and empties the partial file.
-fn claim_partial(path: &Path, partial: &Path) -> Result<File> {
-    let name = partial.file_name().unwrap_or_default().display();
-    let fail = |source| GgufError::io(path.display(), format!("create {name} beside it"), source);
-    loop {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            // A link in its place must not lead the data elsewhere.
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
-            .open(partial)
-            .map_err(fail)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(GgufError::Busy { path: path.to_owned(), partial: partial.to_owned() });
-            }
-            // Some network file systems know no locks; then there is only the partial file's name.
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(source)) => return Err(fail(source)),
-        }
-        // Between opening and locking, the writer that had the lock may have given this very file its
-        // final name: emptying it now would destroy a finished output.
-        let opened = file.metadata().map_err(fail)?;
-        match std::fs::symlink_metadata(partial) {
-            Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => {
-                if !opened.is_file() {
-                    return Err(GgufError::NotAFile { file: partial.display().to_string() });
-                }
-                file.set_len(0).map_err(fail)?;
-                return Ok(file);
-            }
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(fail(source)),
-        }
-    }
-}
-
-/// Renames, but never over an existing file.
-fn rename_exclusive(from: &Path, to: &Path) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-            // The kernel or the file system does not know the flag.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-            done => return done.map_err(io::Error::from),
-        }
-    }
-    if std::fs::symlink_metadata(to).is_ok() {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    std::fs::rename(from, to)
-}
-
-/// Makes the new name in `dir` survive a power failure.
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    match File::open(dir)?.sync_all() {
-        // Not every file system can; the name is then as durable as it gets.
-        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
-        synced => synced,
-    }
-}
-
 /// Bytes that an ordinary user can still write to the file system of `dir`, or `None` where it does not
 /// say.
 ///
@@ -448,7 +328,7 @@ mod tests {
 
     #[test]
     fn the_system_calls_a_full_device_by_its_name() {
-        let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut stream = TensorStream::new(file, vec![10], 32);
         let Err(StreamError::Io(source)) = stream.write(&[1; 10]) else { panic!("/dev/full took data") };
         let error = write_error(Path::new("out.gguf"), 4096, None, source);

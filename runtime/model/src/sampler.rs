@@ -165,7 +165,9 @@ impl Sampler {
         for (i, &id) in self.recent.iter().enumerate() {
             let counted = self.recent[..i].contains(&id);
             if let Some(logit) = logits.get_mut(id as usize).filter(|_| !counted) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                let less = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                // A logit stays a number, however far the penalty moves it.
+                *logit = less.clamp(f32::MIN, f32::MAX);
             }
         }
     }
@@ -485,6 +487,22 @@ mod tests {
         assert_eq!(s.sample(&[-0.15, -0.2, -0.1]), Ok(0));
         s.forget();
         assert_eq!(s.sample(&[-0.15, -0.2, -0.1]), Ok(2));
+    }
+
+    #[test]
+    fn extreme_settings_still_choose() {
+        for repeat_penalty in [1e-38, f32::MAX] {
+            for temperature in [0.0, f32::MIN_POSITIVE, 1.0, f32::MAX] {
+                for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (1, f32::MIN_POSITIVE, 1.0), (usize::MAX, 0.5, 0.5)] {
+                    let options = SamplerOptions { temperature, top_k, top_p, min_p, repeat_penalty, seed: 1 };
+                    let mut s = Sampler::new(options).expect("valid");
+                    for logits in [[30.0, -30.0, 1.0], [0.0, 0.0, 0.0], [f32::MAX, f32::MIN, -1.0]] {
+                        (0..3).for_each(|id| s.accept(id));
+                        assert!(s.sample(&logits).expect("a token") < 3, "{options:?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The output's name stands for a complete file or for what it was before.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 
 use st_gguf::{GgmlType, GgufError, GgufFile, GgufWriter, Metadata, TensorSpec, WriteOptions};
 
@@ -10,6 +10,9 @@ use crate::common::{counting, names_in, spec};
 fn tensors() -> [TensorSpec; 1] {
     [spec("t", &[16], GgmlType::F32)]
 }
+
+/// Begins as a GGUF file does.
+const OLDER: &str = "GGUF precious";
 
 fn create(path: &std::path::Path, overwrite: bool) -> Result<GgufWriter, GgufError> {
     let options = WriteOptions { overwrite, ..WriteOptions::default() };
@@ -33,11 +36,11 @@ fn pages_are_the_default_and_the_name_comes_last() {
 fn an_existing_file_stays_unless_told() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("out.gguf");
-    fs::write(&path, "precious").unwrap();
+    fs::write(&path, OLDER).unwrap();
     let error = create(&path, false).unwrap_err();
     assert!(matches!(error, GgufError::Exists { .. }), "{error}");
     drop(create(&path, true).unwrap());
-    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    assert_eq!(fs::read(&path).unwrap(), OLDER.as_bytes());
     let mut writer = create(&path, true).unwrap();
     writer.write(&counting(64)).unwrap();
     writer.finish().unwrap();
@@ -56,6 +59,100 @@ fn a_file_that_appears_meanwhile_stays_too() {
     assert!(matches!(error, GgufError::Exists { .. }), "{error}");
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     assert_eq!(names_in(dir.path()), ["out.gguf"]);
+}
+
+#[test]
+fn a_file_of_another_kind_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out.gguf");
+    for other in ["precious", "GG", "{}"] {
+        fs::write(&path, other).unwrap();
+        for overwrite in [false, true] {
+            let error = create(&path, overwrite).unwrap_err();
+            assert!(matches!(error, GgufError::OtherKind { .. }), "{error}");
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), other);
+    }
+    // Nothing is lost with an empty one, and one that comes to be there meanwhile is looked at, too.
+    fs::write(&path, "").unwrap();
+    let mut writer = create(&path, true).unwrap();
+    writer.write(&counting(64)).unwrap();
+    fs::write(&path, "precious").unwrap();
+    let error = writer.finish().unwrap_err();
+    assert!(matches!(error, GgufError::OtherKind { .. }), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    assert_eq!(names_in(dir.path()), ["out.gguf"]);
+}
+
+#[test]
+fn what_is_replaced_hands_on_its_permissions() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out.gguf");
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    // A partial file that everybody can read is left from before.
+    let partial = dir.path().join(".out.gguf.partial");
+    for given in [0o600, 0o440, 0o666] {
+        fs::write(&path, OLDER).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(given)).unwrap();
+        fs::write(&partial, "").unwrap();
+        let mut writer = create(&path, true).unwrap();
+        assert_eq!(mode(&partial) & !(given | 0o600), 0);
+        writer.write(&counting(64)).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(mode(&path), given);
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_link_stands_for_the_file_that_it_names() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("disk")).unwrap();
+    let (link, file) = (dir.path().join("link.gguf"), dir.path().join("disk/file.gguf"));
+    symlink("disk/file.gguf", &link).unwrap();
+    for overwrite in [false, true] {
+        let mut writer = create(&link, overwrite).unwrap();
+        assert_eq!(names_in(&dir.path().join("disk")).first().unwrap(), ".file.gguf.partial");
+        writer.write(&counting(64)).unwrap();
+        writer.finish().unwrap();
+        assert!(link.is_symlink() && GgufFile::open(&file).is_ok());
+    }
+    let circle = dir.path().join("circle.gguf");
+    symlink("circle.gguf", &circle).unwrap();
+    assert!(create(&circle, true).unwrap_err().to_string().contains("circle.gguf"));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_link_to_an_open_file_is_no_output() {
+    use std::os::fd::AsRawFd as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (link, file) = (dir.path().join("out.gguf"), dir.path().join("file.gguf"));
+    fs::write(&file, OLDER).unwrap();
+    let open = fs::File::open(&file).unwrap();
+    symlink(format!("/dev/fd/{}", open.as_raw_fd()), &link).unwrap();
+    for path in [&link, &fs::read_link(&link).unwrap()] {
+        let error = create(path, true).unwrap_err();
+        assert!(matches!(error, GgufError::Descriptor { .. }), "{error}");
+    }
+    assert!(link.is_symlink());
+    assert_eq!(fs::read_to_string(&file).unwrap(), OLDER);
+}
+
+#[test]
+fn names_as_long_as_a_name_can_be_are_written() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["n".repeat(255), "ä".repeat(127), "n".repeat(247), "m".repeat(255)] {
+        let path = dir.path().join(&name);
+        let mut writer = create(&path, false).unwrap();
+        assert!(matches!(create(&path, false).unwrap_err(), GgufError::Busy { .. }), "one name for one output");
+        writer.write(&counting(64)).unwrap();
+        writer.finish().unwrap();
+        assert!(GgufFile::open(&path).is_ok());
+    }
+    assert_eq!(names_in(dir.path()).len(), 4);
+    assert!(create(&dir.path().join("n".repeat(256)), false).is_err());
+    assert!(matches!(create(std::path::Path::new("-"), true).unwrap_err(), GgufError::Stdout { .. }));
 }
 
 #[test]

@@ -1,0 +1,46 @@
+//! What commands read besides models: from a file, or from stdin where the name is `-`.
+//!
+//! A person may have to type it, and a pipe may never give it: Ctrl-C ends the waiting.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use crate::signals::Interrupt;
+
+/// Whether `path` means stdin.
+pub(crate) fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// What `path` is called in messages.
+pub(crate) fn name(path: &Path) -> String {
+    if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
+}
+
+/// Hands what is in `path` to `read`, which looks at no flag.
+pub(crate) fn with<T, E: Into<anyhow::Error>>(
+    path: &Path,
+    interrupt: &Interrupt,
+    read: impl FnOnce(&mut dyn Read) -> Result<T, E>,
+) -> anyhow::Result<T> {
+    // Opening a pipe waits for its other end.
+    let read = interrupt.while_reading(|| -> anyhow::Result<T> {
+        match is_stdin(path) {
+            true => read(&mut io::stdin().lock()).map_err(Into::into),
+            false => read(&mut File::open(path)?).map_err(Into::into),
+        }
+    })?;
+    read.with_context(|| format!("cannot read {}", name(path)))
+}
+
+/// The text in `path`.
+pub(crate) fn text(path: &Path, interrupt: &Interrupt) -> anyhow::Result<String> {
+    with(path, interrupt, |input| -> anyhow::Result<String> {
+        let mut bytes = Vec::new();
+        input.read_to_end(&mut bytes)?;
+        String::from_utf8(bytes).map_err(|error| anyhow::anyhow!("it is not UTF-8 text: {error}"))
+    })
+}

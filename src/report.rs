@@ -7,6 +7,7 @@ use std::io::{self, Write};
 
 use st_convert::ConvertError;
 use st_experts::TraceError;
+use st_format::FormatError;
 use st_gguf::GgufError;
 use st_hub::HubError;
 use st_model::ModelError;
@@ -150,6 +151,23 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))
         }
         GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
+        GgufError::MissingTensor { .. } => INCOMPLETE.into(),
+        GgufError::Model { problem, .. } => return format_hint(problem),
+        _ => return None,
+    })
+}
+
+/// What to do about a file that lacks tensors.
+const INCOMPLETE: &str = "the file may not be complete: fetch or convert it again";
+
+fn format_hint(problem: &FormatError) -> Option<String> {
+    Some(match problem {
+        FormatError::MissingTensor { .. } => INCOMPLETE.into(),
+        FormatError::KeyNotComputed { .. } | FormatError::TensorNotComputed { .. } => {
+            "without it the answers would be wrong: take a file of the model as it was published, or run this one in \
+             the program that it was made for"
+                .into()
+        }
         _ => return None,
     })
 }
@@ -175,7 +193,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
-        ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
+        ModelError::MissingTensor { .. } => INCOMPLETE.into(),
         ModelError::Gguf(error) => return gguf_hint(error),
         _ => return None,
     })

@@ -3,6 +3,7 @@
 mod chat;
 mod cli;
 mod common;
+mod crates;
 mod faults;
 mod golden;
 mod hub;

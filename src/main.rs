@@ -2,9 +2,11 @@
 
 mod cli;
 mod commands;
+mod context;
 mod env;
 mod input;
 mod machine;
+mod memory;
 mod models;
 mod report;
 mod shown;
@@ -20,7 +22,7 @@ use std::process::ExitCode;
 use std::thread::{self, JoinHandle};
 
 use cli::Cli;
-use commands::Context;
+use context::Context;
 use env::Env;
 use report::OutputError;
 use signals::Interrupt;

@@ -8,7 +8,7 @@ use st_convert::Input;
 use st_gguf::GgufFile;
 use st_hub::{DownloadRequest, Hub, HubConfig, RepoId};
 
-use crate::commands::Context;
+use crate::context::Context;
 use crate::report::Advice;
 use crate::ui::DownloadBars;
 

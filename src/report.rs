@@ -4,16 +4,20 @@ mod hub;
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use st_convert::ConvertError;
 use st_experts::TraceError;
-use st_format::FormatError;
 use st_gguf::GgufError;
 use st_hub::HubError;
 use st_model::ModelError;
 
 use crate::shown::one_line;
 use crate::size::show_size;
+
+/// What may help where there is no memory.
+pub(crate) const NO_MEMORY: &str =
+    "--memory bounds what a model takes; a limit of this session (`ulimit -v`) may be in the way";
 
 /// An error of the command line itself, with advice.
 #[derive(Debug)]
@@ -131,8 +135,21 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(error) = error.downcast_ref::<ModelError>() {
         return model_hint(error);
     }
-    let too_large = error.downcast_ref::<io::Error>()?.kind() == io::ErrorKind::FileTooLarge;
-    too_large.then(|| "the file system, or a limit of this session (`ulimit -f`), allows no file of this size".into())
+    // What several threads may be told is shared.
+    let shared = || error.downcast_ref::<Arc<io::Error>>().map(AsRef::as_ref);
+    error.downcast_ref().or_else(shared).and_then(io_hint)
+}
+
+fn io_hint(error: &io::Error) -> Option<String> {
+    Some(match error.kind() {
+        io::ErrorKind::FileTooLarge => {
+            "the file system, or a limit of this session (`ulimit -f`), allows no file of this size".into()
+        }
+        io::ErrorKind::OutOfMemory => NO_MEMORY.into(),
+        // Nothing that is waited for here says so, but the start of a thread.
+        io::ErrorKind::WouldBlock => "a limit of this session (`ulimit -a`: -u, -v) is in the way".into(),
+        _ => return None,
+    })
 }
 
 fn gguf_hint(error: &GgufError) -> Option<String> {
@@ -151,23 +168,6 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))
         }
         GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
-        GgufError::MissingTensor { .. } => INCOMPLETE.into(),
-        GgufError::Model { problem, .. } => return format_hint(problem),
-        _ => return None,
-    })
-}
-
-/// What to do about a file that lacks tensors.
-const INCOMPLETE: &str = "the file may not be complete: fetch or convert it again";
-
-fn format_hint(problem: &FormatError) -> Option<String> {
-    Some(match problem {
-        FormatError::MissingTensor { .. } => INCOMPLETE.into(),
-        FormatError::KeyNotComputed { .. } | FormatError::TensorNotComputed { .. } => {
-            "without it the answers would be wrong: take a file of the model as it was published, or run this one in \
-             the program that it was made for"
-                .into()
-        }
         _ => return None,
     })
 }
@@ -193,7 +193,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
-        ModelError::MissingTensor { .. } => INCOMPLETE.into(),
+        ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
         ModelError::Gguf(error) => return gguf_hint(error),
         _ => return None,
     })

@@ -303,6 +303,30 @@ fn a_small_stack_is_enough() {
     }
 }
 
+/// However little memory a session allows, there is an answer or one error.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_that_is_not_to_be_had_is_one_error() {
+    let limited = |kib: u64, words: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -v {kib}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_st-tool")]);
+        command.args(words.split(' ')).output().expect("it runs")
+    };
+    // Below that there is not even a program.
+    let steps = || std::iter::successors(Some(20_000), |kib| Some(kib * 9 / 8)).take_while(|&kib| kib < 4_000_000);
+    let starts = steps().find(|&kib| limited(kib, "--version").status.success()).expect("it starts");
+    let mut failed = 0;
+    for kib in steps().filter(|&kib| kib >= starts) {
+        let run = Run::checked(limited(kib, "run tiny -q -p x -n 2 --temp 0 --threads 2"));
+        if run.status == 0 {
+            break;
+        }
+        run.fails(&[]).hint();
+        failed += 1;
+    }
+    assert!(failed > 0, "the least that it starts with is enough");
+}
+
 #[test]
 fn raw_text_goes_past_the_template() {
     let text = "<|im_start|>user\nWhat is 27 + 45?<|im_end|>\n<|im_start|>assistant\n";

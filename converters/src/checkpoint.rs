@@ -14,7 +14,7 @@ use crate::config::ModelConfig;
 use crate::error::ConvertError;
 use crate::input::{Input, Slot, SourceTensor, SourceType};
 use crate::mapped::MappedFile;
-use crate::tensor_map::{TABLE, Tensor, is_derived, rule_of};
+use crate::tensor_map::{TABLE, Tensor, is_derived};
 use crate::tokenizer;
 
 /// Most bytes that a JSON file of a checkpoint may have: far above any tokenizer, far below what would hurt.
@@ -38,11 +38,8 @@ pub(crate) fn open(dir: &Path) -> Result<Input, ConvertError> {
     let mut warnings = Vec::new();
     let tensors = bind(dir, &mut config, &files, found, &mut warnings)?;
     let mut carried = Metadata::new();
-    if let Some(name) = config.name {
-        carried.insert("general.name", name);
-    }
-    tokenizer::read(dir, &json, config.shape.n_vocab, &mut warnings)?.write(&mut carried);
-    Ok(Input { path: dir.into(), shape: config.shape, carried, files, tensors, warnings })
+    tokenizer::read(dir, &json, config.vocab_size, &mut warnings)?.write(&mut carried);
+    Ok(Input { path: dir.into(), config, carried, files, tensors, warnings })
 }
 
 /// Reads a JSON file of bounded size; `None` where there is none.
@@ -155,8 +152,8 @@ fn bind(
     mut found: BTreeMap<String, Found>,
     warnings: &mut Vec<String>,
 ) -> Result<HashMap<Slot, SourceTensor>, ConvertError> {
-    let head = rule_of(Tensor::Output).hf_name(0, 0);
-    let embedding = rule_of(Tensor::TokenEmbd).hf_name(0, 0);
+    let head = Tensor::Output.rule().hf_name(0, 0);
+    let embedding = Tensor::TokenEmbd.rule().hf_name(0, 0);
     let tied = *config.tied.get_or_insert(!found.contains_key(&head));
     if tied && let Some(extra) = found.remove(&head) {
         // Some writers store the shared matrix under both names. Other contents contradict the configuration.
@@ -175,8 +172,8 @@ fn bind(
         if rule.tensor == Tensor::Output && tied {
             continue;
         }
-        let expected = rule.hf_shape(&config.shape);
-        for (layer, expert) in rule.instances(&config.shape) {
+        let expected = rule.hf_shape(config);
+        for (layer, expert) in rule.instances(config) {
             let name = rule.hf_name(layer, expert);
             let Some(entry) = found.remove(&name) else {
                 return Err(ConvertError::MissingTensor { path: dir.into(), tensor: name });
@@ -211,7 +208,7 @@ fn bind(
             return Err(ConvertError::UnexpectedTensor {
                 path: files[entry.file].path().into(),
                 tensor: name,
-                why: format!("{} layers of {} experts", config.shape.n_layers, config.shape.n_experts),
+                why: format!("{} layers of {} experts", config.n_layers, config.n_experts),
             });
         }
         if ignored == 0 {

@@ -195,11 +195,11 @@ impl<'a> Job<'a> {
         if options.search && !types.contains(&Some(WeightType::Q4_0)) {
             return Err(ConvertError::Options("a search for scales needs a Q4_0 output".into()));
         }
-        let shape = input.shape();
-        let layout = OutputLayout::new(shape, input.has_output(), options)?;
-        let mut metadata = metadata::describe(shape, &input.carried, options.ty);
+        let config = input.config();
+        let layout = OutputLayout::new(config, input.has_output(), options)?;
+        let mut metadata = metadata::describe(config, &input.carried, options.ty);
         if let Some(format) = &layout.packing {
-            describe_packing(format, shape.n_layers * shape.n_experts, options.ty, &mut metadata);
+            describe_packing(format, config.n_layers * config.n_experts, options.ty, &mut metadata);
         }
         let mut job = Self { input, layout, metadata, unit_bytes: 0, input_bytes: 0, unit_input_bytes: 1 };
         for unit in &job.layout.units {
@@ -216,7 +216,7 @@ impl<'a> Job<'a> {
         let places = plan.offsets.iter().zip(&plan.sizes);
         let tensors = self.layout.tensors.iter().zip(places);
         let mut warnings = self.input.warnings.clone();
-        warnings.extend(self.input.shape().llama_cpp_differences());
+        warnings.extend(self.input.config().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());
         } else if !self.layout.expert_target.ty.is_quantized() {
@@ -353,11 +353,11 @@ impl Worker {
 pub(crate) fn describe_packing(format: &ExpertFormat, experts: usize, ty: WeightType, metadata: &mut Metadata) {
     metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
     metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
-    metadata.insert(layout_keys::EXPERT_TYPE, ty.ggml().id());
+    metadata.insert(layout_keys::EXPERT_TYPE, ty.ggml_id());
     metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
     for (key, matrix) in [
         (layout_keys::GATE_OFFSET, Matrix::Gate),
-        (layout_keys::UP_OFFSET, Matrix::Up),
+        (layout_keys::NEURON_OFFSET, Matrix::Up),
         (layout_keys::DOWN_OFFSET, Matrix::Down),
     ] {
         metadata.insert(key, format.region(matrix).start as u64);

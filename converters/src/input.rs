@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use st_gguf::Metadata;
 
+use crate::config::ModelConfig;
 use crate::error::ConvertError;
 use crate::mapped::MappedFile;
-use crate::tensor_map::{ModelShape, Tensor, rule_of};
+use crate::tensor_map::Tensor;
 use crate::{checkpoint, gguf_input};
 
 /// Types that weights may be stored as in an input.
@@ -61,7 +62,7 @@ pub(crate) type Slot = (Tensor, usize, usize);
 #[derive(Debug)]
 pub struct Input {
     pub(crate) path: PathBuf,
-    pub(crate) shape: ModelShape,
+    pub(crate) config: ModelConfig,
     /// Tokenizer and general keys to carry into the output.
     pub(crate) carried: Metadata,
     pub(crate) files: Vec<MappedFile>,
@@ -85,8 +86,8 @@ impl Input {
     }
 
     /// The model's shape.
-    pub fn shape(&self) -> &ModelShape {
-        &self.shape
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
     }
 
     /// Whether the LM head has weights of its own.
@@ -103,7 +104,7 @@ impl Input {
     pub(crate) fn tensor(&self, slot: Slot) -> Result<&SourceTensor, ConvertError> {
         self.tensors.get(&slot).ok_or_else(|| ConvertError::MissingTensor {
             path: self.path.clone(),
-            tensor: rule_of(slot.0).hf_name(slot.1, slot.2),
+            tensor: slot.0.rule().hf_name(slot.1, slot.2),
         })
     }
 }

@@ -7,10 +7,10 @@
 use std::path::Path;
 
 use st_gguf::{
-    ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix, Metadata, TensorSpec,
-    WriteOptions, layout_keys, tensor_names,
+    ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix as FileMatrix, Metadata,
+    TensorSpec, WriteOptions, layout_keys, tensor_names,
 };
-use st_kernels::{ExpertFormat, Kernels, UnsupportedType, WeightType};
+use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
 
 use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor, describe_packing};
 use crate::error::ConvertError;
@@ -42,7 +42,7 @@ enum Unit {
     /// The record of an expert, out of its three matrices.
     Pack { layer: usize, expert: usize },
     /// A matrix of an expert, out of its record.
-    Unpack { layer: usize, expert: usize, matrix: Matrix },
+    Unpack { layer: usize, expert: usize, matrix: FileMatrix },
 }
 
 /// The input, and everything that follows from it before a weight is read.
@@ -111,14 +111,21 @@ impl<'a> Job<'a> {
     fn new(path: &'a Path, to: Layout) -> Result<Self, ConvertError> {
         let file = GgufFile::open(path)?;
         let header = &file.header;
-        let index = ExpertIndex::from_header(header, &header.model_shape()?)?;
+        match header.metadata.str("general.architecture")? {
+            Some("smallthinker") => {}
+            other => {
+                let got = other.map_or_else(|| "a file that states none".into(), |name| format!("\"{name}\""));
+                return Err(ConvertError::Architecture { path: path.into(), got });
+            }
+        }
+        let index = ExpertIndex::from_header(header)?;
         if index.layout() == to {
             return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
         }
         let (format, ty) = expert_format(path, &index)?;
 
         let mut metadata = header.metadata.clone();
-        for key in layout_keys::ALL.into_iter().chain([layout_keys::UP_OFFSET_BEFORE]) {
+        for key in layout_keys::ALL {
             metadata.remove(key);
         }
         if to == Layout::Offload {
@@ -142,7 +149,7 @@ impl<'a> Job<'a> {
         let experts: std::collections::HashSet<String> = match self.index.layout() {
             Layout::Offload => layers.map(tensor_names::packed).collect(),
             Layout::Gguf => {
-                layers.flat_map(|layer| Matrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
+                layers.flat_map(|layer| FileMatrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
             }
         };
         for tensor in self.file.header.tensors.iter().filter(|tensor| !experts.contains(&tensor.name)) {
@@ -163,11 +170,14 @@ impl<'a> Job<'a> {
 
     fn push_stacked(&mut self, layer: usize) {
         let index = &self.index;
-        for matrix in Matrix::ALL {
-            let (rows, columns) = self.format.shape(matrix);
+        for matrix in FileMatrix::ALL {
+            let [columns, rows] = match matrix {
+                FileMatrix::Gate | FileMatrix::Up => [index.n_embd(), index.n_ff()],
+                FileMatrix::Down => [index.n_ff(), index.n_embd()],
+            };
             self.tensors.push(TensorSpec {
                 name: tensor_names::stacked(layer, matrix),
-                shape: [columns, rows, index.n_experts()].map(|n| n as u64).to_vec(),
+                shape: vec![columns, rows, index.n_experts() as u64],
                 ty: index.expert_type(),
             });
             self.units.extend((0..index.n_experts()).map(|expert| Unit::Unpack { layer, expert, matrix }));
@@ -193,7 +203,7 @@ impl<'a> Job<'a> {
         match unit {
             Unit::Copy(range) => range.len as usize,
             Unit::Pack { .. } => self.format.record_bytes(),
-            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(*matrix),
+            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(kernel_matrix(*matrix)),
         }
     }
 
@@ -202,7 +212,7 @@ impl<'a> Job<'a> {
         match *unit {
             Unit::Copy(range) => range.len,
             Unit::Pack { layer, expert } => {
-                Matrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
+                FileMatrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
             }
             Unit::Unpack { layer, expert, matrix } => self.index.matrix(layer, expert, matrix).len,
         }
@@ -219,10 +229,11 @@ impl<'a> Job<'a> {
             Unit::Pack { layer, expert } => {
                 // What no region covers must not depend on what the buffer held before.
                 out.fill(0);
-                for matrix in Matrix::ALL {
+                for matrix in FileMatrix::ALL {
                     let range = self.index.matrix(layer, expert, matrix);
                     scratch.resize(range.len as usize, 0);
                     self.read(range, scratch)?;
+                    let matrix = kernel_matrix(matrix);
                     self.kernels.pack_expert(&self.format, matrix, scratch, &mut out[self.format.region(matrix)]);
                 }
                 Ok(Some(crc32c::crc32c(out)))
@@ -230,16 +241,16 @@ impl<'a> Job<'a> {
             Unit::Unpack { layer, expert, matrix } => {
                 // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
                 // records need be read and checked only then.
-                let region = if matrix == Matrix::Gate {
+                let region = if matrix == FileMatrix::Gate {
                     self.read_record(layer, expert, scratch)?;
                     self.format.region(Matrix::Gate)
                 } else {
                     let range = self.index.matrix(layer, expert, matrix);
                     scratch.resize(range.len as usize, 0);
                     self.read(range, scratch)?;
-                    0..self.format.region(matrix).len()
+                    0..self.format.region(kernel_matrix(matrix)).len()
                 };
-                self.format.unpack(matrix, &scratch[region], out);
+                self.format.unpack(kernel_matrix(matrix), &scratch[region], out);
                 Ok(None)
             }
         }
@@ -269,6 +280,14 @@ impl<'a> Job<'a> {
     }
 }
 
+fn kernel_matrix(matrix: FileMatrix) -> Matrix {
+    match matrix {
+        FileMatrix::Gate => Matrix::Gate,
+        FileMatrix::Up => Matrix::Up,
+        FileMatrix::Down => Matrix::Down,
+    }
+}
+
 /// The record format of the file's experts; for a file in the offload layout, proved to be the one it has.
 fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, WeightType), ConvertError> {
     let cannot = |why: String| {
@@ -278,8 +297,8 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, Weig
             index.expert_type()
         ))
     };
-    let ty = WeightType::try_from(index.expert_type())
-        .map_err(|UnsupportedType(_)| cannot(format!("only {} can", WeightType::names())))?;
+    let ty = WeightType::from_ggml_id(index.expert_type().id())
+        .ok_or_else(|| cannot("only F32, F16, BF16, Q8_0 and Q4_0 can".into()))?;
     let format = ExpertFormat::new(ty, index.n_embd() as usize, index.n_ff() as usize)
         .map_err(|error| cannot(error.to_string()))?;
     if let (Layout::Offload, Some(record)) = (index.layout(), index.record(0, 0)) {
@@ -291,10 +310,10 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, Weig
             Err(ConvertError::Config { path: path.into(), key: key.into(), got, expected })
         };
         check(layout_keys::RECORD_BYTES, record.len, format.record_bytes())?;
-        let keys = [layout_keys::GATE_OFFSET, layout_keys::UP_OFFSET, layout_keys::DOWN_OFFSET];
-        for (key, matrix) in keys.into_iter().zip(Matrix::ALL) {
+        let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
+        for (key, matrix) in keys.into_iter().zip(FileMatrix::ALL) {
             let start = index.matrix(0, 0, matrix).offset - record.offset;
-            check(key, start, format.region(matrix).start)?;
+            check(key, start, format.region(kernel_matrix(matrix)).start)?;
         }
     }
     Ok((format, ty))

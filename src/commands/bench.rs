@@ -11,10 +11,11 @@ use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, Session, StoreStats, Work};
 
+use super::engine;
 use super::routing::RoutingFile;
 use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
-use super::{Context, engine};
 use crate::cli::{BenchArgs, BenchFormat};
+use crate::context::Context;
 use crate::machine::{peak_resident, read_bandwidth, reset_peak_resident};
 use crate::models::Model;
 use crate::report::{Advice, Interrupted};

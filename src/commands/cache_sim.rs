@@ -8,8 +8,8 @@ use st_experts::cache_sim::{BELADY, Replay, SimRow, Tally};
 use st_experts::{Policy, RoutingTrace, TraceHeader};
 use st_model::MemoryPlan;
 
-use super::Context;
 use crate::cli::CacheSimArgs;
+use crate::context::Context;
 use crate::report::Advice;
 use crate::size::show_size;
 use crate::{input, table, ui};

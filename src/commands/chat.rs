@@ -19,8 +19,9 @@ use st_model::tokenizer::Tokenizer;
 use st_model::{Engine, FinishReason, GenerateOptions, GenerateStats, Session};
 
 use super::run::{Style, answer, bad_template, no_template, no_tokenizer};
-use super::{Context, stats};
+use super::stats;
 use crate::cli::RunArgs;
+use crate::context::Context;
 use crate::report::{self, Interrupted, is_closed_output};
 
 const HELP: &str = "\

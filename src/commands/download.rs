@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use st_hub::{DownloadRequest, Hub, Listing, RepoId, Token};
 
-use super::Context;
 use crate::cli::DownloadArgs;
+use crate::context::Context;
 use crate::models::hub_config;
 use crate::size::show_size;
 use crate::ui::{self, DownloadBars};

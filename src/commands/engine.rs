@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use st_gguf::GgufFile;
 use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
 
-use super::Context;
 use crate::cli::{EngineArgs, IoName, KvName};
+use crate::context::Context;
 use crate::machine::physical_cores;
 use crate::models::Model;
 use crate::size::show_size;

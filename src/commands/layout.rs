@@ -4,8 +4,9 @@ use std::process::ExitCode;
 
 use st_convert::{RelayoutOptions, relayout};
 
-use super::{Context, check_converted};
+use super::check_converted;
 use crate::cli::LayoutArgs;
+use crate::context::Context;
 use crate::machine::available_threads;
 use crate::size::show_size;
 use crate::ui::ConvertBar;

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use st_gguf::{GgufFile, check_output};
 use st_model::{ModelConfig, ModelError, Reference, Session};
 
-use super::{Context, engine, tokens};
+use super::{engine, tokens};
 use crate::cli::{EngineArgs, LogitsArgs};
+use crate::context::Context;
 use crate::models::Model;
 use crate::report::Advice;
 use crate::tensor_file::{Dtype, LOGITS, TensorFile};
@@ -22,7 +23,7 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
     }
     check_output(&args.output, LOGITS, args.force)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    let config = file.header.model_shape()?;
+    let config = ModelConfig::from_metadata(&file.header.metadata)?;
     if ids.len() > config.context_length {
         return Err(ModelError::ContextFull { needed: ids.len(), ctx: config.context_length }.into());
     }

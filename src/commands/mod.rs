@@ -22,21 +22,8 @@ use st_convert::WeightType;
 use st_gguf::{Kind, Layout, check_output, is_same_file};
 
 use crate::cli::{Command, LayoutName, TypeName};
-use crate::env::Env;
+use crate::context::Context;
 use crate::report::Advice;
-use crate::signals::Interrupt;
-use crate::ui::Ui;
-
-/// What every command works with.
-#[derive(Debug)]
-pub(crate) struct Context {
-    /// Settings from the environment.
-    pub(crate) env: Env,
-    /// Notes and progress.
-    pub(crate) ui: Ui,
-    /// Requests to stop.
-    pub(crate) interrupt: Interrupt,
-}
 
 /// Runs one command; the exit status is its own where it distinguishes outcomes.
 pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use st_convert::{ConvertOptions, ConvertPlan, SearchGain, SquaredErrors, compare, convert, plan};
 use st_gguf::Layout;
 
-use super::{Context, check_converted};
+use super::check_converted;
 use crate::cli::QuantizeArgs;
+use crate::context::Context;
 use crate::machine::available_threads;
 use crate::models::{Fetch, Model};
 use crate::size::show_size;
@@ -65,7 +66,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
 }
 
 fn default_output(model: &Model, args: &QuantizeArgs) -> PathBuf {
-    let ty = st_gguf_name(args);
+    let ty = type_suffix(args);
     let layout = match Layout::from(args.layout) {
         Layout::Gguf => "",
         Layout::Offload => "-offload",
@@ -73,7 +74,7 @@ fn default_output(model: &Model, args: &QuantizeArgs) -> PathBuf {
     PathBuf::from(format!("{}-{ty}{layout}.gguf", model.file_stem()))
 }
 
-fn st_gguf_name(args: &QuantizeArgs) -> &'static str {
+fn type_suffix(args: &QuantizeArgs) -> &'static str {
     use crate::cli::TypeName;
     match args.type_name() {
         TypeName::Q4_0 => "q4_0",
@@ -113,7 +114,7 @@ fn gains_table(gains: &[SearchGain]) -> String {
         out.push_str(&format!("{name:14}  {before:>9.3e}  {after:>9.3e}  {change:+.1} %\n"));
     };
     for gain in gains {
-        row(gain.tensor.part(), gain.weights, gain.errors);
+        row(gain.tensor.rule().kind_name(), gain.weights, gain.errors);
         weights += gain.weights;
         errors += gain.errors;
     }

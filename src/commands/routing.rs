@@ -13,7 +13,7 @@ use st_experts::{TraceHeader, TraceWriter};
 use st_gguf::{Kind, OutputFile, begins_with};
 use st_model::{Engine, Routing, Session};
 
-use super::Context;
+use crate::context::Context;
 use crate::report::is_interruption;
 
 /// Traces begin with a line that says of what model they are.

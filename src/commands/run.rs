@@ -13,8 +13,9 @@ use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, Step,
 
 use super::chat::Chat;
 use super::routing::RoutingFile;
-use super::{Context, engine, stats, tokens};
+use super::{engine, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
+use crate::context::Context;
 use crate::report::{Advice, Interrupted, OutputError};
 use crate::signals::Interrupt;
 use crate::{input, ui};

@@ -9,6 +9,7 @@ use st_gguf::{
     GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, layout_keys,
     tensor_names,
 };
+use st_kernels::expert_format::Matrix as Region;
 use st_kernels::{ExpertFormat, WeightType};
 
 use super::recipe::{Kind, Recipe, Tensor};
@@ -135,9 +136,9 @@ fn describe_records(metadata: &mut Metadata, format: &ExpertFormat) {
     metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
     metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
     metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
-    metadata.insert(layout_keys::GATE_OFFSET, offset(Matrix::Gate));
-    metadata.insert(layout_keys::UP_OFFSET, offset(Matrix::Up));
-    metadata.insert(layout_keys::DOWN_OFFSET, offset(Matrix::Down));
+    metadata.insert(layout_keys::GATE_OFFSET, offset(Region::Gate));
+    metadata.insert(layout_keys::NEURON_OFFSET, offset(Region::Up));
+    metadata.insert(layout_keys::DOWN_OFFSET, offset(Region::Down));
 }
 
 /// Appends the records of `experts` to `out`; returns their checksums.

@@ -3,7 +3,6 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use proptest::prelude::*;
-use st_format::{ModelShape, Scope, Tensor};
 use tempfile::TempDir;
 
 use super::*;
@@ -11,24 +10,6 @@ use crate::progress::NoProgress;
 
 const N_LAYERS: usize = 2;
 const N_EXPERTS: usize = 3;
-
-/// A model of the smallest size.
-fn shape(n_embd: u64, n_ff: u64) -> ModelShape {
-    ModelShape {
-        n_layers: N_LAYERS,
-        n_embd: n_embd as usize,
-        n_heads: 1,
-        n_kv_heads: 1,
-        head_dim: 2,
-        n_experts: N_EXPERTS,
-        n_experts_used: 1,
-        n_ff: n_ff as usize,
-        n_vocab: 7,
-        rope_layers: vec![true; N_LAYERS],
-        windows: vec![None; N_LAYERS],
-        ..ModelShape::published_4b()
-    }
-}
 
 /// A file in the `gguf` layout with arbitrary weights, as this tool orders it.
 struct Sample {
@@ -43,19 +24,20 @@ impl Sample {
         let mut metadata = Metadata::new();
         metadata.insert("general.architecture", "smallthinker");
         metadata.insert("general.alignment", ALIGNMENT as u32);
-        let shape = shape(n_embd, n_ff);
-        for (key, value) in shape.to_metadata() {
-            metadata.insert(key, value);
-        }
-        let spec =
-            |tensor: Tensor, layer, ty| TensorSpec { name: tensor.name(layer), shape: tensor.ggml_shape(&shape), ty };
-        let mut tensors = vec![spec(Tensor::TokenEmbd, 0, ty), spec(Tensor::OutputNorm, 0, GgmlType::F32)];
+        metadata.insert("smallthinker.block_count", N_LAYERS as u32);
+        metadata.insert("smallthinker.expert_count", N_EXPERTS as u32);
+        metadata.insert("smallthinker.embedding_length", n_embd as u32);
+        metadata.insert("smallthinker.expert_feed_forward_length", n_ff as u32);
+        let spec = |name: String, shape: &[u64], ty| TensorSpec { name, shape: shape.to_vec(), ty };
+        let mut tensors = vec![spec("token_embd.weight".into(), &[n_embd, 7], ty)];
         for layer in 0..N_LAYERS {
-            let layers = Tensor::ALL.iter().filter(|tensor| tensor.scope() == Scope::Layer);
-            tensors.extend(layers.map(|&tensor| spec(tensor, layer, GgmlType::F32)));
+            tensors.push(spec(format!("blk.{layer}.attn_norm.weight"), &[n_embd], GgmlType::F32));
         }
         for layer in 0..N_LAYERS {
-            tensors.extend(Matrix::ALL.map(|matrix| spec(Tensor::experts(matrix), layer, ty)));
+            for matrix in FileMatrix::ALL {
+                let [cols, rows] = if matrix == FileMatrix::Down { [n_ff, n_embd] } else { [n_embd, n_ff] };
+                tensors.push(spec(tensor_names::stacked(layer, matrix), &[cols, rows, N_EXPERTS as u64], ty));
+            }
         }
         Self { dir: tempfile::tempdir().unwrap(), metadata, tensors, alignment: ALIGNMENT }
     }
@@ -155,7 +137,7 @@ fn records_are_page_aligned_and_carry_their_checksums() {
     let plan = run(&sample.write(1), Layout::Offload, 2, &packed).unwrap();
     assert!(plan.warnings.iter().any(|warning| warning.contains("llama.cpp")));
     let file = GgufFile::open(&packed).unwrap();
-    let index = ExpertIndex::from_header(&file.header, &file.header.model_shape().unwrap()).unwrap();
+    let index = ExpertIndex::from_header(&file.header).unwrap();
     assert_eq!(index.layout(), Layout::Offload);
     for layer in 0..N_LAYERS {
         for expert in 0..N_EXPERTS {
@@ -194,7 +176,7 @@ fn a_damaged_record_ends_the_work_and_names_the_expert() {
     run(&sample.write(2), Layout::Offload, 2, &packed).unwrap();
     let range = {
         let file = GgufFile::open(&packed).unwrap();
-        ExpertIndex::from_header(&file.header, &file.header.model_shape().unwrap()).unwrap().record(1, 2).unwrap()
+        ExpertIndex::from_header(&file.header).unwrap().record(1, 2).unwrap()
     };
     let mut bytes = fs::read(&packed).unwrap();
     bytes[range.end() as usize - 1] ^= 1;
@@ -217,7 +199,7 @@ fn what_is_refused_before_anything_is_written() {
 
     sample.metadata.insert("general.architecture", "llama");
     let error = run(&sample.write(3), Layout::Offload, 1, &out).unwrap_err();
-    assert!(error.to_string().contains("expected a SmallThinker model, got `llama`"), "{error}");
+    assert!(error.to_string().contains("expected a SmallThinker model, got \"llama\""), "{error}");
 
     let q5 = Sample::new(GgmlType::Q5_0, 64, 32);
     let error = run(&q5.write(3), Layout::Offload, 1, &out).unwrap_err();
@@ -241,8 +223,8 @@ fn other_offsets_than_the_format_has_are_refused() {
     run(&sample.write(4), Layout::Offload, 1, &packed).unwrap();
     let file = GgufFile::open(&packed).unwrap();
     let mut metadata = file.header.metadata.clone();
-    let up = metadata.u64(layout_keys::UP_OFFSET).unwrap().unwrap();
-    metadata.insert(layout_keys::UP_OFFSET, up + 64);
+    let up = metadata.u64(layout_keys::NEURON_OFFSET).unwrap().unwrap();
+    metadata.insert(layout_keys::NEURON_OFFSET, up + 64);
     let tensors: Vec<TensorSpec> = file
         .header
         .tensors
@@ -256,7 +238,7 @@ fn other_offsets_than_the_format_has_are_refused() {
     }
     writer.finish().unwrap();
     let error = run(&packed, Layout::Gguf, 1, &sample.path("back.gguf")).unwrap_err();
-    assert!(error.to_string().contains(layout_keys::UP_OFFSET), "{error}");
+    assert!(error.to_string().contains(layout_keys::NEURON_OFFSET), "{error}");
 }
 
 #[test]

@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use st_format::FormatError;
-
 use crate::GgmlType;
 
 /// The result of every fallible function here.
@@ -168,14 +166,6 @@ pub enum GgufError {
         expected: GgmlType,
         /// The type found.
         got: GgmlType,
-    },
-    /// The file holds no SmallThinker model that is computed here.
-    #[error("{file}: {problem}")]
-    Model {
-        /// The file.
-        file: String,
-        /// What is wrong.
-        problem: Box<FormatError>,
     },
     /// The output exists and replacing it was not allowed.
     #[error("{}: the file exists already", path.display())]

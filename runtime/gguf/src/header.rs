@@ -3,13 +3,11 @@
 
 use std::collections::HashMap;
 
-use st_format::{Described, ModelShape, same_shape};
-
 use crate::encode::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC};
 use crate::error::{GgufError, Result};
 use crate::parse::{Context, Cursor};
 use crate::source::{ReadAt, name_of};
-use crate::{GgmlType, Metadata, Value, limits};
+use crate::{GgmlType, Metadata, limits};
 
 /// Where a tensor lies and what it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,21 +118,12 @@ impl Header {
         &self.file
     }
 
-    /// The shape of the SmallThinker model in the file; see [`ModelShape::from_metadata`].
-    ///
-    /// # Errors
-    /// [`GgufError::Model`].
-    pub fn model_shape(&self) -> Result<ModelShape> {
-        ModelShape::from_metadata(self)
-            .map_err(|problem| GgufError::Model { file: self.file.clone(), problem: Box::new(problem) })
-    }
-
-    /// Fails unless `tensor` has `expected` as its shape (ggml order); trailing dimensions of one do not count.
+    /// Fails unless `tensor` has exactly `expected` as its shape (ggml order).
     ///
     /// # Errors
     /// [`GgufError::Shape`].
     pub fn expect_shape(&self, tensor: &TensorInfo, expected: &[u64]) -> Result<()> {
-        if same_shape(&tensor.shape, expected) {
+        if tensor.shape == expected {
             return Ok(());
         }
         Err(GgufError::Shape {
@@ -155,24 +144,6 @@ impl Header {
         }
         let (file, name) = (self.file.clone(), tensor.name.clone());
         Err(GgufError::Type { file, tensor: name, expected, got: tensor.ty })
-    }
-}
-
-impl Described for Header {
-    fn value(&self, key: &str) -> Option<&Value> {
-        self.metadata.get(key)
-    }
-
-    fn keys(&self) -> Box<dyn Iterator<Item = &str> + '_> {
-        Box::new(self.metadata.iter().map(|(key, _)| key))
-    }
-
-    fn tensor_shape(&self, name: &str) -> Option<&[u64]> {
-        self.tensor(name).map(|tensor| &*tensor.shape)
-    }
-
-    fn tensor_names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
-        Box::new(self.tensors.iter().map(|tensor| &*tensor.name))
     }
 }
 

@@ -2,9 +2,8 @@
 //! that says where each expert's weights lie.
 //!
 //! This crate owns the file format and nothing else: it moves bytes and checks that they are where the
-//! header says. It knows no arithmetic on weights; what a model's metadata mean is st-format's to say, and
-//! this crate hands it the file ([`Header::model_shape`]). How an output comes to its name
-//! ([`OutputFile`]) is the same for files of other kinds, and is theirs too.
+//! header says. It knows no arithmetic on weights and imports no other crate of the workspace. How an output comes to its
+//! name ([`OutputFile`]) is the same for files of other kinds, and is theirs too.
 //!
 //! Input is not trusted. Every count and length is compared with what is left of the file *and* with a
 //! fixed cap ([`limits`]) before anything is allocated, so that a damaged or hostile file costs an error
@@ -14,23 +13,26 @@
 mod encode;
 mod error;
 mod expert_index;
+mod ggml_type;
 mod header;
 mod metadata;
 mod output;
 mod parse;
 mod reader;
 mod source;
+mod value;
 mod writer;
 
 pub use encode::{Plan, TensorSpec, plan};
 pub use error::{GgufError, Result};
-pub use expert_index::{ByteRange, ExpertIndex, Layout, layout_keys};
+pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, layout_keys, tensor_names};
+pub use ggml_type::GgmlType;
 pub use header::{Header, TensorInfo};
 pub use metadata::Metadata;
 pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};
 pub use reader::GgufFile;
 pub use source::{FileSource, ReadAt, StaticSource};
-pub use st_format::{Array, GgmlType, Matrix, ModelShape, StringArray, Value, tensor_names};
+pub use value::{Array, StringArray, Value};
 pub use writer::{GgufWriter, WriteOptions, available_space};
 
 /// Caps on what a header may claim, far above any real file, far below what would hurt.

@@ -8,6 +8,7 @@
 //! links that stand for an open file of a process, as `/dev/stdout` does. A link to a file stands for that file, and
 //! stays. What is replaced hands on its permissions.
 
+use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
@@ -109,9 +110,18 @@ impl Target {
         Ok(Self { named: named.to_owned(), path, kind, overwrite, existing })
     }
 
-    /// The name of the file while it is written.
+    /// The name of the file while it is written. A long name would not bear the addition, so its hash stands for it.
     fn partial(&self) -> PathBuf {
-        st_sys::beside(&self.path, ".", ".partial")
+        /// Shorter than the names of every file system that is met, with the addition.
+        const LONGEST: usize = 120;
+        let name = self.path.file_name().unwrap_or_default();
+        let mut partial = OsString::from(".");
+        match name.len() {
+            ..=LONGEST => partial.push(name),
+            _ => partial.push(format!("{:016x}", fnv1a(name.as_bytes()))),
+        }
+        partial.push(".partial");
+        self.path.with_file_name(partial)
     }
 }
 
@@ -146,6 +156,11 @@ fn is_of_processes(folder: &Path) -> bool {
 #[cfg(not(target_os = "linux"))]
 fn is_of_processes(folder: &Path) -> bool {
     folder.starts_with("/dev")
+}
+
+/// The hash of Fowler, Noll and Vo: the same in every build.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// The folder that `path` lies in.
@@ -206,7 +221,7 @@ impl OutputFile {
             std::fs::rename(&self.partial, &self.target.path)
                 .map_err(|source| fail("give the file its final name", source))?;
         } else {
-            match rename_exclusive(&self.partial, &self.target.path) {
+            match st_sys::rename_new(&self.partial, &self.target.path) {
                 Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(GgufError::Exists { path: self.target.named.clone() });
                 }
@@ -215,7 +230,8 @@ impl OutputFile {
         }
         // From here on the partial name is free for others: drop must not remove what they put there.
         self.file = None;
-        sync_dir(self.folder()).map_err(|source| GgufError::io(self.target.named.display(), "sync its folder", source))
+        st_sys::sync_folder(self.folder())
+            .map_err(|source| GgufError::io(self.target.named.display(), "sync its folder", source))
     }
 }
 
@@ -294,32 +310,5 @@ fn claim(target: &Target, partial: &Path) -> Result<File> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(fail(source)),
         }
-    }
-}
-
-/// Renames, but never over an existing file.
-fn rename_exclusive(from: &Path, to: &Path) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-            // The kernel or the file system does not know the flag.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-            done => return done.map_err(io::Error::from),
-        }
-    }
-    if std::fs::symlink_metadata(to).is_ok() {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    std::fs::rename(from, to)
-}
-
-/// Makes the new name in `dir` survive a power failure.
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    match File::open(dir)?.sync_all() {
-        // Not every file system can; the name is then as durable as it gets.
-        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
-        synced => synced,
     }
 }

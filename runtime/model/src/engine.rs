@@ -125,7 +125,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::load`].
     pub fn plan_for(file: &GgufFile, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
-        let config = file.header.model_shape()?;
+        let config = ModelConfig::from_metadata(&file.header.metadata)?;
         let source = TensorSource::new(file, &config, &NoProgress)?;
         sizes::plan(&source, &config, options)
     }
@@ -147,7 +147,7 @@ impl Engine {
         options: &LoadOptions,
         progress: &dyn LoadProgress,
     ) -> Result<Self, ModelError> {
-        let config = file.header.model_shape()?;
+        let config = ModelConfig::from_metadata(&file.header.metadata)?;
         let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?;
         let chat_template = ChatTemplate::from_metadata(&file.header.metadata);
         let end_ids = match &tokenizer {

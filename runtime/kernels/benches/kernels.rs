@@ -147,19 +147,21 @@ fn linear(b: &mut Bench) {
         let mut tiles = vec![0; one.len()];
         b.kernels.pack_r16(WeightType::Q4_0, rows, k, &one, &mut tiles);
         let mut cold = Cold::new(&tiles);
-        let mut acts = Q8Acts::new(k, 1);
-        b.kernels.quantize_acts(&random_floats(k), &mut acts);
-        let mut out = vec![0.0; rows];
-        b.run(&format!("gemv_r16_q4_{rows}x{k}"), Work::Bytes(one.len()), |kernels, pool| {
-            let w = R16::new(WeightType::Q4_0, rows, k, cold.next());
-            kernels.linear_r16_pool(pool, w, &acts, &mut out, || ());
-        });
+        for m in [1, 2, 4, 8] {
+            let mut acts = Q8Acts::new(k, m);
+            b.kernels.quantize_acts(&random_floats(m * k), &mut acts);
+            let mut out = vec![0.0; m * rows];
+            b.run(&format!("gemv_r16_q4_{rows}x{k}_m{m}"), Work::Bytes(one.len()), |kernels, pool| {
+                let w = R16::new(WeightType::Q4_0, rows, k, cold.next());
+                kernels.linear_r16_pool(pool, w, &acts, &mut out, || ());
+            });
+        }
     }
     let (rows, k) = (1536, 1536);
     let one = random_q4(rows * k);
     let mut tiles = vec![0; one.len()];
     b.kernels.pack_r16(WeightType::Q4_0, rows, k, &one, &mut tiles);
-    for m in [4, 64, 512] {
+    for m in [12, 64, 512] {
         let mut acts = Q8Acts::new(k, m);
         b.kernels.quantize_acts(&random_floats(m * k), &mut acts);
         let mut out = vec![0.0; m * rows];
@@ -222,8 +224,10 @@ fn experts(b: &mut Bench) {
         let mut cold = Cold::new(&record);
         let (mut gates, mut hidden) = (vec![0.0; n_ff], vec![HiddenGroup::ZERO; groups]);
         let input = ExpertInput { floats: &[], acts: &acts };
-        b.kernels.expert_gate(&format, &record[format.region(Matrix::Gate)], input, 0, 0..n_ff, &mut gates);
-        b.kernels.expert_hidden(&format, &record[format.region(Matrix::Up)], &gates, input, 0, 0..groups, &mut hidden);
+        let (mut all_gates, mut all_hidden) = (ColumnsMut::new(&mut gates, n_ff), ColumnsMut::new(&mut hidden, groups));
+        b.kernels.expert_gate_rows(&format, &record[format.region(Matrix::Gate)], input, &[0], &mut all_gates);
+        let gates = &gates[..];
+        b.kernels.expert_hidden_rows(&format, &record[format.region(Matrix::Up)], gates, input, &[0], &mut all_hidden);
         let live: usize = hidden.iter().map(|h| h.live.count_ones() as usize).sum();
         let active: usize = hidden.iter().map(|h| h.active.count_ones() as usize).sum();
         println!("{zeros} % zeros: {active} neurons active, {live} live of {n_ff}");
@@ -231,17 +235,15 @@ fn experts(b: &mut Bench) {
         let down_bytes = live * n_embd / 2 + groups * n_embd * 2;
         b.run(&format!("expert_hidden_{zeros}zeros"), Work::Bytes(up_bytes), |kernels, pool| {
             let up = &cold.next()[format.region(Matrix::Up)];
-            pool.run_ranges(&mut hidden, groups, 3, &|_, first, out| {
-                let gates = &gates[first * 32..(first + out.len()) * 32];
-                kernels.expert_hidden(&format, up, gates, input, 0, first..first + out.len(), out);
+            pool.run_ranges(&mut hidden, groups, 3, &|_, mut out| {
+                kernels.expert_hidden_rows(&format, up, gates, input, &[0], &mut out);
             });
         });
         let mut out = vec![0.0; n_embd];
         b.run(&format!("expert_down_{zeros}zeros"), Work::Bytes(down_bytes), |kernels, pool| {
             let record = cold.next();
-            pool.run_ranges(&mut out, n_embd, 3 * OUTPUT_CHUNK, &|_, first, out| {
-                let outputs = first..first + out.len();
-                kernels.expert_down(&format, &record[format.region(Matrix::Down)], &hidden, outputs, out);
+            pool.run_ranges(&mut out, n_embd, 3 * OUTPUT_CHUNK, &|_, mut out| {
+                kernels.expert_down_rows(&format, &record[format.region(Matrix::Down)], &hidden, &mut out);
             });
         });
     }

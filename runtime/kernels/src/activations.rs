@@ -14,6 +14,9 @@ use crate::weight_type::BLOCK_LEN;
 
 /// Rows per unit: where one expert's tokens may begin in a batch that several share.
 pub const UNIT_ROWS: usize = 4;
+/// Most rows that go through a matrix together at the price of reading it once: the tokens of several conversations, or those
+/// that are checked against a draft. More than these are a prompt.
+pub const FEW_ROWS: usize = 8;
 /// Bytes of one block of a unit.
 pub(crate) const UNIT_BLOCK: usize = 160;
 
@@ -93,6 +96,14 @@ impl Q8Acts {
         }
     }
 
+    /// Some rows, at most [`FEW_ROWS`].
+    pub(crate) fn few(&self, rows: impl ExactSizeIterator<Item = usize>) -> Few<'_> {
+        let mut few = Few { rows: [ActRow { q: &[], d: &[], bias: &[] }; FEW_ROWS], n: rows.len() };
+        assert!(few.n <= FEW_ROWS, "{} rows are more than a few", few.n);
+        few.rows.iter_mut().zip(rows).for_each(|(to, row)| *to = self.row(row));
+        few
+    }
+
     /// The units that hold the rows, each of `blocks() * UNIT_BLOCK` bytes. Only valid with more than one row.
     pub(crate) fn units(&self) -> &[u8] {
         debug_assert!(self.rows > 1);
@@ -132,6 +143,18 @@ impl Q8Acts {
             self.units = AlignedBuf::zeroed(rows.div_ceil(UNIT_ROWS) * self.unit_bytes());
         }
         self.capacity = rows;
+    }
+}
+
+/// Up to [`FEW_ROWS`] rows of a batch.
+pub(crate) struct Few<'a> {
+    rows: [ActRow<'a>; FEW_ROWS],
+    n: usize,
+}
+
+impl<'a> Few<'a> {
+    pub(crate) fn as_slice(&self) -> &[ActRow<'a>] {
+        &self.rows[..self.n]
     }
 }
 

@@ -1,23 +1,22 @@
-//! The feed-forward network of one expert, `down · (up·x ⊙ relu(gate·x))`, for one token (sparse) and for many.
+//! The feed-forward network of one expert, `down · (up·x ⊙ relu(gate·x))`, for a few tokens (sparse) and for many.
 //!
 //! For quantized experts the hidden values are quantized to Q8_0 in groups of 32 neurons, so that `down` is an integer product
 //! as well. Neurons whose gate is not positive are skipped: their rows of up and down are not read. Both forms give the same bits.
 
-use std::ops::Range;
-
-use crate::activations::{ActRow, HiddenGroup, Q8Acts, UNIT_BLOCK, UNIT_ROWS, padded_blocks};
+use crate::activations::{ActRow, FEW_ROWS, Few, HiddenGroup, Q8Acts, UNIT_BLOCK, UNIT_ROWS, padded_blocks};
 use crate::dispatch::Kernels;
 use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
 use crate::linear::units_of;
+use crate::live::LiveRows;
 use crate::out::ColumnsMut;
 use crate::r16;
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::scratch::{with_bytes, with_floats};
+use crate::scratch::{with_bytes, with_floats, with_ints};
 use crate::table::{GEMM_UNITS, PANEL_BLOCK};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
-/// Neuron groups whose live rows of up make one list.
+/// Neuron groups whose live rows of up make one list; as many as fit where there are several tokens.
 const GROUPS_AT_ONCE: usize = 32;
 
 /// What goes into an expert: rows of `n_embd` values, as floats (read if the expert's type is a float) or quantized (read if it
@@ -31,19 +30,20 @@ pub struct ExpertInput<'a> {
 }
 
 impl Kernels {
-    /// Gates of the neurons `neurons` of one expert for row `row` of the input; `out` has one float per neuron.
+    /// Gates of one expert for the rows `rows` of the input (at most [`FEW_ROWS`]), one row of `out` for each: the columns of `out` are
+    /// neurons (`rows × n_ff` in all). Each row of gate is read once. A row's bits are those it has alone.
     ///
     /// # Panics
-    /// If the region, the input or `out` has the wrong size, or `neurons` are not whole groups of 16.
-    pub fn expert_gate(
+    /// If the region, the input or `out` has the wrong size, or the columns are not whole groups of 16.
+    pub fn expert_gate_rows(
         self,
         format: &ExpertFormat,
         gate: &[u8],
         input: ExpertInput<'_>,
-        row: usize,
-        neurons: Range<usize>,
-        out: &mut [f32],
+        rows: &[u32],
+        out: &mut ColumnsMut<'_>,
     ) {
+        let neurons = out.columns();
         format.check_region(Matrix::Gate, gate.len());
         assert!(neurons.end <= format.n_ff(), "expert_gate: neuron {}", neurons.end);
         assert!(
@@ -51,97 +51,127 @@ impl Kernels {
                 && (neurons.end.is_multiple_of(R16_ROWS) || neurons.end == format.n_ff()),
             "expert_gate: neurons {neurons:?} are not whole groups"
         );
-        assert_eq!(out.len(), neurons.len(), "expert_gate: output length");
+        assert_eq!(out.rows(), rows.len(), "expert_gate: output rows");
         match format.ty() {
             WeightType::Q4_0 => {
                 let kb = format.n_embd() / BLOCK_LEN;
                 let group = kb * tile_bytes(WeightType::Q4_0);
+                // n_ff is a multiple of 32, so these are whole row groups.
                 let tiles = &gate[neurons.start / R16_ROWS * group..neurons.end / R16_ROWS * group];
-                // SAFETY: the table is of this CPU; n_ff is a multiple of 32, so these are whole row groups of kb tiles.
-                unsafe { (self.table.gemv_r16)(WeightType::Q4_0, kb, tiles, act_row(format, input, row), out) };
+                let acts = few_rows(format, input, rows);
+                self.gemv(WeightType::Q4_0, kb, tiles, acts.as_slice(), out);
             }
             _ => {
-                for (i, out) in out.chunks_mut(R16_ROWS).enumerate() {
-                    let rows: [u32; R16_ROWS] = std::array::from_fn(|j| (neurons.start + i * R16_ROWS + j) as u32);
-                    self.canonical_rows(format, gate, &rows[..out.len()], input, row, out);
+                for start in neurons.clone().step_by(R16_ROWS) {
+                    let n = R16_ROWS.min(neurons.end - start);
+                    let ids: [u32; R16_ROWS] = std::array::from_fn(|i| (start + i) as u32);
+                    for (&row, out) in rows.iter().zip(out.rows_mut()) {
+                        let out = &mut out[start - neurons.start..][..n];
+                        self.canonical_rows(format, gate, &ids[..n], input, row as usize, out);
+                    }
                 }
             }
         }
     }
 
-    /// Hidden values of the neuron groups `groups` (32 neurons each) of one expert for row `row` of the input, from their gates
-    /// ([`Self::expert_gate`]): only the rows of up of neurons whose gate is positive are read. `out` has one entry per group. Returns
-    /// how many gates were positive.
+    /// Hidden values of one expert for the rows `rows` of the input (at most [`FEW_ROWS`]), one row of `out` for each: the columns of
+    /// `out` are groups of 32 neurons. `gates` are those of all neurons and rows ([`Self::expert_gate_rows`], `rows × n_ff`). Only the
+    /// rows of up are read that have a positive gate in some row of the input, each once. A row's bits are those it has alone.
     ///
     /// # Panics
     /// If a region, the gates, the input or `out` has the wrong size.
-    #[allow(clippy::too_many_arguments)]
-    pub fn expert_hidden(
+    pub fn expert_hidden_rows(
         self,
         format: &ExpertFormat,
         up: &[u8],
         gates: &[f32],
         input: ExpertInput<'_>,
-        row: usize,
-        groups: Range<usize>,
-        out: &mut [HiddenGroup],
-    ) -> usize {
+        rows: &[u32],
+        out: &mut ColumnsMut<'_, HiddenGroup>,
+    ) {
+        let (groups, n, n_ff) = (out.columns(), rows.len(), format.n_ff());
         format.check_region(Matrix::Up, up.len());
-        assert!(groups.end <= HiddenGroup::groups(format.n_ff()), "expert_hidden: group {}", groups.end);
-        assert_eq!(out.len(), groups.len(), "expert_hidden: output length");
-        let neurons = groups.start * BLOCK_LEN..format.n_ff().min(groups.end * BLOCK_LEN);
-        assert_eq!(gates.len(), neurons.len(), "expert_hidden: gates");
-        const AT_ONCE: usize = GROUPS_AT_ONCE * BLOCK_LEN;
-        let mut count = 0;
-        let (mut rows, mut ups) = ([0u32; AT_ONCE], [0f32; AT_ONCE]);
-        for (i, (out, gates)) in out.chunks_mut(GROUPS_AT_ONCE).zip(gates.chunks(AT_ONCE)).enumerate() {
-            let first = neurons.start + i * AT_ONCE;
-            let mut n = 0;
-            for (i, &gate) in gates.iter().enumerate() {
-                rows[n] = (first + i) as u32;
-                n += usize::from(gate > 0.0);
-            }
-            let (rows, ups) = (&rows[..n], &mut ups[..n]);
-            match format.ty() {
-                // SAFETY: the table is of this CPU; the rows exist, the activations have n_embd values, one output per row.
-                WeightType::Q4_0 => unsafe {
-                    (self.table.up_rows)(&format.up(), up, rows, act_row(format, input, row), ups);
-                },
-                _ => self.canonical_rows(format, up, rows, input, row, ups),
-            }
-            self.hidden_of(format, rows, gates, ups, first, out);
-            count += n;
+        assert!(groups.end <= HiddenGroup::groups(n_ff), "expert_hidden: group {}", groups.end);
+        assert!(out.rows() == n && n <= FEW_ROWS, "expert_hidden: {n} rows");
+        assert_eq!(gates.len(), n * n_ff, "expert_hidden: gates");
+        if n == 0 {
+            return;
         }
-        count
+        let acts = format.ty().is_quantized().then(|| few_rows(format, input, rows));
+        let acts = acts.as_ref().map_or(&[][..], |acts| acts.as_slice());
+        const AT_ONCE: usize = GROUPS_AT_ONCE * BLOCK_LEN;
+        let (mut ids, mut masks, mut ups) = ([0u32; AT_ONCE], [0u8; AT_ONCE], [0f32; AT_ONCE]);
+        let at_once = GROUPS_AT_ONCE / n;
+        for start in groups.clone().step_by(at_once) {
+            let end = groups.end.min(start + at_once);
+            let neurons = start * BLOCK_LEN..n_ff.min(end * BLOCK_LEN);
+            let mut live = 0;
+            for neuron in neurons.clone() {
+                let mask = (0..n).map(|t| u8::from(gates[t * n_ff + neuron] > 0.0) << t).fold(0, |all, bit| all | bit);
+                (ids[live], masks[live]) = (neuron as u32, mask);
+                live += usize::from(mask != 0);
+            }
+            let live = LiveRows { ids: &ids[..live], masks: &masks[..live] };
+            let ups = &mut ups[..live.ids.len() * n];
+            match format.ty() {
+                // SAFETY: the table is of this CPU; the rows exist, the activations have n_embd values, one output per row and token.
+                WeightType::Q4_0 => unsafe { (self.table.up_rows)(&format.up(), up, live, acts, ups) },
+                _ => self.canonical_live_rows(format, up, live, input, rows, ups),
+            }
+            for (t, out) in out.rows_mut().enumerate() {
+                let out = &mut out[start - groups.start..end - groups.start];
+                out.fill(HiddenGroup::ZERO);
+                for (i, (&id, &mask)) in live.ids.iter().zip(live.masks).enumerate() {
+                    let at = id as usize - neurons.start;
+                    if mask >> t & 1 != 0 {
+                        let group = &mut out[at / BLOCK_LEN];
+                        group.active |= 1 << (at % BLOCK_LEN);
+                        group.h[at % BLOCK_LEN] = gates[t * n_ff + id as usize] * ups[i * n + t];
+                    }
+                }
+                out.iter_mut().for_each(|group| self.finish_group(format, group));
+            }
+        }
     }
 
-    /// Hidden values of the neurons from `first` on, `rows` of which live.
-    fn hidden_of(
+    /// Quantizes the hidden values of a group where the type asks for it, and notes which of them matter.
+    fn finish_group(self, format: &ExpertFormat, group: &mut HiddenGroup) {
+        if group.active == 0 || !format.ty().is_quantized() {
+            group.live = group.active;
+            return;
+        }
+        let (d, bias) = (std::slice::from_mut(&mut group.d), std::slice::from_mut(&mut group.bias));
+        // SAFETY: the table is of this CPU; one block.
+        unsafe { (self.table.quantize_q8)(&group.h, &mut group.q, d, bias) };
+        for (i, &q) in group.q.iter().enumerate() {
+            group.live |= u32::from(q != 0) << i;
+        }
+    }
+
+    /// [`Self::canonical_rows`] for each row of the input and the rows that live for it, as `Table::up_rows` has them.
+    fn canonical_live_rows(
         self,
         format: &ExpertFormat,
+        region: &[u8],
+        live: LiveRows<'_>,
+        input: ExpertInput<'_>,
         rows: &[u32],
-        gates: &[f32],
-        ups: &[f32],
-        first: usize,
-        out: &mut [HiddenGroup],
+        out: &mut [f32],
     ) {
-        out.fill(HiddenGroup::ZERO);
-        for (&row, &up) in rows.iter().zip(ups) {
-            let i = row as usize - first;
-            let group = &mut out[i / BLOCK_LEN];
-            group.active |= 1 << (i % BLOCK_LEN);
-            group.h[i % BLOCK_LEN] = gates[i] * up;
-        }
-        for group in out {
-            if group.active == 0 || !format.ty().is_quantized() {
-                group.live = group.active;
-                continue;
-            }
-            let (d, bias) = (std::slice::from_mut(&mut group.d), std::slice::from_mut(&mut group.bias));
-            // SAFETY: the table is of this CPU; one block.
-            unsafe { (self.table.quantize_q8)(&group.h, &mut group.q, d, bias) };
-            for (i, &q) in group.q.iter().enumerate() {
-                group.live |= u32::from(q != 0) << i;
+        let n = rows.len();
+        let parts = live.ids.chunks(R16_ROWS).zip(live.masks.chunks(R16_ROWS)).zip(out.chunks_mut(R16_ROWS * n));
+        for ((ids, masks), out) in parts {
+            for (t, &row) in rows.iter().enumerate() {
+                let (mut list, mut places, mut len) = ([0; R16_ROWS], [0; R16_ROWS], 0);
+                for (i, (&id, &mask)) in ids.iter().zip(masks).enumerate() {
+                    (list[len], places[len]) = (id, i);
+                    len += usize::from(mask >> t & 1 != 0);
+                }
+                let mut sums = [0f32; R16_ROWS];
+                self.canonical_rows(format, region, &list[..len], input, row as usize, &mut sums[..len]);
+                for (&place, sum) in places[..len].iter().zip(sums) {
+                    out[place * n + t] = sum;
+                }
             }
         }
     }
@@ -159,8 +189,9 @@ impl Kernels {
         let (ty, n_embd) = (format.ty(), format.n_embd());
         if ty.is_quantized() {
             let kb = n_embd / BLOCK_LEN;
+            let acts = few_rows(format, input, &[row as u32]);
             // SAFETY: the table is of this CPU; the region has these rows, and there is an output for each.
-            return unsafe { (self.table.q8_rows)(kb, region, rows, act_row(format, input, row), out) };
+            return unsafe { (self.table.q8_rows)(kb, region, rows, acts.as_slice()[0], out) };
         }
         let x = &input.floats[row * n_embd..(row + 1) * n_embd];
         let row_bytes = n_embd * ty.block_bytes();
@@ -171,72 +202,68 @@ impl Kernels {
         }
     }
 
-    /// Outputs `outputs` of one expert from its hidden values (all groups); dead neurons are not read. `out` has one float per output.
+    /// Outputs of one expert for a few tokens (at most [`FEW_ROWS`], one row of `out` for each) from their hidden values (`rows × groups`,
+    /// [`Self::expert_hidden_rows`]): the columns of `out` are outputs (`rows × n_embd` in all). Of Q4_0 only the neurons are read that
+    /// live in some row, each once. A row's bits are those it has alone.
     ///
     /// # Panics
-    /// If a size is wrong, or `outputs` does not start at a multiple of [`OUTPUT_CHUNK`] and end at one or at `n_embd`.
-    pub fn expert_down(
+    /// If a size is wrong, or the columns do not start at a multiple of [`OUTPUT_CHUNK`] and end at one or at `n_embd`.
+    pub fn expert_down_rows(
         self,
         format: &ExpertFormat,
         down: &[u8],
         hidden: &[HiddenGroup],
-        outputs: Range<usize>,
-        out: &mut [f32],
+        out: &mut ColumnsMut<'_>,
     ) {
         format.check_region(Matrix::Down, down.len());
-        let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
-        assert_eq!(hidden.len(), HiddenGroup::groups(n_ff), "expert_down: hidden groups");
-        assert_eq!(out.len(), outputs.len(), "expert_down: output length");
+        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (outputs, n, groups) = (out.columns(), out.rows(), HiddenGroup::groups(n_ff));
+        assert!(hidden.len() == n * groups && n <= FEW_ROWS, "expert_down: {} hidden groups of {n} rows", hidden.len());
         assert!(outputs.end <= n_embd, "expert_down: output {} of {n_embd}", outputs.end);
         assert!(
             outputs.start.is_multiple_of(OUTPUT_CHUNK)
                 && (outputs.end == n_embd || outputs.end.is_multiple_of(OUTPUT_CHUNK)),
             "expert_down: outputs {outputs:?} are not whole chunks"
         );
-        let ty = format.ty();
+        if n == 0 {
+            return;
+        }
         match ty {
             WeightType::Q4_0 => {
                 let layout = format.down();
-                let whole = outputs.len() / OUTPUT_CHUNK;
-                let chunk = outputs.start / OUTPUT_CHUNK;
-                let (head, tail) = out.split_at_mut(whole * OUTPUT_CHUNK);
-                // SAFETY: the table is of this CPU; the region has the size of the format, which has these chunks (its
-                // outputs are padded to whole ones), hidden has fb groups and the output 128 floats per chunk.
-                unsafe { (self.table.down)(&layout, down, hidden, chunk..chunk + whole, head) };
-                if !tail.is_empty() {
-                    let mut last = [0f32; OUTPUT_CHUNK];
+                let (whole, chunk) = (outputs.len() / OUTPUT_CHUNK, outputs.start / OUTPUT_CHUNK);
+                let mut rows: [&mut [f32]; FEW_ROWS] = Default::default();
+                let mut tails: [&mut [f32]; FEW_ROWS] = Default::default();
+                for ((row, tail), out) in rows.iter_mut().zip(&mut tails).zip(out.rows_mut()) {
+                    (*row, *tail) = out.split_at_mut(whole * OUTPUT_CHUNK);
+                }
+                // SAFETY: the table is of this CPU; the region has the size of the format, which has these chunks (its outputs are padded to
+                // whole ones), hidden has fb groups and the output 128 floats per chunk, for each of n tokens.
+                unsafe { (self.table.down)(&layout, down, hidden, chunk..chunk + whole, &mut rows[..n]) };
+                if !tails[0].is_empty() {
+                    let mut last = [[0f32; OUTPUT_CHUNK]; FEW_ROWS];
+                    let mut rows = last.each_mut().map(|row| &mut row[..]);
+                    let chunks = chunk + whole..chunk + whole + 1;
                     // SAFETY: as above.
-                    unsafe { (self.table.down)(&layout, down, hidden, chunk + whole..chunk + whole + 1, &mut last) };
-                    tail.copy_from_slice(&last[..tail.len()]);
+                    unsafe { (self.table.down)(&layout, down, hidden, chunks, &mut rows[..n]) };
+                    for (tail, last) in tails.iter_mut().zip(&last) {
+                        tail.copy_from_slice(&last[..tail.len()]);
+                    }
                 }
             }
             WeightType::Q8_0 => {
                 let fb = n_ff / BLOCK_LEN;
                 let kbp = padded_blocks(n_ff);
-                let mut rows = [0u32; OUTPUT_CHUNK];
-                with_floats(kbp, |d| {
-                    with_bytes(kbp * BLOCK_LEN, |q| {
-                        let mut bias = vec![0i32; kbp];
-                        d.fill(0.0);
-                        q.fill(0);
-                        for (b, hidden) in hidden.iter().enumerate() {
-                            d[b] = hidden.d;
-                            bias[b] = hidden.bias;
-                            for (q, &h) in q[b * BLOCK_LEN..].iter_mut().zip(&hidden.q) {
-                                *q = h as u8;
-                            }
-                        }
-                        // SAFETY: bytes seen as signed bytes.
-                        let q = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<i8>(), q.len()) };
-                        let a = ActRow { q, d, bias: &bias };
-                        for (i, out) in out.chunks_mut(OUTPUT_CHUNK).enumerate() {
-                            for (j, row) in rows.iter_mut().enumerate() {
-                                *row = (outputs.start + i * OUTPUT_CHUNK + j) as u32;
-                            }
+                with_hidden_rows(hidden, fb, kbp, |rows| {
+                    for start in outputs.clone().step_by(R16_ROWS) {
+                        let len = R16_ROWS.min(outputs.end - start);
+                        let ids: [u32; R16_ROWS] = std::array::from_fn(|i| (start + i) as u32);
+                        for (&a, out) in rows.iter().zip(out.rows_mut()) {
+                            let out = &mut out[start - outputs.start..][..len];
                             // SAFETY: the table is of this CPU; the rows exist since outputs.end <= n_embd.
-                            unsafe { (self.table.q8_rows)(fb, down, &rows[..out.len()], a, out) };
+                            unsafe { (self.table.q8_rows)(fb, down, &ids[..len], a, out) };
                         }
-                    });
+                    }
                 });
             }
             _ => with_floats(hidden.len() * BLOCK_LEN, |h| {
@@ -244,9 +271,15 @@ impl Kernels {
                     dst.copy_from_slice(&src.h);
                 }
                 let row_bytes = n_ff * ty.block_bytes();
-                let rows = &down[outputs.start * row_bytes..outputs.end * row_bytes];
-                // SAFETY: the table is of this CPU; one row of n_ff values per output.
-                unsafe { (self.table.dots)(ty, rows, &h[..n_ff], out) };
+                for start in outputs.clone().step_by(R16_ROWS) {
+                    let end = outputs.end.min(start + R16_ROWS);
+                    let rows = &down[start * row_bytes..end * row_bytes];
+                    for (h, out) in h.chunks_exact(groups * BLOCK_LEN).zip(out.rows_mut()) {
+                        let out = &mut out[start - outputs.start..end - outputs.start];
+                        // SAFETY: the table is of this CPU; one row of n_ff values per output.
+                        unsafe { (self.table.dots)(ty, rows, &h[..n_ff], out) };
+                    }
+                }
             }),
         }
     }
@@ -255,8 +288,8 @@ impl Kernels {
     /// are its columns (`rows × n_ff` floats in all).
     ///
     /// # Panics
-    /// If a size is wrong, the columns do not start at a multiple of 16, or more than one row starts elsewhere than at a multiple
-    /// of [`UNIT_ROWS`].
+    /// If a size is wrong, the columns do not start at a multiple of 16, the rows do not start at one of [`UNIT_ROWS`], or a quantized input
+    /// has a single row.
     pub fn expert_gate_up_batch(
         self,
         format: &ExpertFormat,
@@ -294,20 +327,6 @@ impl Kernels {
         }
         assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
         let kb = n_embd / BLOCK_LEN;
-        if tokens == 1 {
-            let groups = neurons.start / BLOCK_LEN..neurons.end.div_ceil(BLOCK_LEN);
-            let mut gates = [0f32; BLOCK_LEN];
-            let mut group = HiddenGroup::ZERO;
-            for i in groups {
-                let whole = i * BLOCK_LEN..(i + 1) * BLOCK_LEN;
-                self.expert_gate(format, gate, input, first, whole.clone(), &mut gates);
-                self.expert_hidden(format, up, &gates, input, first, i..i + 1, std::slice::from_mut(&mut group));
-                let part = neurons.start.max(whole.start)..neurons.end.min(whole.end);
-                hidden.row_mut(0)[part.start - neurons.start..part.end - neurons.start]
-                    .copy_from_slice(&group.h[part.start - whole.start..part.end - whole.start]);
-            }
-            return;
-        }
         let units = units_of(input.acts, first, tokens);
         let panel_bytes = kb * PANEL_BLOCK;
         with_bytes(2 * panel_bytes, |panels| {
@@ -381,8 +400,8 @@ impl Kernels {
     /// `first` on, as floats (`rows × n_ff`, read if the type is a float) or quantized.
     ///
     /// # Panics
-    /// If a size is wrong, the columns do not start at a multiple of [`OUTPUT_CHUNK`], or more than one row starts elsewhere than at a
-    /// multiple of [`UNIT_ROWS`].
+    /// If a size is wrong, the columns do not start at a multiple of [`OUTPUT_CHUNK`], the rows do not start at one of [`UNIT_ROWS`], or a
+    /// quantized input has a single row.
     pub fn expert_down_batch(
         self,
         format: &ExpertFormat,
@@ -400,10 +419,6 @@ impl Kernels {
         }
         assert_eq!(hidden.acts.k(), n_ff, "expert_down_batch: k of the hidden values");
         let fb = n_ff / BLOCK_LEN;
-        if tokens == 1 {
-            let groups = hidden_groups(hidden.acts.row(first), fb);
-            return self.expert_down(format, down, &groups, outputs, out.row_mut(0));
-        }
         let units = units_of(hidden.acts, first, tokens);
         let panel_bytes = fb * PANEL_BLOCK;
         let layout = format.down();
@@ -426,10 +441,41 @@ impl Kernels {
     }
 }
 
-/// Row `row` of a quantized input.
-fn act_row<'a>(format: &ExpertFormat, input: ExpertInput<'a>, row: usize) -> ActRow<'a> {
+/// Rows of a quantized input.
+fn few_rows<'a>(format: &ExpertFormat, input: ExpertInput<'a>, rows: &[u32]) -> Few<'a> {
     assert_eq!(input.acts.k(), format.n_embd(), "k of the activations");
-    input.acts.row(row)
+    input.acts.few(rows.iter().map(|&row| row as usize))
+}
+
+/// Runs `f` with hidden values (`fb` groups of each row) as activations of `kbp` blocks.
+fn with_hidden_rows(hidden: &[HiddenGroup], fb: usize, kbp: usize, f: impl FnOnce(&[ActRow<'_>])) {
+    let n = hidden.len() / fb;
+    with_bytes(n * kbp * BLOCK_LEN, |q| {
+        with_floats(n * kbp, |d| {
+            with_ints(n * kbp, |bias| {
+                let rows =
+                    q.chunks_exact_mut(kbp * BLOCK_LEN).zip(d.chunks_exact_mut(kbp)).zip(bias.chunks_exact_mut(kbp));
+                for (((q, d), bias), hidden) in rows.zip(hidden.chunks_exact(fb)) {
+                    q[fb * BLOCK_LEN..].fill(0);
+                    d[fb..].fill(0.0);
+                    bias[fb..].fill(0);
+                    for (b, hidden) in hidden.iter().enumerate() {
+                        (d[b], bias[b]) = (hidden.d, hidden.bias);
+                        q[b * BLOCK_LEN..][..BLOCK_LEN].copy_from_slice(&hidden.q.map(|q| q as u8));
+                    }
+                }
+                // SAFETY: bytes seen as signed bytes.
+                let q = unsafe { std::slice::from_raw_parts(q.as_ptr().cast::<i8>(), q.len()) };
+                let row = |t: usize| ActRow {
+                    q: &q[t * kbp * BLOCK_LEN..(t + 1) * kbp * BLOCK_LEN],
+                    d: &d[t * kbp..(t + 1) * kbp],
+                    bias: &bias[t * kbp..(t + 1) * kbp],
+                };
+                let rows: [ActRow<'_>; FEW_ROWS] = std::array::from_fn(|t| row(t.min(n - 1)));
+                f(&rows[..n]);
+            });
+        });
+    });
 }
 
 /// `h = relu(h) * u`, without letting a dead neuron's `u` through.
@@ -437,16 +483,4 @@ fn relu_times(h: &mut [f32], u: &[f32]) {
     for (h, &u) in h.iter_mut().zip(u) {
         *h = if *h > 0.0 { *h * u } else { 0.0 };
     }
-}
-
-fn hidden_groups(a: ActRow<'_>, fb: usize) -> Vec<HiddenGroup> {
-    let group = |b: usize| {
-        let mut group = HiddenGroup { d: a.d[b], bias: a.bias[b], ..HiddenGroup::ZERO };
-        group.q.copy_from_slice(&a.q[b * BLOCK_LEN..(b + 1) * BLOCK_LEN]);
-        for (i, &q) in group.q.iter().enumerate() {
-            group.live |= u32::from(q != 0) << i;
-        }
-        group
-    };
-    (0..fb).map(group).collect()
 }

@@ -32,7 +32,7 @@ mod weight_type;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use activations::{HiddenGroup, Q8Acts, UNIT_ROWS};
+pub use activations::{FEW_ROWS, HiddenGroup, Q8Acts, UNIT_ROWS};
 pub use aligned::AlignedBuf;
 pub use attention::{kv_chunks, partial_len, visible_range};
 pub use block::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};

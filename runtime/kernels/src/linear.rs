@@ -1,11 +1,11 @@
 //! Matrix products with whole matrices, activation quantization, norms and the small vector operations between them.
 
-use crate::activations::{ActRow, Q8Acts, UNIT_BLOCK, UNIT_ROWS};
+use crate::activations::{ActRow, FEW_ROWS, Q8Acts, UNIT_BLOCK, UNIT_ROWS};
 use crate::dispatch::Kernels;
 use crate::expert_format::{ExpertFormat, Matrix};
 use crate::out::ColumnsMut;
 use crate::pool::Pool;
-use crate::r16::{R16, R16_ROWS, packed_bytes};
+use crate::r16::{R16, R16_ROWS, packed_bytes, tile_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
 use crate::table::{GEMM_UNITS, PANEL_BLOCK};
@@ -59,46 +59,59 @@ impl Kernels {
 
     /// `out[t][r] = Σ_k w[r][k] * acts[first + t][k]` for the columns `r` of `out`, one row of `out` per token.
     ///
-    /// With one token this streams the weights; with more it unpacks each 16 rows once and multiplies a block of tokens.
-    /// Same bits either way.
+    /// With up to [`FEW_ROWS`] tokens this streams the weights, once for all of them; with more it unpacks each 16 rows once and
+    /// multiplies blocks of tokens. Same bits either way.
     ///
     /// # Panics
-    /// If `acts.k()` is not `w.k()`, rows or columns are missing, the first column is not a multiple of 16, or more than one
-    /// token starts elsewhere than at a multiple of 4.
-    pub fn linear_r16(self, w: R16<'_>, acts: &Q8Acts, first: usize, out: &mut ColumnsMut<'_>) {
+    /// If `acts.k()` is not `w.k()`, rows or columns are missing, the first column is not a multiple of 16, or more than [`FEW_ROWS`]
+    /// tokens start elsewhere than at a multiple of 4.
+    fn linear_r16(self, w: R16<'_>, acts: &Q8Acts, first: usize, out: &mut ColumnsMut<'_>) {
         let (columns, tokens) = (out.columns(), out.rows());
         assert_eq!(acts.k(), w.k(), "linear_r16: k of activations and weights");
         assert!(columns.end <= w.rows(), "linear_r16: output {} of {}", columns.end, w.rows());
         assert!(columns.start.is_multiple_of(R16_ROWS), "linear_r16: columns start at {}", columns.start);
         let kb = acts.blocks();
         let groups = columns.start / R16_ROWS..columns.end.div_ceil(R16_ROWS);
-        if tokens == 1 {
-            return self.one_r16(w, acts.row(first), columns.start, out.row_mut(0));
+        if tokens <= FEW_ROWS {
+            return self.gemv(w.ty(), kb, w.groups(groups), acts.few(first..first + tokens).as_slice(), out);
         }
         let units = units_of(acts, first, tokens);
         with_bytes(kb * PANEL_BLOCK, |panel| {
             for group in groups {
                 // SAFETY: the table is of this CPU; a group has kb tiles and the panel kb blocks.
-                unsafe { (self.table.panel_r16)(w.ty(), kb, w.group(group), panel) };
+                unsafe { (self.table.panel_r16)(w.ty(), kb, w.groups(group..group + 1), panel) };
                 self.gemm_panel(w.ty(), kb, panel, units, group * R16_ROWS, out);
             }
         });
     }
 
-    /// Outputs from row `first` (a multiple of 16) of `w` on for one token.
-    fn one_r16(self, w: R16<'_>, a: ActRow<'_>, first: usize, out: &mut [f32]) {
-        let kb = w.k() / BLOCK_LEN;
-        let group = kb * w.tile();
-        let tiles = &w.tiles()[first / R16_ROWS * group..];
-        let (head, tail) = out.split_at_mut(out.len() / R16_ROWS * R16_ROWS);
-        let (tiles, last_tiles) = tiles.split_at(head.len() / R16_ROWS * group);
-        // SAFETY: the table is of this CPU; the tiles are those of `head.len() / 16` row groups and `a` is a row of kb blocks.
-        unsafe { (self.table.gemv_r16)(w.ty(), kb, tiles, a, head) };
-        if !tail.is_empty() {
-            let mut last = [0f32; R16_ROWS];
+    /// The outputs that are the columns of `out`, for as many tokens as it has rows (at most [`FEW_ROWS`]), from the row groups `tiles`:
+    /// each byte is read once, in order.
+    pub(crate) fn gemv(self, ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut ColumnsMut<'_>) {
+        let (n, tokens) = (out.columns().len(), acts.len());
+        assert!(tokens == out.rows() && tokens <= FEW_ROWS, "gemv: {tokens} tokens");
+        if n == 0 || tokens == 0 {
+            return;
+        }
+        let group = kb * tile_bytes(ty);
+        assert_eq!(tiles.len(), n.div_ceil(R16_ROWS) * group, "gemv: tiles of {n} rows");
+        let (whole, last) = (n / R16_ROWS * R16_ROWS, n % R16_ROWS);
+        let mut rows: [&mut [f32]; FEW_ROWS] = Default::default();
+        let mut tails: [&mut [f32]; FEW_ROWS] = Default::default();
+        for ((row, tail), out) in rows.iter_mut().zip(&mut tails).zip(out.rows_mut()) {
+            (*row, *tail) = out.split_at_mut(whole);
+        }
+        let (tiles, last_tiles) = tiles.split_at(whole / R16_ROWS * group);
+        // SAFETY: the table is of this CPU; the tiles are those of `whole` outputs and the tokens have kb blocks.
+        unsafe { (self.table.gemv_r16)(ty, kb, tiles, acts, &mut rows[..tokens]) };
+        if last > 0 {
+            let mut outputs = [[0f32; R16_ROWS]; FEW_ROWS];
+            let mut rows = outputs.each_mut().map(|row| &mut row[..]);
             // SAFETY: as above, for the last row group.
-            unsafe { (self.table.gemv_r16)(w.ty(), kb, &last_tiles[..group], a, &mut last) };
-            tail.copy_from_slice(&last[..tail.len()]);
+            unsafe { (self.table.gemv_r16)(ty, kb, last_tiles, acts, &mut rows[..tokens]) };
+            for (tail, outputs) in tails.iter_mut().zip(&outputs) {
+                tail.copy_from_slice(&outputs[..tail.len()]);
+            }
         }
     }
 
@@ -124,17 +137,19 @@ impl Kernels {
         }
     }
 
-    /// [`Self::linear_r16`] for all rows of `acts` and all of `w`, shared among the threads of a pool, while the calling thread first
-    /// runs `own` (with several tokens: before). `out` is `acts.rows() × w.rows()`.
+    /// `out[t][r] = Σ_k w[r][k] * acts[t][k]` for all rows of `acts` and all of `w`, shared among the threads of a pool, while the calling
+    /// thread first runs `own` (with more than [`FEW_ROWS`] tokens: before). `out` is `acts.rows() × w.rows()`.
+    ///
+    /// Up to [`FEW_ROWS`] tokens cost about the time of reading the weights once. A token's bits do not depend on the others.
     ///
     /// # Panics
     /// If a length does not fit, and as `own`.
     pub fn linear_r16_pool(self, pool: &Pool, w: R16<'_>, acts: &Q8Acts, out: &mut [f32], own: impl FnOnce()) {
         assert_eq!(out.len(), acts.rows() * w.rows(), "linear_r16_pool: output length");
         assert_eq!(acts.k(), w.k(), "linear_r16_pool: k of activations and weights");
-        if acts.rows() == 1 {
-            let job = |_, first, out: &mut [f32]| self.one_r16(w, acts.row(0), first, out);
-            pool.run_ranges_beside(out, w.rows(), R16_ROWS, own, &job);
+        if acts.rows() <= FEW_ROWS {
+            let job = |_, mut out: ColumnsMut<'_>| self.linear_r16(w, acts, 0, &mut out);
+            pool.run_ranges_of(out, w.rows(), std::slice::from_ref(&(0..acts.rows())), R16_ROWS, own, &job);
         } else {
             own();
             pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
@@ -272,9 +287,10 @@ impl Kernels {
 /// The units of tokens `first..first + tokens`.
 ///
 /// # Panics
-/// If `first` is not a multiple of 4, or there are not as many tokens.
+/// If `first` is not a multiple of 4, there are not as many tokens, or only one in all.
 pub(crate) fn units_of(acts: &Q8Acts, first: usize, tokens: usize) -> &[u8] {
     assert!(first.is_multiple_of(UNIT_ROWS), "tokens start at {first}, not at a multiple of 4");
+    assert!(acts.rows() > 1, "a single row has no units");
     assert!(tokens <= acts.rows() && first <= acts.rows() - tokens, "token {first}+{tokens} of {}", acts.rows());
     let bytes = acts.unit_bytes();
     &acts.units()[first / UNIT_ROWS * bytes..(first + tokens).div_ceil(UNIT_ROWS) * bytes]

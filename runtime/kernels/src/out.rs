@@ -5,37 +5,37 @@ use std::ops::Range;
 
 use crate::r16::R16_ROWS;
 
-/// Exclusive access to some columns (of all or some rows) of a row-major matrix of f32: the output of a matrix product, rows being tokens.
+/// Exclusive access to some columns (of all or some rows) of a row-major matrix: the output of a matrix product, rows being tokens.
 ///
-/// Made from a whole slice ([`Self::new`]) or by [`crate::Pool::run_columns`] and [`crate::Pool::run_tiles`].
+/// Made from a whole slice ([`Self::new`]) or by a [`crate::Pool`].
 #[derive(Debug)]
-pub struct ColumnsMut<'a> {
-    base: *mut f32,
+pub struct ColumnsMut<'a, T = f32> {
+    base: *mut T,
     first_row: usize,
     rows: usize,
     ld: usize,
     columns: Range<usize>,
-    _out: PhantomData<&'a mut [f32]>,
+    _out: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the view has exclusive access to its elements, like the `&mut [f32]` it was made from.
-unsafe impl Send for ColumnsMut<'_> {}
+// SAFETY: the view has exclusive access to its elements, like the `&mut [T]` it was made from.
+unsafe impl<T: Send> Send for ColumnsMut<'_, T> {}
 
-impl<'a> ColumnsMut<'a> {
-    /// All of `out`, rows of `ld` floats.
+impl<'a, T> ColumnsMut<'a, T> {
+    /// All of `out`, rows of `ld` values.
     ///
     /// # Panics
     /// If `out` is not whole rows.
-    pub fn new(out: &'a mut [f32], ld: usize) -> Self {
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} floats are not rows of {ld}", out.len());
+    pub fn new(out: &'a mut [T], ld: usize) -> Self {
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} values are not rows of {ld}", out.len());
         // SAFETY: the slice is exclusively borrowed for 'a and has rows * ld elements.
         unsafe { Self::from_raw(out.as_mut_ptr(), 0..out.len() / ld, ld, 0..ld) }
     }
 
     /// # Safety
-    /// `base` must point to at least `rows.end * ld` floats that live for 'a; nobody else may touch `columns` of `rows`;
+    /// `base` must point to at least `rows.end * ld` values that live for 'a; nobody else may touch `columns` of `rows`;
     /// `columns` must lie in `0..ld`.
-    pub(crate) unsafe fn from_raw(base: *mut f32, rows: Range<usize>, ld: usize, columns: Range<usize>) -> Self {
+    pub(crate) unsafe fn from_raw(base: *mut T, rows: Range<usize>, ld: usize, columns: Range<usize>) -> Self {
         debug_assert!(columns.start <= columns.end && columns.end <= ld);
         Self { base, first_row: rows.start, rows: rows.len(), ld, columns, _out: PhantomData }
     }
@@ -55,11 +55,11 @@ impl<'a> ColumnsMut<'a> {
         self.columns.clone()
     }
 
-    /// This view's part of `row`: one float for each of [`Self::columns`].
+    /// This view's part of `row`: one value for each of [`Self::columns`].
     ///
     /// # Panics
     /// If there is no such row.
-    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+    pub fn row_mut(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: row is one of the view's rows and columns lie in 0..ld, so the part is inside the matrix; `&mut self` makes it exclusive.
         unsafe {
@@ -70,6 +70,18 @@ impl<'a> ColumnsMut<'a> {
         }
     }
 
+    /// This view's parts of all rows, in order.
+    pub(crate) fn rows_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        let (first, ld, columns) = (self.first_row, self.ld, self.columns.clone());
+        let base = self.base;
+        (0..self.rows).map(move |row| {
+            // SAFETY: as in `row_mut`; each row is given out once while `self` is borrowed.
+            unsafe { std::slice::from_raw_parts_mut(base.add((first + row) * ld + columns.start), columns.len()) }
+        })
+    }
+}
+
+impl ColumnsMut<'_> {
     /// Writes outputs from column `at` of this view's part of `row` on, as many as it has.
     ///
     /// # Panics

@@ -3,7 +3,7 @@
 //! [`Pool::run`] costs about a microsecond when calls follow each other closely: workers wait by spinning, then by yielding
 //! to whoever else wants the core, and park when nothing has come for a few milliseconds, so an idle pool costs nothing.
 //! The calling thread is worker 0. Splitting of output buffers among threads is done here ([`Pool::run_chunks`],
-//! [`Pool::run_columns`], [`Pool::run_ranges`]), so that callers need no `unsafe`.
+//! [`Pool::run_columns`], [`Pool::run_ranges`] and others), so that callers need no `unsafe`.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -217,52 +217,65 @@ impl Pool {
         });
     }
 
-    /// Sees `out` as rows of `row_len` values, cuts each row into units of `unit` values (the last may be shorter) and runs
-    /// `job(row, first, values)` for runs of them, values `first..` of a row each. Each thread begins with a contiguous share of its own
-    /// and takes half of what is left of it at a time, then of the others': long runs while there is much to do, short ones at the end.
+    /// Sees `out` as rows of `ld` values, cuts each row into units of `unit` columns (the last may be shorter) and runs
+    /// `job(row, columns)` for runs of units of one row. Each thread begins with a contiguous share of its own and takes half of what is
+    /// left of it at a time, then of the others': long runs while there is much to do, short ones at the end.
     ///
     /// # Panics
     /// If `out` is not whole rows or `unit` is 0, or as [`Self::run`].
     pub fn run_ranges<T: Send>(
         &self,
         out: &mut [T],
-        row_len: usize,
+        ld: usize,
         unit: usize,
-        job: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
     ) {
-        self.run_ranges_beside(out, row_len, unit, || (), job);
+        let rows = out.len() / ld.max(1);
+        self.ranges(out, ld, rows, &|row| row..row + 1, unit, || (), job);
     }
 
-    /// [`Self::run_ranges`], while the calling thread first runs `own`.
+    /// [`Self::run_ranges`] for several rows together: `job(i, columns)` gets the same run of columns of all rows of `rows[i]`, as what
+    /// multiplies several tokens with one matrix wants it. The calling thread first runs `own`, while the others begin.
     ///
     /// # Panics
-    /// As [`Self::run_ranges`], and as `own`.
-    pub fn run_ranges_beside<T: Send>(
+    /// If `out` is not whole rows of `ld`, `unit` is 0, the ranges do not ascend, overlap or are not in `out`, as [`Self::run`], and as
+    /// `own`.
+    pub fn run_ranges_of<T: Send>(
         &self,
         out: &mut [T],
-        row_len: usize,
+        ld: usize,
+        rows: &[Range<usize>],
         unit: usize,
         own: impl FnOnce(),
-        job: &(dyn Fn(usize, usize, &mut [T]) + Sync),
+        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
     ) {
-        assert!(unit > 0, "run_ranges: unit is 0");
-        assert!(
-            row_len > 0 && out.len().is_multiple_of(row_len),
-            "run_ranges: {} are not rows of {row_len}",
-            out.len()
-        );
-        let per_row = row_len.div_ceil(unit);
+        self.ranges(out, ld, rows.len(), &|i| rows[i].clone(), unit, own, job);
+    }
+
+    /// `job(i, columns of rows_of(i))` for runs of units of `unit` columns of the ranges of rows `rows_of(0)..rows_of(n_ranges)`.
+    #[allow(clippy::too_many_arguments)]
+    fn ranges<T: Send>(
+        &self,
+        out: &mut [T],
+        ld: usize,
+        n_ranges: usize,
+        rows_of: &(dyn Fn(usize) -> Range<usize> + Sync),
+        unit: usize,
+        own: impl FnOnce(),
+        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
+    ) {
+        assert!(unit > 0, "a unit of 0 columns");
+        check_rows(out.len(), ld, n_ranges, rows_of);
+        let across = ld.div_ceil(unit);
         let base = SendPtr(out.as_mut_ptr());
-        self.for_ranges_beside(out.len() / row_len * per_row, own, &|mut units| {
+        self.for_ranges_beside(n_ranges * across, own, &|mut units| {
             while !units.is_empty() {
-                let row = units.start / per_row;
-                let end = units.end.min((row + 1) * per_row);
-                let (first, n) = ((units.start - row * per_row) * unit, (end - units.start) * unit);
-                let n = n.min(row_len - first);
-                // SAFETY: `for_ranges_beside` hands out each unit once, so the runs in use are disjoint parts of `out`, which is exclusively
-                // borrowed until all are done; the row exists and `first + n <= row_len`.
-                let values = unsafe { base.slice_mut(row * row_len + first, n) };
-                job(row, first, values);
+                let i = units.start / across;
+                let end = units.end.min((i + 1) * across);
+                let columns = (units.start - i * across) * unit..ld.min((end - i * across) * unit);
+                // SAFETY: `for_ranges_beside` hands out each unit once and the ranges of rows are disjoint (checked above), so no two views
+                // share an element; all lie in `out`, which is exclusively borrowed until all are done.
+                job(i, unsafe { ColumnsMut::from_raw(base.get(), rows_of(i), ld, columns) });
                 units.start = end;
             }
         });
@@ -322,13 +335,7 @@ impl Pool {
         job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
     ) {
         assert!(chunk > 0, "a chunk of 0 columns");
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} floats are not rows of {ld}", out.len());
-        let mut end = 0;
-        for rows in (0..n_ranges).map(rows_of) {
-            assert!(end <= rows.start && rows.start <= rows.end, "rows {rows:?} after row {end}");
-            end = rows.end;
-        }
-        assert!(end <= out.len() / ld, "row {end} of {}", out.len() / ld);
+        check_rows(out.len(), ld, n_ranges, rows_of);
         let across = ld.div_ceil(chunk);
         let base = SendPtr(out.as_mut_ptr());
         self.for_each(n_ranges * across, &|i| {
@@ -487,6 +494,18 @@ impl Shared {
     }
 }
 
+/// # Panics
+/// If `len` values are not rows of `ld`, or the ranges of rows do not ascend, overlap or are not among them.
+fn check_rows(len: usize, ld: usize, n_ranges: usize, rows_of: &dyn Fn(usize) -> Range<usize>) {
+    assert!(ld > 0 && len.is_multiple_of(ld), "{len} values are not rows of {ld}");
+    let mut end = 0;
+    for rows in (0..n_ranges).map(rows_of) {
+        assert!(end <= rows.start && rows.start <= rows.end, "rows {rows:?} after row {end}");
+        end = rows.end;
+    }
+    assert!(end <= len / ld, "row {end} of {}", len / ld);
+}
+
 /// A pointer that may cross threads; what makes that sound is said where it is used.
 struct SendPtr<T>(*mut T);
 
@@ -572,9 +591,10 @@ mod tests {
             let pool = Pool::new(threads).unwrap();
             for (rows, row_len, unit) in [(1, 1, 1), (1, 100, 16), (3, 10, 4), (4, 48, 1), (2, 5, 9), (0, 4, 2)] {
                 let mut out = vec![usize::MAX; rows * row_len];
-                pool.run_ranges(&mut out, row_len, unit, &|row, first, values| {
-                    assert!(first.is_multiple_of(unit) && !values.is_empty());
-                    for (i, v) in values.iter_mut().enumerate() {
+                pool.run_ranges(&mut out, row_len, unit, &|row, mut view| {
+                    let first = view.columns().start;
+                    assert!(first.is_multiple_of(unit) && !view.columns().is_empty());
+                    for (i, v) in view.row_mut(0).iter_mut().enumerate() {
                         assert_eq!(*v, usize::MAX);
                         *v = row * row_len + first + i;
                     }
@@ -600,6 +620,28 @@ mod tests {
                 done.fetch_add(range.len(), SeqCst);
             });
             assert_eq!((own, done.into_inner()), (1, n));
+        }
+    }
+
+    #[test]
+    fn ranges_of_several_rows_cover_their_columns_once() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads).unwrap();
+            let (mut out, mut own) = (vec![0; 7 * 50], false);
+            let rows = [0..2, 2..2, 3..6];
+            pool.run_ranges_of(&mut out, 50, &rows, 16, || own = true, &|i, mut view| {
+                let first = view.columns().start;
+                assert!(first.is_multiple_of(16) && view.first_row() == rows[i].start && view.rows() == rows[i].len());
+                for row in view.rows_mut() {
+                    row.iter_mut().enumerate().for_each(|(c, v)| *v += 1000 * (i + 1) + first + c);
+                }
+            });
+            assert!(own);
+            for (row, values) in out.chunks(50).enumerate() {
+                let range = rows.iter().position(|rows| rows.contains(&row));
+                let want = |c| range.map_or(0, |i| 1000 * (i + 1) + c);
+                assert!(values.iter().enumerate().all(|(c, v)| *v == want(c)), "row {row}");
+            }
         }
     }
 

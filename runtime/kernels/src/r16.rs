@@ -9,10 +9,12 @@
 //!
 //! It is a permutation of the canonical bytes, so it can be undone bit for bit; rows that pad have scale 0 and values 0.
 
-use crate::block::{BlockQ4_0, BlockQ8_0, level};
-use crate::weight_type::BLOCK_LEN;
-use crate::weight_type::WeightType;
+use std::ops::Range;
+
 use half::f16;
+
+use crate::block::{BlockQ4_0, BlockQ8_0, level};
+use crate::weight_type::{BLOCK_LEN, WeightType};
 
 /// Rows of a tile.
 pub const R16_ROWS: usize = 16;
@@ -133,15 +135,10 @@ impl<'a> R16<'a> {
         self.tiles
     }
 
-    /// Bytes of a tile.
-    pub(crate) fn tile(&self) -> usize {
-        tile_bytes(self.ty)
-    }
-
-    /// The tiles of 16-row group `group`.
-    pub(crate) fn group(&self, group: usize) -> &'a [u8] {
+    /// The tiles of some groups of 16 rows.
+    pub(crate) fn groups(&self, groups: Range<usize>) -> &'a [u8] {
         let bytes = self.k / BLOCK_LEN * tile_bytes(self.ty);
-        &self.tiles[group * bytes..(group + 1) * bytes]
+        &self.tiles[groups.start * bytes..groups.end * bytes]
     }
 
     /// Writes row `row` as floats: the embedding of a token.
@@ -151,7 +148,7 @@ impl<'a> R16<'a> {
     pub fn row_to_f32(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         assert_eq!(out.len(), self.k, "row length");
-        let group = self.group(row / R16_ROWS);
+        let group = self.groups(row / R16_ROWS..row / R16_ROWS + 1);
         let r = row % R16_ROWS;
         for (tile, out) in group.chunks_exact(tile_bytes(self.ty)).zip(out.chunks_exact_mut(BLOCK_LEN)) {
             if self.ty == WeightType::Q4_0 {

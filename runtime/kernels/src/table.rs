@@ -7,6 +7,7 @@ use std::ops::Range;
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::kv::KvType;
+use crate::live::LiveRows;
 use crate::search::SquaredErrors;
 use crate::weight_type::WeightType;
 
@@ -84,15 +85,22 @@ pub(crate) struct Table {
     pub pack_r16: unsafe fn(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]),
     /// One group of 32 neurons of a down region; `canonical` is the whole matrix of `n_embd` rows.
     pub pack_down_group: unsafe fn(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]),
-    /// `out[r] = row r · a` for `out.len() / 16` row groups of tiles.
-    pub gemv_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]),
-    /// `out[i] = up row rows[i] · a`.
-    pub up_rows: unsafe fn(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
+    /// `out[t][r] = row r · acts[t]` for `out[t].len() / 16` row groups of tiles and 1..=FEW_ROWS tokens; the tiles are read once.
+    pub gemv_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]),
+    /// `out[i * acts.len() + t] = up row rows.ids[i] · acts[t]` for the tokens `t` that row lives for, 1..=FEW_ROWS in all; the other
+    /// outputs stay.
+    pub up_rows: unsafe fn(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]),
     /// `out[i] = canonical Q8_0 row rows[i] · a`, rows of `kb` blocks.
     pub q8_rows: unsafe fn(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]),
-    /// Outputs of 128-output chunks from the live neurons; `out` has 128 floats per chunk.
-    pub down:
-        unsafe fn(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]),
+    /// Outputs of 128-output chunks from the live neurons of 1..=FEW_ROWS tokens: `hidden` has `fb` groups for each, `out` 128 floats
+    /// per chunk for each.
+    pub down: unsafe fn(
+        down: &DownLayout,
+        region: &[u8],
+        hidden: &[HiddenGroup],
+        chunks: Range<usize>,
+        out: &mut [&mut [f32]],
+    ),
     /// One row group of tiles to a weight panel of `kb * PANEL_BLOCK` bytes.
     pub panel_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], panel: &mut [u8]),
     /// Rows `first..first + 16` of an up region to a weight panel.

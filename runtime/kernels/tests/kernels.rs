@@ -235,11 +235,11 @@ proptest! {
             assert_close(&out, &product(&floats, &x, k), &spread(&floats, &x, k), INT8_BOUND, "linear_r16");
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: {tokens} tokens");
-            // One token at a time, and from columns on.
+            // One token at a time.
             for t in 0..tokens {
                 let one = quantized(kernels, &x[t * k..(t + 1) * k], k);
                 let mut out = vec![0.0; rows];
-                kernels.linear_r16(w, &one, 0, &mut ColumnsMut::new(&mut out, rows));
+                kernels.linear_r16_pool(&pool, w, &one, &mut out, || ());
                 prop_assert!(bits(&out) == want[t * rows..(t + 1) * rows], "{kernels:?}: token {t}");
             }
         }
@@ -324,33 +324,57 @@ proptest! {
             let region = |m| &record[format.region(m)];
 
             let groups = HiddenGroup::groups(n_ff);
+            let pool = Pool::new(2).unwrap();
             let mut out = vec![0.0; tokens * n_embd];
             for t in 0..tokens {
                 let x = &x[t * n_embd..(t + 1) * n_embd];
                 let acts = quantized(kernels, x, n_embd);
                 let input = ExpertInput { floats: x, acts: &acts };
                 let mut gates = vec![0.0; n_ff];
-                for (i, gates) in gates.chunks_mut(48).enumerate() {
-                    let neurons = i * 48..i * 48 + gates.len();
-                    kernels.expert_gate(&format, region(Matrix::Gate), input, 0, neurons, gates);
-                }
+                pool.run_ranges(&mut gates, n_ff, 32, &|_, mut gates| {
+                    kernels.expert_gate_rows(&format, region(Matrix::Gate), input, &[0], &mut gates);
+                });
                 let mut hidden = vec![HiddenGroup::ZERO; groups];
-                let mut active = 0;
-                for (i, hidden) in hidden.chunks_mut(2).enumerate() {
-                    let range = i * 2..i * 2 + hidden.len();
-                    let gates = &gates[range.start * 32..n_ff.min(range.end * 32)];
-                    active += kernels.expert_hidden(&format, region(Matrix::Up), gates, input, 0, range, hidden);
-                }
-                prop_assert_eq!(active, hidden.iter().map(|h| h.active.count_ones() as usize).sum::<usize>());
-                for (i, out) in out[t * n_embd..(t + 1) * n_embd].chunks_mut(OUTPUT_CHUNK).enumerate() {
-                    let range = i * OUTPUT_CHUNK..i * OUTPUT_CHUNK + out.len();
-                    kernels.expert_down(&format, region(Matrix::Down), &hidden, range, out);
-                }
+                pool.run_ranges(&mut hidden, groups, 1, &|_, mut hidden| {
+                    kernels.expert_hidden_rows(&format, region(Matrix::Up), &gates, input, &[0], &mut hidden);
+                });
+                let active: Vec<bool> = (0..n_ff).map(|n| hidden[n / 32].active >> (n % 32) & 1 != 0).collect();
+                prop_assert!(active.iter().zip(&gates).all(|(active, gate)| *active == (*gate > 0.0)));
+                let out = &mut out[t * n_embd..(t + 1) * n_embd];
+                pool.run_ranges(out, n_embd, OUTPUT_CHUNK, &|_, mut out| {
+                    kernels.expert_down_rows(&format, region(Matrix::Down), &hidden, &mut out);
+                });
             }
             let bound = if ty.is_quantized() { 2.0 * INT8_BOUND } else { 2.0 * F32_BOUND };
             assert_close(&out, &exact, &sizes, bound, "expert");
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: one token");
+
+            // A few tokens together, in another order, beside rows that belong to another expert.
+            let rows: Vec<u32> = (0..tokens.min(FEW_ROWS) as u32).rev().collect();
+            let n = rows.len();
+            let acts = if ty.is_quantized() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
+            let input = ExpertInput { floats: &x, acts: &acts };
+            let own = 1..1 + n;
+            let own = std::slice::from_ref(&own);
+            let mut gates = vec![0.0; (n + 2) * n_ff];
+            pool.run_ranges_of(&mut gates, n_ff, own, 32, || (), &|_, mut gates| {
+                kernels.expert_gate_rows(&format, region(Matrix::Gate), input, &rows, &mut gates);
+            });
+            let gates = &gates[n_ff..][..n * n_ff];
+            let mut hidden = vec![HiddenGroup::ZERO; (n + 2) * groups];
+            pool.run_ranges_of(&mut hidden, groups, own, 1, || (), &|_, mut hidden| {
+                kernels.expert_hidden_rows(&format, region(Matrix::Up), gates, input, &rows, &mut hidden);
+            });
+            let hidden = &hidden[groups..][..n * groups];
+            let mut out = vec![0.0; (n + 2) * n_embd];
+            pool.run_ranges_of(&mut out, n_embd, own, OUTPUT_CHUNK, || (), &|_, mut out| {
+                kernels.expert_down_rows(&format, region(Matrix::Down), hidden, &mut out);
+            });
+            for (i, &row) in rows.iter().enumerate() {
+                let (got, row) = (&out[(1 + i) * n_embd..][..n_embd], row as usize);
+                prop_assert!(bits(got) == want[row * n_embd..][..n_embd], "{kernels:?}: token {row} of {n} together");
+            }
 
             // The tokens follow another expert's.
             let (first, rows) = (UNIT_ROWS, UNIT_ROWS + tokens);
@@ -358,7 +382,6 @@ proptest! {
             let acts = if ty.is_quantized() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
             let input = ExpertInput { floats: &x, acts: &acts };
             let mut h = vec![0.0; rows * n_ff];
-            let pool = Pool::new(2).unwrap();
             let rows = first..rows;
             pool.run_columns_of(&mut h, n_ff, std::slice::from_ref(&rows), 32, &|_, mut h| {
                 kernels.expert_gate_up_batch(&format, region(Matrix::Gate), region(Matrix::Up), input, first, &mut h);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use st_experts::{ExpertStore, Lease, Waves};
 use st_gguf::Matrix;
-use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, UNIT_ROWS, WeightType};
+use st_kernels::{ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, Q8Acts, UNIT_ROWS, WeightType};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -203,27 +203,26 @@ impl Moe {
         // One matrix after the other: a gate is read as one long stream, which memory answers faster than pieces between the
         // scattered rows of up. Experts still on their way have nothing to do.
         let matrix = |rank: usize, matrix| ready.contains(&rank).then(|| lease.get(rank, matrix)).flatten();
-        cx.pool.run_ranges(gates, n_ff, TASK_NEURONS, &|rank, first, out| {
+        cx.pool.run_ranges(gates, n_ff, TASK_NEURONS, &|rank, mut out| {
             if let Some(gate) = matrix(rank, Matrix::Gate) {
-                cx.kernels.expert_gate(format, gate, input, 0, first..first + out.len(), out);
+                cx.kernels.expert_gate_rows(format, gate, input, &[0], &mut out);
             }
         });
         let gates = &*gates;
-        cx.pool.run_ranges(groups, n_groups, TASK_GROUPS, &|rank, first, out| {
+        cx.pool.run_ranges(groups, n_groups, TASK_GROUPS, &|rank, mut out| {
             if let Some(up) = matrix(rank, Matrix::Up) {
-                let neurons = first * BLOCK_LEN..n_ff.min((first + out.len()) * BLOCK_LEN);
-                let gates = &gates[rank * n_ff..(rank + 1) * n_ff][neurons];
-                cx.kernels.expert_hidden(format, up, gates, input, 0, first..first + out.len(), out);
+                let gates = &gates[rank * n_ff..(rank + 1) * n_ff];
+                cx.kernels.expert_hidden_rows(format, up, gates, input, &[0], &mut out);
             }
         });
         for &rank in ready.iter() {
             lease.wait(rank, Matrix::Down)?;
         }
         let groups = &*groups;
-        cx.pool.run_ranges(&mut parts[..lease.len() * n_embd], n_embd, TASK_OUTPUTS, &|rank, first, out| {
+        cx.pool.run_ranges(&mut parts[..lease.len() * n_embd], n_embd, TASK_OUTPUTS, &|rank, mut out| {
             if let Some(down) = matrix(rank, Matrix::Down) {
                 let hidden = &groups[rank * n_groups..(rank + 1) * n_groups];
-                cx.kernels.expert_down(format, down, hidden, first..first + out.len(), out);
+                cx.kernels.expert_down_rows(format, down, hidden, &mut out);
             }
         });
         Ok(())

@@ -1,4 +1,4 @@
-//! One token through one expert: the rows of up that live, and down by its live neurons.
+//! One token or a few through one expert: the rows of up that live, and down by the live neurons.
 
 use std::arch::aarch64::*;
 use std::ops::Range;
@@ -6,30 +6,24 @@ use std::ops::Range;
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
+use crate::live::{self, Ahead, LiveRows};
 use crate::weight_type::BLOCK_LEN;
 
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
-    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
-        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
-        _ => up_fours::<1>(up, region, rows, ahead, a, out),
-    };
-    live::each_up_block(up, region, rows, out, prefetch, block);
+pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
+        1 => up_fours::<1>(up, region, rows, ahead, a, out),
+        2 => up_fours::<2>(up, region, rows, ahead, a, out),
+        3 => up_fours::<3>(up, region, rows, ahead, a, out),
+        _ => up_fours::<4>(up, region, rows, ahead, a, out),
+    });
 }
 
 /// `F` times four rows, the last ones repeated where there are fewer; lanes are rows. Line by line across the rows, as they were
 /// requested.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn up_fours<const F: usize>(
-    up: &UpLayout,
-    region: &[u8],
-    rows: &[u32],
-    ahead: &UpBlock,
-    a: ActRow<'_>,
-    out: &mut [f32],
-) {
+fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
     let (scales, qs) = region.split_at(up.scales_bytes);
     let fours = live::in_fours::<F>(rows);
     let w = fours.map(|rows| rows.map(|r| &qs[r * up.row_bytes..][..up.row_bytes]));
@@ -37,7 +31,7 @@ fn up_fours<const F: usize>(
     let mut acc = [vdupq_n_f32(0.0); F];
     for line in 0..up.kb.div_ceil(4) {
         for (f, acc) in acc.iter_mut().enumerate() {
-            ahead.request(line * F + f, prefetch);
+            ahead.request(prefetch);
             for b in line * 4..up.kb.min(line * 4 + 4) {
                 let q = &a.q[b * BLOCK_LEN..][..BLOCK_LEN];
                 // SAFETY: 32 activations.
@@ -59,51 +53,55 @@ fn up_fours<const F: usize>(
             }
         }
     }
-    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
-        let mut sums = [0f32; 4];
-        // SAFETY: sums has 4 floats.
-        unsafe { vst1q_f32(sums.as_mut_ptr(), acc) };
-        out.copy_from_slice(&sums[..out.len()]);
-    }
+    live::put_fours(acc.map(|v| four_floats(v)), out);
+}
+
+/// The floats of a vector.
+#[inline]
+#[target_feature(enable = "neon")]
+fn four_floats(v: float32x4_t) -> [f32; 4] {
+    let mut floats = [0.0; 4];
+    // SAFETY: 4 floats.
+    unsafe { vst1q_f32(floats.as_mut_ptr(), v) };
+    floats
 }
 
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
-    assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
-    out.fill(0.0);
-    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
-    while let Some((live, ahead)) = groups.advance() {
-        let d_a = vdupq_n_f32(live.d);
-        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
-            if let Some(ahead) = ahead {
-                ahead.request(chunk, prefetch);
-            }
-            // 16 of the chunk's 64 bytes at a time: sums 0..4 are outputs 16v + 4 part.., 4..8 are 64 + 16v + 4 part..
-            for part in 0..4 {
-                let mut sums = [vdupq_n_s32(live.bias); 8];
-                for (rows, &quad) in live.quads() {
-                    let q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
-                    // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                    let w: [uint8x16_t; 4] =
-                        std::array::from_fn(|i| unsafe { vld1q_u8(live.rows.add(rows[i] + chunk * 64 + part * 16)) });
-                    for (v, w) in interleave(w).into_iter().enumerate() {
-                        let (lo, hi) = nibbles(w);
-                        sums[v] = sdot(sums[v], lo, q);
-                        sums[v + 4] = sdot(sums[v + 4], hi, q);
-                    }
+pub(super) fn down(
+    down: &DownLayout,
+    region: &[u8],
+    hidden: &[HiddenGroup],
+    chunks: Range<usize>,
+    out: &mut [&mut [f32]],
+) {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+        let d_a = vdupq_n_f32(token.d);
+        // 16 of the chunk's 64 bytes at a time: sums 0..4 are outputs 16v + 4 part.., 4..8 are 64 + 16v + 4 part..
+        for part in 0..4 {
+            let mut sums = [vdupq_n_s32(token.bias); 8];
+            for (rows, &quad) in token.quads() {
+                let q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+                // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
+                let w: [uint8x16_t; 4] = std::array::from_fn(|i| unsafe {
+                    vld1q_u8(group.rows.add(rows[i] as usize + chunk * 64 + part * 16))
+                });
+                for (v, w) in interleave(w).into_iter().enumerate() {
+                    let (lo, hi) = nibbles(w);
+                    sums[v] = sdot(sums[v], lo, q);
+                    sums[v + 4] = sdot(sums[v + 4], hi, q);
                 }
-                for (v, sum) in sums.into_iter().enumerate() {
-                    let at = v * 16 + part * 4;
-                    // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
-                    unsafe {
-                        let d_w = load_f16(live.scales.add((chunk * OUTPUT_CHUNK + at) * 2));
-                        let p = out.as_mut_ptr().add(at);
-                        vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, d_a));
-                    }
+            }
+            for (v, sum) in sums.into_iter().enumerate() {
+                let at = v * 16 + part * 4;
+                // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
+                unsafe {
+                    let d_w = load_f16(group.scales.add((chunk * OUTPUT_CHUNK + at) * 2));
+                    let p = out.as_mut_ptr().add(at);
+                    vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, d_a));
                 }
             }
         }
-    }
+    });
 }
 
 /// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds byte `4v + i` of each.

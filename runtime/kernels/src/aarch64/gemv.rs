@@ -1,9 +1,10 @@
-//! Whole matrices times one token: each byte of weights is read once, in order.
+//! Whole matrices times one token or a few: each byte of weights is read once, in order.
 
 use std::arch::aarch64::*;
 
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot, sdot_lane};
 use crate::activations::ActRow;
+use crate::live;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -11,15 +12,15 @@ use crate::weight_type::WeightType;
 /// How far ahead of the tile in use the next ones are requested, in bytes.
 const PREFETCH: usize = 2304;
 
-pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
-    debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * tile_bytes(ty));
-    // SAFETY: the callers of a table's functions have the CPU features; sizes as checked above and by the callers.
-    unsafe {
+pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    // SAFETY: the callers of a table's functions have the CPU features; tiles are whole and tokens have kb blocks and an output for
+    // each row.
+    live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| unsafe {
         match ty {
-            WeightType::Q4_0 => gemv_of::<288>(kb, tiles, a, out),
-            _ => gemv_of::<544>(kb, tiles, a, out),
+            WeightType::Q4_0 => gemv_of::<288>(kb, group, a, out),
+            _ => gemv_of::<544>(kb, group, a, out),
         }
-    }
+    });
 }
 
 /// # Safety

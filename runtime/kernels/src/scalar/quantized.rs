@@ -9,6 +9,7 @@ use half::f16;
 use crate::activations::{ActRow, HiddenGroup, UNIT_BLOCK, UNIT_ROWS};
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
+use crate::live::{self, LiveRows};
 use crate::r16::{self, R16_ROWS, tile_bytes, tile_scale, tile_value};
 use crate::table::{GEMM_UNITS, PANEL_BLOCK};
 use crate::weight_type::BLOCK_LEN;
@@ -39,9 +40,8 @@ fn add_block(acc: f32, isum: i32, d_w: f32, d_a: f32) -> f32 {
     (isum as f32).mul_add(d_w * d_a, acc)
 }
 
-pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
-    let groups = tiles.chunks_exact(kb * tile_bytes(ty)).zip(out.chunks_exact_mut(R16_ROWS));
-    for (group, out) in groups {
+pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| {
         out.fill(0.0);
         for (b, tile) in group.chunks_exact(tile_bytes(ty)).enumerate() {
             let q = &a.q[b * BLOCK_LEN..][..BLOCK_LEN];
@@ -50,7 +50,7 @@ pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, o
                 *acc = add_block(*acc, isum, tile_scale(tile, r), a.d[b]);
             }
         }
-    }
+    });
 }
 
 /// Block `b` of row `row` of an up region.
@@ -60,13 +60,15 @@ fn up_block(up: &UpLayout, region: &[u8], row: usize, b: usize) -> BlockQ4_0 {
     BlockQ4_0 { d: u16::from_le_bytes([scale[0], scale[1]]), qs: qs.try_into().expect("16 bytes") }
 }
 
-pub(crate) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
-    for (&row, out) in rows.iter().zip(out) {
-        *out = 0.0;
-        for (b, q) in a.q.chunks_exact(BLOCK_LEN).enumerate().take(up.kb) {
-            let block = up_block(up, region, row as usize, b);
-            let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * level(&block.qs, c)).sum();
-            *out = add_block(*out, isum, f16::from_bits(block.d).to_f32(), a.d[b]);
+pub(crate) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    for ((&row, mask), out) in rows.ids.iter().zip(rows.masks).zip(out.chunks_exact_mut(acts.len())) {
+        for (_, (a, out)) in acts.iter().zip(out).enumerate().filter(|(t, _)| mask >> t & 1 != 0) {
+            *out = 0.0;
+            for (b, q) in a.q.chunks_exact(BLOCK_LEN).enumerate().take(up.kb) {
+                let block = up_block(up, region, row as usize, b);
+                let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * level(&block.qs, c)).sum();
+                *out = add_block(*out, isum, f16::from_bits(block.d).to_f32(), a.d[b]);
+            }
         }
     }
 }
@@ -82,24 +84,30 @@ pub(crate) fn q8_rows(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out
     }
 }
 
-pub(crate) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
-    out.fill(0.0);
-    for (group, hidden) in region.chunks_exact(down.group_bytes).zip(hidden) {
-        if hidden.live == 0 {
-            continue;
-        }
-        let (scales, rows) = group.split_at(down.padded * 2);
-        let first = chunks.start * OUTPUT_CHUNK;
-        for (i, acc) in out.iter_mut().enumerate() {
-            let o = first + i;
-            let mut isum = 0;
-            for (n, &h) in hidden.q.iter().enumerate() {
-                if h != 0 {
-                    isum += i32::from(h) * (i32::from(down_nibble(&rows[n * down.row_bytes..], o)) - 8);
+pub(crate) fn down(
+    down: &DownLayout,
+    region: &[u8],
+    hidden: &[HiddenGroup],
+    chunks: Range<usize>,
+    out: &mut [&mut [f32]],
+) {
+    let first = chunks.start * OUTPUT_CHUNK;
+    for (hidden, out) in hidden.chunks_exact(down.fb).zip(out) {
+        out.fill(0.0);
+        for (group, hidden) in region.chunks_exact(down.group_bytes).zip(hidden).filter(|(_, hidden)| hidden.live != 0)
+        {
+            let (scales, rows) = group.split_at(down.padded * 2);
+            for (i, acc) in out.iter_mut().enumerate() {
+                let o = first + i;
+                let mut isum = 0;
+                for (n, &h) in hidden.q.iter().enumerate() {
+                    if h != 0 {
+                        isum += i32::from(h) * (i32::from(down_nibble(&rows[n * down.row_bytes..], o)) - 8);
+                    }
                 }
+                let d_w = f16::from_le_bytes([scales[o * 2], scales[o * 2 + 1]]).to_f32();
+                *acc = add_block(*acc, isum, d_w, hidden.d);
             }
-            let d_w = f16::from_le_bytes([scales[o * 2], scales[o * 2 + 1]]).to_f32();
-            *acc = add_block(*acc, isum, d_w, hidden.d);
         }
     }
 }

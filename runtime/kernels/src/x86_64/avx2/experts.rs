@@ -1,35 +1,29 @@
-//! One token through one expert: the rows of up that live, and down by its live neurons.
+//! One token or a few through one expert: the rows of up that live, and down by the live neurons.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
+use crate::live::{self, Ahead, LiveRows};
 use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
-    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
-        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
-        _ => up_fours::<1>(up, region, rows, ahead, a, out),
-    };
-    live::each_up_block(up, region, rows, out, prefetch, block);
+pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
+        1 => up_fours::<1>(up, region, rows, ahead, a, out),
+        2 => up_fours::<2>(up, region, rows, ahead, a, out),
+        3 => up_fours::<3>(up, region, rows, ahead, a, out),
+        _ => up_fours::<4>(up, region, rows, ahead, a, out),
+    });
 }
 
 /// `F` times four rows, the last ones repeated where there are fewer; lanes are rows. Line by line across the rows, as they were
 /// requested: reading a row to its end would have the CPU fetch the dead row after it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn up_fours<const F: usize>(
-    up: &UpLayout,
-    region: &[u8],
-    rows: &[u32],
-    ahead: &UpBlock,
-    a: ActRow<'_>,
-    out: &mut [f32],
-) {
+fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
     let low = _mm_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
@@ -39,7 +33,7 @@ fn up_fours<const F: usize>(
     let mut acc = [_mm_setzero_ps(); F];
     for line in 0..up.kb.div_ceil(4) {
         for (f, acc) in acc.iter_mut().enumerate() {
-            ahead.request(line * F + f, prefetch);
+            ahead.request(prefetch);
             for b in line * 4..up.kb.min(line * 4 + 4) {
                 // SAFETY: the activations have 32 bytes in block `b`.
                 let q = unsafe { _mm256_loadu_si256(a.q[b * BLOCK_LEN..][..BLOCK_LEN].as_ptr().cast()) };
@@ -59,64 +53,67 @@ fn up_fours<const F: usize>(
             }
         }
     }
-    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
-        let mut sums = [0f32; 4];
-        // SAFETY: sums has 4 floats.
-        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
-        out.copy_from_slice(&sums[..out.len()]);
-    }
+    live::put_fours(acc.map(|v| four_floats(v)), out);
+}
+
+/// The floats of a vector.
+#[inline]
+#[target_feature(enable = "sse")]
+fn four_floats(v: __m128) -> [f32; 4] {
+    let mut floats = [0.0; 4];
+    // SAFETY: 4 floats.
+    unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
+    floats
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
-    assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
-    out.fill(0.0);
+pub(super) fn down(
+    down: &DownLayout,
+    region: &[u8],
+    hidden: &[HiddenGroup],
+    chunks: Range<usize>,
+    out: &mut [&mut [f32]],
+) {
     let low = _mm256_set1_epi8(15);
-    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
-    while let Some((live, ahead)) = groups.advance() {
-        let d_a = _mm256_set1_ps(live.d);
-        let bias = _mm256_set1_epi32(live.bias);
-        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
-            if let Some(ahead) = ahead {
-                ahead.request(chunk, prefetch);
-            }
-            // Half of the chunk's bytes at a time: sums 0..4 are outputs 16v + 8 half.., 4..8 are 64 + 16v + 8 half..
-            for half in 0..2 {
-                let mut pairs = [_mm256_setzero_si256(); 8];
-                for (rows, &quad) in live.quads() {
-                    let q = _mm256_set1_epi32(quad);
-                    // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                    let w = unsafe { load_rows(live.rows, rows, chunk, half) };
-                    for (v, w) in interleave(w).into_iter().enumerate() {
-                        let lo = _mm256_maddubs_epi16(_mm256_and_si256(w, low), q);
-                        pairs[v] = _mm256_add_epi16(pairs[v], lo);
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
-                        pairs[v + 4] = _mm256_add_epi16(pairs[v + 4], _mm256_maddubs_epi16(high, q));
-                    }
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+        let d_a = _mm256_set1_ps(token.d);
+        let bias = _mm256_set1_epi32(token.bias);
+        // Half of the chunk's bytes at a time: sums 0..4 are outputs 16v + 8 half.., 4..8 are 64 + 16v + 8 half..
+        for half in 0..2 {
+            let mut pairs = [_mm256_setzero_si256(); 8];
+            for (rows, &quad) in token.quads() {
+                let q = _mm256_set1_epi32(quad);
+                // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
+                let w = unsafe { load_rows(group.rows, rows, chunk, half) };
+                for (v, w) in interleave(w).into_iter().enumerate() {
+                    let lo = _mm256_maddubs_epi16(_mm256_and_si256(w, low), q);
+                    pairs[v] = _mm256_add_epi16(pairs[v], lo);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
+                    pairs[v + 4] = _mm256_add_epi16(pairs[v + 4], _mm256_maddubs_epi16(high, q));
                 }
-                for (v, pairs) in pairs.into_iter().enumerate() {
-                    let sum = _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), bias);
-                    let at = v * 16 + half * 8;
-                    // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
-                    unsafe {
-                        let d_w = _mm_loadu_si128(live.scales.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
-                        let d = _mm256_mul_ps(_mm256_cvtph_ps(d_w), d_a);
-                        let p = out.as_mut_ptr().add(at);
-                        _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), d, _mm256_loadu_ps(p)));
-                    }
+            }
+            for (v, pairs) in pairs.into_iter().enumerate() {
+                let sum = _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), bias);
+                let at = v * 16 + half * 8;
+                // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
+                unsafe {
+                    let d_w = _mm_loadu_si128(group.scales.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
+                    let d = _mm256_mul_ps(_mm256_cvtph_ps(d_w), d_a);
+                    let p = out.as_mut_ptr().add(at);
+                    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), d, _mm256_loadu_ps(p)));
                 }
             }
         }
-    }
+    });
 }
 
 /// # Safety
 /// 64 bytes must be readable at `base + rows[i] + chunk * 64` for four rows.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[usize], chunk: usize, half: usize) -> [__m256i; 4] {
+pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], chunk: usize, half: usize) -> [__m256i; 4] {
     // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm256_loadu_si256(base.add(rows[i] + chunk * 64 + half * 32).cast()) })
+    std::array::from_fn(|i| unsafe { _mm256_loadu_si256(base.add(rows[i] as usize + chunk * 64 + half * 32).cast()) })
 }
 
 /// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs

@@ -74,7 +74,7 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
         let (scales, rows) = group.split_at(down.padded * 2);
         for quad in 0..8 {
-            let at: [usize; 4] = std::array::from_fn(|i| (quad * 4 + i) * down.row_bytes);
+            let at: [u32; 4] = std::array::from_fn(|i| ((quad * 4 + i) * down.row_bytes) as u32);
             for half in 0..2 {
                 // SAFETY: the group has 32 rows, and the chunk is 64 bytes of each.
                 let w = unsafe { load_rows(rows.as_ptr(), &at, chunk, half) };

@@ -1,22 +1,23 @@
-//! Whole matrices times one token: each byte of weights is read once, in order.
+//! Whole matrices times one token or a few: each byte of weights is read once, in order.
 
 use std::arch::x86_64::*;
 
 use crate::activations::ActRow;
+use crate::live;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::request_stream;
 
-pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
-    debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * tile_bytes(ty));
-    // SAFETY: the callers of a table's functions have the CPU features; sizes as checked above and by the callers.
-    unsafe {
+pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    // SAFETY: the callers of a table's functions have the CPU features; tiles are whole and tokens have kb blocks and an output for
+    // each row.
+    live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| unsafe {
         match ty {
-            WeightType::Q4_0 => gemv_of::<288>(kb, tiles, a, out, |tile, half, q, bias| q4_sum(tile, half, q, bias)),
-            _ => gemv_of::<544>(kb, tiles, a, out, |tile, half, q, _| q8_sum(tile, half, q)),
+            WeightType::Q4_0 => gemv_of::<288>(kb, group, a, out, |tile, half, q, bias| q4_sum(tile, half, q, bias)),
+            _ => gemv_of::<544>(kb, group, a, out, |tile, half, q, _| q8_sum(tile, half, q)),
         }
-    }
+    });
 }
 
 /// 4 bytes of activations in every lane.

@@ -1,34 +1,28 @@
-//! One token through one expert: the rows of up that live, and down by its live neurons.
+//! One token or a few through one expert: the rows of up that live, and down by the live neurons.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::activations::{ActRow, HiddenGroup};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::live::{self, LiveGroups, UP_BLOCK, UpBlock};
+use crate::expert_format::{DownLayout, UpLayout};
+use crate::live::{self, Ahead, LiveRows};
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
-    let block = |rows: &[u32], ahead: &UpBlock, out: &mut [f32]| match rows.len() {
-        UP_BLOCK => up_fours::<{ UP_BLOCK / 4 }>(up, region, rows, ahead, a, out),
-        _ => up_fours::<1>(up, region, rows, ahead, a, out),
-    };
-    live::each_up_block(up, region, rows, out, prefetch, block);
+pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
+        1 => up_fours::<1>(up, region, rows, ahead, a, out),
+        2 => up_fours::<2>(up, region, rows, ahead, a, out),
+        3 => up_fours::<3>(up, region, rows, ahead, a, out),
+        _ => up_fours::<4>(up, region, rows, ahead, a, out),
+    });
 }
 
 /// `F` times four rows, the last ones repeated where there are fewer: with four blocks of each of four rows, the 16 sums fill a vector.
 /// Line by line across the rows, as they were requested: reading a row to its end would have the CPU fetch the dead row after it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-fn up_fours<const F: usize>(
-    up: &UpLayout,
-    region: &[u8],
-    rows: &[u32],
-    ahead: &UpBlock,
-    a: ActRow<'_>,
-    out: &mut [f32],
-) {
+fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
     let low = _mm512_set1_epi8(15);
     let by_block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -50,7 +44,7 @@ fn up_fours<const F: usize>(
             let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
             let left = up.kb - c * 4;
             for f in 0..F {
-                ahead.request(c * F + f, prefetch);
+                ahead.request(prefetch);
                 // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
                 let quarter_sums = |i: usize| {
                     let w = _mm512_loadu_si512(w[f][i].add(c * 64).cast());
@@ -69,12 +63,17 @@ fn up_fours<const F: usize>(
             }
         }
     }
-    for (acc, out) in acc.into_iter().zip(out.chunks_mut(4)) {
-        let mut sums = [0f32; 4];
-        // SAFETY: sums has 4 floats.
-        unsafe { _mm_storeu_ps(sums.as_mut_ptr(), acc) };
-        out.copy_from_slice(&sums[..out.len()]);
-    }
+    live::put_fours(acc.map(|v| four_floats(v)), out);
+}
+
+/// The floats of a vector.
+#[inline]
+#[target_feature(enable = "sse")]
+fn four_floats(v: __m128) -> [f32; 4] {
+    let mut floats = [0.0; 4];
+    // SAFETY: 4 floats.
+    unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
+    floats
 }
 
 /// Up to four f16 scales, zero where there are no more (`left` counts them).
@@ -103,49 +102,47 @@ fn add_quarters(v: [__m512i; 4]) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-pub(super) fn down(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [f32]) {
-    assert!(chunks.end * OUTPUT_CHUNK <= down.padded && out.len() == chunks.len() * OUTPUT_CHUNK);
-    out.fill(0.0);
+pub(super) fn down(
+    down: &DownLayout,
+    region: &[u8],
+    hidden: &[HiddenGroup],
+    chunks: Range<usize>,
+    out: &mut [&mut [f32]],
+) {
     let low = _mm512_set1_epi8(15);
-    let mut groups = LiveGroups::new(down, region, hidden, &chunks, prefetch);
-    while let Some((live, ahead)) = groups.advance() {
-        let d_a = _mm512_set1_ps(live.d);
-        for (chunk, out) in chunks.clone().zip(out.chunks_exact_mut(OUTPUT_CHUNK)) {
-            if let Some(ahead) = ahead {
-                ahead.request(chunk, prefetch);
-            }
-            // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
-            let mut sums = [_mm512_set1_epi32(live.bias); 8];
-            for (rows, &quad) in live.quads() {
-                let q = _mm512_set1_epi32(quad);
-                // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                let w = unsafe { load_rows(live.rows, rows, chunk) };
-                for (v, w) in interleave(w).into_iter().enumerate() {
-                    sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
-                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
-                    sums[v + 4] = _mm512_dpbusd_epi32(sums[v + 4], high, q);
-                }
-            }
-            for (v, sum) in sums.into_iter().enumerate() {
-                // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
-                unsafe {
-                    let d_w = _mm256_loadu_si256(live.scales.add(chunk * 256 + v * 32).cast());
-                    let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
-                    let p = out.as_mut_ptr().add(v * 16);
-                    _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
-                }
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+        let d_a = _mm512_set1_ps(token.d);
+        // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
+        let mut sums = [_mm512_set1_epi32(token.bias); 8];
+        for (rows, &quad) in token.quads() {
+            let q = _mm512_set1_epi32(quad);
+            // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
+            let w = unsafe { load_rows(group.rows, rows, chunk) };
+            for (v, w) in interleave(w).into_iter().enumerate() {
+                sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
+                let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                sums[v + 4] = _mm512_dpbusd_epi32(sums[v + 4], high, q);
             }
         }
-    }
+        for (v, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
+            unsafe {
+                let d_w = _mm256_loadu_si256(group.scales.add(chunk * 256 + v * 32).cast());
+                let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
+                let p = out.as_mut_ptr().add(v * 16);
+                _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
+            }
+        }
+    });
 }
 
 /// # Safety
 /// 64 bytes must be readable at `base + rows[i] + chunk * 64` for four rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[usize], chunk: usize) -> [__m512i; 4] {
+pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], chunk: usize) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] + chunk * 64).cast()) })
+    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] as usize + chunk * 64).cast()) })
 }
 
 /// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs `16v + i` and

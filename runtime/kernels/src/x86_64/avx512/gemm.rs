@@ -116,7 +116,7 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
             let panels = panels.as_mut_ptr();
             let block = |v: usize| panels.add((v * down.fb + b) * PANEL_BLOCK);
             for quad in 0..8 {
-                let at: [usize; 4] = std::array::from_fn(|i| (quad * 4 + i) * down.row_bytes);
+                let at: [u32; 4] = std::array::from_fn(|i| ((quad * 4 + i) * down.row_bytes) as u32);
                 for (v, w) in interleave(load_rows(rows.as_ptr(), &at, chunk)).into_iter().enumerate() {
                     _mm512_storeu_si512(block(v).add(quad * 64).cast(), _mm512_and_si512(w, low));
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);

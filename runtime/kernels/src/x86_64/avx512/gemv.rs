@@ -1,4 +1,4 @@
-//! Whole matrices times one token: each byte of weights is read once, in order.
+//! Whole matrices times one token or a few: each byte of weights is read once, in order.
 
 use std::arch::x86_64::*;
 
@@ -8,15 +8,46 @@ use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::request_stream;
 
-pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
-    debug_assert!(tiles.len() * R16_ROWS == out.len() * kb * crate::r16::tile_bytes(ty));
-    // SAFETY: the callers of a table's functions have the CPU features; sizes as checked above and by the callers.
+pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    match acts.len() {
+        1 => gemv::<1>(ty, kb, tiles, acts, out),
+        2 => gemv::<2>(ty, kb, tiles, acts, out),
+        3 => gemv::<3>(ty, kb, tiles, acts, out),
+        4 => gemv::<4>(ty, kb, tiles, acts, out),
+        5 => gemv::<5>(ty, kb, tiles, acts, out),
+        6 => gemv::<6>(ty, kb, tiles, acts, out),
+        7 => gemv::<7>(ty, kb, tiles, acts, out),
+        8 => gemv::<8>(ty, kb, tiles, acts, out),
+        n => unreachable!("{n} tokens"),
+    }
+}
+
+/// `N` tokens: every sum of all of them stays in registers.
+fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    let groups = tiles.len() / (kb * crate::r16::tile_bytes(ty));
+    assert!(acts.len() == N && out.len() == N && out.iter().all(|out| out.len() == groups * R16_ROWS));
+    let tokens = std::array::from_fn(|t| Token {
+        q: acts[t].q.as_ptr(),
+        d: acts[t].d.as_ptr(),
+        bias: acts[t].bias.as_ptr(),
+        out: out[t].as_mut_ptr(),
+    });
+    // SAFETY: the callers of a table's functions have the CPU features, and give activations of kb blocks; the outputs have 16 floats
+    // for each group of tiles.
     unsafe {
         match ty {
-            WeightType::Q4_0 => gemv_q4(kb, tiles, a, out),
-            _ => gemv_q8(kb, tiles, a, out),
+            WeightType::Q4_0 => gemv_q4::<N>(kb, tiles, tokens, groups),
+            _ => gemv_q8::<N>(kb, tiles, tokens, groups),
         }
     }
+}
+
+/// Activations of one token, and where its outputs go.
+struct Token {
+    q: *const i8,
+    d: *const f32,
+    bias: *const i32,
+    out: *mut f32,
 }
 
 /// 4 bytes of activations in every lane.
@@ -31,66 +62,100 @@ pub(super) unsafe fn broadcast_quad(q: *const i8) -> __m512i {
 }
 
 /// # Safety
-/// `tiles` has `kb * 288` bytes per 16 outputs, and `a` at least kb blocks.
+/// `tiles` has `kb * 288` bytes for each group, each token kb blocks and 16 outputs for each group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-unsafe fn gemv_q4(kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
+unsafe fn gemv_q4<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], groups: usize) {
     let low = _mm512_set1_epi8(15);
-    let mut t = tiles.as_ptr();
-    for out in out.chunks_exact_mut(R16_ROWS) {
-        let mut acc = _mm512_setzero_ps();
+    let mut tile = tiles.as_ptr();
+    for group in 0..groups {
+        let mut acc = [_mm512_setzero_ps(); N];
         for b in 0..kb {
             // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                request_stream::<288>(t);
-                let q = a.q.as_ptr().add(b * BLOCK_LEN);
-                let mut i0 = _mm512_set1_epi32(*a.bias.get_unchecked(b));
-                let mut i1 = _mm512_setzero_si512();
+                request_stream::<288>(tile);
+                let mut sums: [[__m512i; 2]; N] =
+                    std::array::from_fn(|t| [_mm512_set1_epi32(*tokens[t].bias.add(b)), _mm512_setzero_si512()]);
                 for g in 0..4 {
-                    let w = _mm512_loadu_si512(t.add(32 + g * 64).cast());
-                    i0 = _mm512_dpbusd_epi32(i0, _mm512_and_si512(w, low), broadcast_quad(q.add(g * 4)));
-                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
-                    i1 = _mm512_dpbusd_epi32(i1, high, broadcast_quad(q.add(16 + g * 4)));
+                    let w = _mm512_loadu_si512(tile.add(32 + g * 64).cast());
+                    let (lo, hi) = (_mm512_and_si512(w, low), _mm512_and_si512(_mm512_srli_epi16::<4>(w), low));
+                    for (token, sums) in tokens.iter().zip(&mut sums) {
+                        let q = token.q.add(b * BLOCK_LEN + g * 4);
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], lo, broadcast_quad(q));
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], hi, broadcast_quad(q.add(16)));
+                    }
                 }
-                let d_w = _mm512_cvtph_ps(_mm256_loadu_si256(t.cast()));
-                let d = _mm512_mul_ps(d_w, _mm512_set1_ps(*a.d.get_unchecked(b)));
-                acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(i0, i1)), d, acc);
-                t = t.add(288);
+                add_blocks(&mut acc, sums, tile, &tokens, b);
+                tile = tile.add(288);
             }
         }
-        // SAFETY: out has 16 floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), acc) };
+        // SAFETY: 16 outputs for each group.
+        unsafe { put_outputs(acc, &tokens, group) };
     }
 }
 
 /// # Safety
-/// `tiles` has `kb * 544` bytes per 16 outputs, and `a` at least kb blocks.
+/// `tiles` has `kb * 544` bytes for each group, each token kb blocks and 16 outputs for each group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-unsafe fn gemv_q8(kb: usize, tiles: &[u8], a: ActRow<'_>, out: &mut [f32]) {
+unsafe fn gemv_q8<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], groups: usize) {
     let offset = _mm512_set1_epi8(-128);
-    let mut t = tiles.as_ptr();
-    for out in out.chunks_exact_mut(R16_ROWS) {
-        let mut acc = _mm512_setzero_ps();
+    let mut tile = tiles.as_ptr();
+    for group in 0..groups {
+        let mut acc = [_mm512_setzero_ps(); N];
         for b in 0..kb {
             // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                request_stream::<544>(t);
-                let q = a.q.as_ptr().add(b * BLOCK_LEN);
-                let mut i0 = _mm512_set1_epi32(16 * *a.bias.get_unchecked(b));
-                let mut i1 = _mm512_setzero_si512();
+                request_stream::<544>(tile);
+                let mut sums: [[__m512i; 2]; N] =
+                    std::array::from_fn(|t| [_mm512_set1_epi32(16 * *tokens[t].bias.add(b)), _mm512_setzero_si512()]);
                 for g in [0, 2, 4, 6] {
-                    let w = _mm512_loadu_si512(t.add(32 + g * 64).cast());
-                    i0 = _mm512_dpbusd_epi32(i0, _mm512_xor_si512(w, offset), broadcast_quad(q.add(g * 4)));
-                    let w = _mm512_loadu_si512(t.add(96 + g * 64).cast());
-                    i1 = _mm512_dpbusd_epi32(i1, _mm512_xor_si512(w, offset), broadcast_quad(q.add(g * 4 + 4)));
+                    let w = [0, 64].map(|at| _mm512_loadu_si512(tile.add(32 + g * 64 + at).cast()));
+                    let w = w.map(|w| _mm512_xor_si512(w, offset));
+                    for (token, sums) in tokens.iter().zip(&mut sums) {
+                        let q = token.q.add(b * BLOCK_LEN + g * 4);
+                        sums[0] = _mm512_dpbusd_epi32(sums[0], w[0], broadcast_quad(q));
+                        sums[1] = _mm512_dpbusd_epi32(sums[1], w[1], broadcast_quad(q.add(4)));
+                    }
                 }
-                let d_w = _mm512_cvtph_ps(_mm256_loadu_si256(t.cast()));
-                let d = _mm512_mul_ps(d_w, _mm512_set1_ps(*a.d.get_unchecked(b)));
-                acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(i0, i1)), d, acc);
-                t = t.add(544);
+                add_blocks(&mut acc, sums, tile, &tokens, b);
+                tile = tile.add(544);
             }
         }
-        // SAFETY: out has 16 floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), acc) };
+        // SAFETY: 16 outputs for each group.
+        unsafe { put_outputs(acc, &tokens, group) };
+    }
+}
+
+/// Adds block `b`: its sums of integers, times the scales that the tile begins with and the token's.
+///
+/// # Safety
+/// A tile, and tokens that have block `b`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+unsafe fn add_blocks<const N: usize>(
+    acc: &mut [__m512; N],
+    sums: [[__m512i; 2]; N],
+    tile: *const u8,
+    tokens: &[Token; N],
+    b: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let d_w = _mm512_cvtph_ps(_mm256_loadu_si256(tile.cast()));
+        for ((acc, sums), token) in acc.iter_mut().zip(sums).zip(tokens) {
+            let d = _mm512_mul_ps(d_w, _mm512_set1_ps(*token.d.add(b)));
+            *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1])), d, *acc);
+        }
+    }
+}
+
+/// # Safety
+/// The tokens have 16 outputs for the group.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn put_outputs<const N: usize>(acc: [__m512; N], tokens: &[Token; N], group: usize) {
+    for (acc, token) in acc.into_iter().zip(tokens) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_ps(token.out.add(group * R16_ROWS), acc) };
     }
 }
 

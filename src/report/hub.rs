@@ -67,6 +67,10 @@ pub(super) fn hint(error: &HubError) -> Option<String> {
         HubError::BadResponse { .. } | HubError::WebPage { .. } => {
             "check HF_ENDPOINT and the proxy settings: a login page or a mirror may be answering in the hub's place".into()
         }
+        HubError::LfsPointer { .. } => {
+            "HF_ENDPOINT names a mirror that has what git stores, without the large files: without it the hub itself is asked"
+                .into()
+        }
         HubError::NoSpace { .. } => {
             "free some space, or point --local-dir, HF_HUB_CACHE or HF_HOME at a larger disk".into()
         }
@@ -106,7 +110,7 @@ mod tests {
         let io = |kind: io::ErrorKind| HubError::Io { action: "create", path: "/hf".into(), source: kind.into() };
         let forbidden = |page| HubError::Forbidden { url: host.clone(), message: None, page };
         let gated = |sent| HubError::Gated { repo: repo.clone(), host: host.clone(), status: 403, sent };
-        let cases: [(HubError, &[&str]); 22] = [
+        let cases: [(HubError, &[&str]); 23] = [
             (unauthorized(Credentials::Nothing), &["hf auth login", "HF_TOKEN", "--token", "did you mean"]),
             (unauthorized(Credentials::Token), &["invalid or expired", "https://hub/settings/tokens"]),
             (unauthorized(Credentials::Password), &["HF_ENDPOINT"]),
@@ -126,6 +130,7 @@ mod tests {
             (HubError::WebPage { url: host.clone(), wanted: "x".into() }, &["login page", "HF_ENDPOINT"]),
             (HubError::Cut { file: "x".into(), at: 1, cause: "x".into() }, &["goes on where it stopped"]),
             (HubError::Stalled { host: host.clone(), limit: Duration::ZERO }, &["goes on where it stopped"]),
+            (HubError::LfsPointer { file: "x".into(), host: host.clone() }, &["HF_ENDPOINT", "the large files"]),
             (HubError::NoSpace { path: "/hf".into(), needed: 2, free: 1 }, &["--local-dir"]),
             (
                 HubError::Offline { repo: repo.clone(), revision: "main".into(), what: "x".into() },

@@ -215,6 +215,14 @@ pub enum HubError {
         /// What was asked for: a path inside the repository, or `the hub's answer`.
         wanted: String,
     },
+    /// What git stores in place of a large file, and not the file.
+    #[error("{host} has {file} only as a Git LFS pointer, not the file itself")]
+    LfsPointer {
+        /// Path inside the repository.
+        file: String,
+        /// Scheme and host that answered.
+        host: String,
+    },
     /// The missing bytes do not fit on the disk.
     #[error("{} has {free} bytes free, and {needed} more are to be downloaded", path.display())]
     NoSpace {

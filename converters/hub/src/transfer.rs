@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
+use ureq::Body;
 use ureq::http::{StatusCode, header};
 
 use crate::api::{Digest, Entry, resolve_url};
@@ -232,6 +233,9 @@ impl Transfer<'_> {
             return Err(bad_response(&answer.url, "a partial answer to a request for all").into());
         }
         if let Some(announced) = answer.response.body().content_length().filter(|n| *n != expected) {
+            if *at == 0 && is_lfs_pointer(answer.response.into_body()) {
+                return Err(HubError::LfsPointer { file: entry.path.clone(), host: answer.host }.into());
+            }
             return Err(HubError::Size { file: entry.path.clone(), expected: entry.size, got: *at + announced }.into());
         }
         self.receive(file, at, answer, queue)
@@ -314,6 +318,15 @@ impl Transfer<'_> {
     fn truncate(&self, file: &File) -> Result<(), HubError> {
         file.set_len(0).map_err(HubError::io("truncate", self.partial))
     }
+}
+
+/// Whether an answer that has the wrong length is the text that git stores in place of a large file.
+fn is_lfs_pointer(body: Body) -> bool {
+    const BEGINNING: &[u8] = b"version https://git-lfs.github.com/spec/";
+    let mut begins = Vec::with_capacity(BEGINNING.len());
+    // Whatever else goes wrong here, the length is wrong as well.
+    let read = body.into_reader().take(BEGINNING.len() as u64).read_to_end(&mut begins);
+    read.is_ok() && begins == BEGINNING
 }
 
 /// First byte, last byte and total of `bytes first-last/total`.

@@ -41,8 +41,8 @@ pub(crate) enum Fault {
     LinkedEtag(String),
     /// The hub redirects there.
     RedirectTo(String),
-    /// The hub answers with a web page and this type of content.
-    Page(&'static str),
+    /// The hub answers with this type of content and this body.
+    Instead(&'static str, &'static str),
 }
 
 impl Fault {
@@ -54,7 +54,7 @@ impl Fault {
     fn is_of_the_hub(&self) -> bool {
         matches!(
             self,
-            Fault::Status(..) | Fault::LinkedSize(_) | Fault::LinkedEtag(_) | Fault::RedirectTo(_) | Fault::Page(_)
+            Fault::Status(..) | Fault::LinkedSize(_) | Fault::LinkedEtag(_) | Fault::RedirectTo(_) | Fault::Instead(..)
         )
     }
 }
@@ -352,9 +352,8 @@ impl Shared {
         if let Some(Fault::RedirectTo(target)) = &fault {
             return answer(stream, request, 302, &[("Location", target.clone())], b"");
         }
-        if let Some(Fault::Page(kind)) = fault {
-            let page = b"\n<!DOCTYPE html><html><title>Log in</title></html>";
-            return answer(stream, request, 200, &[("Content-Type", kind.to_owned())], page);
+        if let Some(Fault::Instead(kind, body)) = fault {
+            return answer(stream, request, 200, &[("Content-Type", kind.to_owned())], body.as_bytes());
         }
         if settings.no_listing && matches!(route, Route::Tree(_)) {
             return answer(stream, request, 404, &[], b"");

@@ -8,7 +8,7 @@ use std::thread;
 use st_hub::{Credentials, DownloadRequest, Hub, HubConfig, HubError, Proxies, Token};
 
 use crate::server::{COMMIT, Fault, RepoFile};
-use crate::{FIRST, REPO, World, request, request_for};
+use crate::{FIRST, REPO, SECOND, World, request, request_for};
 
 #[test]
 fn a_mirror_without_a_listing_is_not_said_to_lack_the_model() {
@@ -24,6 +24,21 @@ fn a_mirror_without_a_listing_is_not_said_to_lack_the_model() {
     assert!(matches!(error, HubError::RepoNotFound { .. }), "{error}");
 }
 
+const PAGE: &str = "\n<!DOCTYPE html><html><title>Log in</title></html>";
+
+#[test]
+fn a_pointer_in_place_of_a_large_file_is_called_one() {
+    let world = World::new();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 300000\n";
+    world.server.spoil(FIRST, Fault::Instead("text/plain", pointer));
+    let error = world.download().0.unwrap_err();
+    assert!(matches!(&error, HubError::LfsPointer { file, .. } if file == FIRST), "{error}");
+    world.server.spoil(SECOND, Fault::Instead("text/plain", "of another length"));
+    let error = world.download().0.unwrap_err();
+    assert!(matches!(&error, HubError::Size { file, .. } if file == SECOND), "{error}");
+    world.assert_complete(&world.download().0.unwrap());
+}
+
 #[test]
 fn a_web_page_is_called_one() {
     // By its type in place of a file, by its beginning in place of an answer, whatever it calls itself.
@@ -35,7 +50,7 @@ fn a_web_page_is_called_one() {
         (FIRST, "Text/HTML", FIRST),
     ] {
         let world = World::new();
-        world.server.spoil(place, Fault::Page(kind));
+        world.server.spoil(place, Fault::Instead(kind, PAGE));
         let error = world.download().0.unwrap_err();
         let HubError::WebPage { wanted: got, .. } = &error else { panic!("{place} {kind}: {error}") };
         assert_eq!(got, wanted);

@@ -315,14 +315,25 @@ fn memory_that_is_not_to_be_had_is_one_error() {
     // Below that there is not even a program.
     let steps = || std::iter::successors(Some(20_000), |kib| Some(kib * 9 / 8)).take_while(|&kib| kib < 4_000_000);
     let starts = steps().find(|&kib| limited(kib, "--version").status.success()).expect("it starts");
+    let folder = tempdir().expect("a folder");
+    let [tiny, checkpoint, out] =
+        [repo("models/tiny/tiny-q4_0.gguf"), repo("models/tiny/checkpoint"), folder.path().join("out")]
+            .map(|path| path.display().to_string());
     let mut failed = 0;
-    for kib in steps().filter(|&kib| kib >= starts) {
-        let run = Run::checked(limited(kib, "run tiny -q -p x -n 2 --temp 0 --threads 2"));
-        if run.status == 0 {
-            break;
+    for words in [
+        "run tiny -q -p x -n 2 --temp 0 --threads 2".to_owned(),
+        "bench tiny -p 2 -n 2 -r 1 --threads 2".to_owned(),
+        format!("quantize {checkpoint} --q4_0 -o {out} --force -q --threads 8"),
+        format!("layout {tiny} {out} --to offload --force -q --threads 8"),
+    ] {
+        for kib in steps().filter(|&kib| kib >= starts) {
+            let run = Run::checked(limited(kib, &words));
+            if run.status == 0 {
+                break;
+            }
+            run.fails(&[]).hint();
+            failed += 1;
         }
-        run.fails(&[]).hint();
-        failed += 1;
     }
     assert!(failed > 0, "the least that it starts with is enough");
 }

@@ -4,6 +4,7 @@
 //! memory is bounded by the window whatever the number of units.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 
 /// A finished unit: its bytes and what came with them, or why it failed.
 type Outcome<T, E> = Result<(Vec<u8>, T), E>;
@@ -92,8 +93,16 @@ pub(crate) fn run_ordered<L, T: Send, E: Send>(
     };
 
     std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, window) {
-            scope.spawn(work);
+        let start = |_: &usize| Builder::new().spawn_scoped(scope, work).is_ok();
+        let started = (0..threads.clamp(1, window)).take_while(start).count();
+        if started == 0 {
+            // Where no thread can be had, this one does it all.
+            let (mut local, mut buffer) = (local(), Vec::new());
+            return (0..n).try_for_each(|unit| {
+                buffer.clear();
+                let extra = produce(&mut local, unit, &mut buffer)?;
+                consume(unit, &buffer, extra)
+            });
         }
         // Whatever ends this thread, the workers must not wait for room that never comes.
         let _stop = StopOnDrop { shared: &shared, armed: true };

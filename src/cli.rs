@@ -121,6 +121,9 @@ pub(crate) struct QuantizeArgs {
     /// For Q4_0: choose each block's scale for the least squared error, and tell what that gains. Takes about twice the time.
     #[arg(long)]
     pub(crate) search: bool,
+    /// Keep the LM head that a tied model stores beside the embedding, where the two differ.
+    #[arg(long)]
+    pub(crate) keep_head: bool,
     /// How the experts lie in the file.
     #[arg(long, value_name = "LAYOUT", default_value = "gguf")]
     pub(crate) layout: LayoutName,

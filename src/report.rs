@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use st_convert::ConvertError;
 use st_experts::TraceError;
-use st_gguf::GgufError;
+use st_gguf::{GgufError, Placeholder};
 use st_hub::HubError;
 use st_model::ModelError;
 
@@ -167,16 +167,33 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
         GgufError::NoSpace { needed, .. } => {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))
         }
+        GgufError::Placeholder { what, .. } => placeholder_hint(*what),
         GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
         _ => return None,
     })
 }
 
+fn placeholder_hint(what: Placeholder) -> String {
+    match what {
+        Placeholder::LfsPointer => "`git lfs pull` in its folder fetches the file; so does `st-tool download`",
+        Placeholder::WebPage => "the address of a file on the hub has /resolve/ where that of its page has /blob/",
+    }
+    .into()
+}
+
 fn convert_hint(error: &ConvertError) -> Option<String> {
     Some(match error {
-        ConvertError::MissingShard { .. } | ConvertError::BadShard { .. } | ConvertError::NoWeights { .. } => {
-            "the checkpoint may not be complete: `st-tool download` fetches what is missing".into()
+        ConvertError::MissingShard { .. }
+        | ConvertError::NoIndex { .. }
+        | ConvertError::BadShard { .. }
+        | ConvertError::NoWeights { .. } => {
+            "the checkpoint may not be complete: copy it anew, or `st-tool download` it where it is from the hub".into()
         }
+        ConvertError::OtherWeights { .. } => {
+            "weights are read from safetensors files; transformers' `save_pretrained` writes them".into()
+        }
+        ConvertError::Quantized { .. } => "take the checkpoint that it was made from, before it was quantized".into(),
+        ConvertError::Placeholder { what, .. } => placeholder_hint(*what),
         ConvertError::PackedInput { .. } => "st-tool layout IN.gguf OUT.gguf --to gguf".into(),
         ConvertError::TooLarge { .. } => "--bf16 and --f32 hold every weight".into(),
         ConvertError::Gguf(error) => return gguf_hint(error),

@@ -55,6 +55,38 @@ const LLAMA_CPP_WINDOW: usize = 4096;
 /// With a window present, llama.cpp leaves rotary positions and the window out of every fourth layer, from the first.
 pub(crate) const LLAMA_CPP_PERIOD: usize = 4;
 
+/// The keys of `config.json` that are read here.
+pub(crate) const CONFIG_KEYS: [&str; 28] = [
+    "architectures",
+    "compression_config",
+    "head_dim",
+    "hidden_size",
+    "max_position_embeddings",
+    "model_name",
+    "model_type",
+    "moe_enable_early_router",
+    "moe_enable_secondary_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_layout",
+    "moe_num_active_primary_experts",
+    "moe_num_primary_experts",
+    "moe_primary_router_apply_softmax",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_layout",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window_layout",
+    "sliding_window_size",
+    "tie_word_embeddings",
+    "vocab_size",
+];
+
 impl ModelConfig {
     /// Reads a parsed `config.json`; `path` is for messages.
     ///
@@ -93,7 +125,7 @@ impl ModelConfig {
             vocab_size: keys.size("vocab_size", 1 << 26)?,
             context_length: keys.size("max_position_embeddings", 1 << 30)?,
             rms_eps: keys.positive("rms_norm_eps")?,
-            rope_theta: keys.positive("rope_theta")?,
+            rope_theta: keys.rope_theta()?,
             rope_layers: keys
                 .layout("rope_layout", n_layers)?
                 .ok_or_else(|| keys.bad("rope_layout", "nothing", "a list of one 0 or 1 per layer"))?,
@@ -189,8 +221,12 @@ impl<'a> Keys<'a> {
 
     /// Members of the family that this project does not implement must not be converted as if they were ordinary.
     fn refuse_unknown_variants(&self) -> Result<(), ConvertError> {
-        if let Some(scaling) = self.get("rope_scaling") {
-            return Err(self.bad("rope_scaling", scaling, "null (no scaling is supported)"));
+        let quantized = ["quantization_config", "compression_config"].into_iter().filter_map(|key| self.get(key));
+        if let Some(method) = quantized.filter_map(quantization).next() {
+            return Err(ConvertError::Quantized { path: self.path.into(), method });
+        }
+        if let Some(part) = self.get("partial_rotary_factor").filter(|part| part.as_f64() != Some(1.0)) {
+            return Err(self.bad("partial_rotary_factor", part, "1 (all of a head is rotated)"));
         }
         if self.flag("moe_enable_secondary_experts")? == Some(true) {
             return Err(self.bad("moe_enable_secondary_experts", true, "false (only primary experts are supported)"));
@@ -204,6 +240,39 @@ impl<'a> Keys<'a> {
             return Err(self.bad("moe_layer_layout", "a layer without experts", "1 for every layer"));
         }
         Ok(())
+    }
+
+    /// The base of the rotary frequencies, from its own key or, as transformers 5 writes it, from `rope_parameters`.
+    /// What else these say of rotary positions has to be nothing.
+    fn rope_theta(&self) -> Result<f32, ConvertError> {
+        let mut theta = self.get("rope_theta").map(|value| self.positive_value("rope_theta", value)).transpose()?;
+        for key in ["rope_scaling", "rope_parameters"] {
+            let Some(value) = self.get(key) else { continue };
+            let object = value.as_object().ok_or_else(|| self.bad(key, value, "an object"))?;
+            // The parameters may be given for each kind of layer.
+            let nested =
+                ["full_attention", "sliding_attention"].into_iter().filter_map(|kind| object.get(kind)?.as_object());
+            for parameters in std::iter::once(object).chain(nested) {
+                let get = |name: &str| parameters.get(name).filter(|value| !value.is_null());
+                let kind =
+                    get("rope_type").or_else(|| get("type")).map(|kind| kind.as_str().unwrap_or("of no known type"));
+                let factor = get("factor").map(|factor| factor.as_f64().unwrap_or(f64::NAN));
+                if !is_unscaled(kind, factor) {
+                    return Err(self.bad(key, value, "none (scaled rotary positions are not computed)"));
+                }
+                if get("partial_rotary_factor").is_some_and(|part| part.as_f64() != Some(1.0)) {
+                    return Err(self.bad(key, value, "a partial_rotary_factor of 1 (all of a head is rotated)"));
+                }
+                let Some(base) = get("rope_theta") else { continue };
+                let base = self.positive_value(&format!("{key}.rope_theta"), base)?;
+                if theta.is_some_and(|theta| theta != base) {
+                    let expected = format!("the base {}, which is stated beside it", theta.unwrap_or_default());
+                    return Err(self.bad(&format!("{key}.rope_theta"), base, expected));
+                }
+                theta = Some(base);
+            }
+        }
+        theta.ok_or_else(|| self.bad("rope_theta", "nothing", "a positive number"))
     }
 
     fn optional_size(&self, key: &str, max: u64) -> Result<Option<usize>, ConvertError> {
@@ -220,6 +289,10 @@ impl<'a> Keys<'a> {
 
     fn positive(&self, key: &str) -> Result<f32, ConvertError> {
         let value = self.get(key).ok_or_else(|| self.bad(key, "nothing", "a positive number"))?;
+        self.positive_value(key, value)
+    }
+
+    fn positive_value(&self, key: &str, value: &Value) -> Result<f32, ConvertError> {
         match value.as_f64().map(|x| x as f32) {
             Some(x) if x > 0.0 && x.is_finite() => Ok(x),
             _ => Err(self.bad(key, value, "a positive number")),
@@ -246,6 +319,29 @@ impl<'a> Keys<'a> {
             _ => Err(self.bad(key, entry, "only 0 and 1")),
         });
         flags.collect::<Result<_, _>>().map(Some)
+    }
+}
+
+/// Whether a scaling of rotary positions leaves them as they are.
+fn is_unscaled(kind: Option<&str>, factor: Option<f64>) -> bool {
+    match kind {
+        None => factor.is_none_or(|factor| factor == 1.0),
+        Some("none" | "default") => true,
+        Some("linear" | "dynamic" | "yarn" | "llama3") => factor == Some(1.0),
+        Some(_) => false,
+    }
+}
+
+/// By what method a `quantization_config` says that the weights are quantized.
+fn quantization(config: &Value) -> Option<String> {
+    let flag = |name: &str| config.get(name) == Some(&Value::Bool(true));
+    match config.get("quant_method") {
+        Some(Value::String(method)) => Some(method.clone()),
+        _ if flag("load_in_4bit") || flag("load_in_8bit") => Some("bitsandbytes".into()),
+        _ if config.as_object().is_some_and(|config| !config.is_empty() && !config.contains_key("load_in_4bit")) => {
+            Some("by a method without a name".into())
+        }
+        _ => None,
     }
 }
 

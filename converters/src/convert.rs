@@ -45,6 +45,8 @@ pub struct ConvertOptions {
     pub threads: usize,
     /// For Q4_0: choose each block's scale for the least squared error instead of the reference's.
     pub search: bool,
+    /// Whether a tied model keeps an LM head that it stores beside the embedding and that differs from it.
+    pub keep_head: bool,
 }
 
 /// One tensor of an output.
@@ -94,6 +96,7 @@ pub struct SearchGain {
 /// Everything that a conversion derives from input and options before it reads a weight.
 struct Job<'a> {
     input: &'a Input,
+    keep_head: bool,
     layout: OutputLayout,
     metadata: Metadata,
     /// Largest output of a unit.
@@ -196,12 +199,20 @@ impl<'a> Job<'a> {
             return Err(ConvertError::Options("a search for scales needs a Q4_0 output".into()));
         }
         let config = input.config();
-        let layout = OutputLayout::new(config, input.has_output(), options)?;
+        let layout = OutputLayout::new(config, input.has_output(options.keep_head), options)?;
         let mut metadata = metadata::describe(config, &input.carried, options.ty);
         if let Some(format) = &layout.packing {
             describe_packing(format, config.n_layers * config.n_experts, options.ty, &mut metadata);
         }
-        let mut job = Self { input, layout, metadata, unit_bytes: 0, input_bytes: 0, unit_input_bytes: 1 };
+        let mut job = Self {
+            input,
+            keep_head: options.keep_head,
+            layout,
+            metadata,
+            unit_bytes: 0,
+            input_bytes: 0,
+            unit_input_bytes: 1,
+        };
         for unit in &job.layout.units {
             let bytes: usize = job.sources(unit)?.iter().map(|(_, range)| range.len()).sum();
             job.input_bytes += bytes as u64;
@@ -216,6 +227,7 @@ impl<'a> Job<'a> {
         let places = plan.offsets.iter().zip(&plan.sizes);
         let tensors = self.layout.tensors.iter().zip(places);
         let mut warnings = self.input.warnings.clone();
+        warnings.extend(self.input.head_note(self.keep_head));
         warnings.extend(self.input.config().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use st_gguf::GgufError;
+use st_gguf::{GgufError, Placeholder};
 
 /// Why a conversion was refused or gave up.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +16,14 @@ pub enum ConvertError {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// The file stands for one that was never fetched.
+    #[error("{} is {what}", path.display())]
+    Placeholder {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: Placeholder,
     },
     /// A JSON file is not what its name promises.
     #[error("{}: {message}", path.display())]
@@ -32,6 +40,14 @@ pub enum ConvertError {
         path: PathBuf,
         /// What the file calls its architecture.
         got: String,
+    },
+    /// The weights are quantized already, by another program.
+    #[error("{}: the checkpoint is quantized already ({method}), expected BF16, F16 or F32 weights", path.display())]
+    Quantized {
+        /// The configuration, or the file that holds such a tensor.
+        path: PathBuf,
+        /// How.
+        method: String,
     },
     /// A value of the configuration makes no model.
     #[error("{}: {key}: got {got}, expected {expected}", path.display())]
@@ -50,6 +66,22 @@ pub enum ConvertError {
     NoWeights {
         /// The folder.
         path: PathBuf,
+    },
+    /// The folder holds weights, but none under a name that is read.
+    #[error("{} holds neither model.safetensors nor model.safetensors.index.json, but {there}", path.display())]
+    OtherWeights {
+        /// The folder.
+        path: PathBuf,
+        /// The files that are there.
+        there: String,
+    },
+    /// The folder holds some of its shards, and not the index that lists them.
+    #[error("{} is not there, and the shards are not complete without it: there is only {there}", path.display())]
+    NoIndex {
+        /// Where the index should be.
+        path: PathBuf,
+        /// The shards that are there.
+        there: String,
     },
     /// The index names a shard that is not there.
     #[error("missing shard {}, which {} lists", path.display(), index.display())]
@@ -74,6 +106,16 @@ pub enum ConvertError {
         path: PathBuf,
         /// The tensor's name in that file.
         tensor: String,
+    },
+    /// A tensor that the configuration calls for is not there, and one of a similar name is.
+    #[error("{}: tensor {tensor} is missing; there is {there}", path.display())]
+    OtherNames {
+        /// The checkpoint folder.
+        path: PathBuf,
+        /// The name that was looked for.
+        tensor: String,
+        /// A name that is there.
+        there: String,
     },
     /// A tensor that the configuration leaves no place for.
     #[error("{}: tensor {tensor} has no place in the model that the configuration describes ({why})", path.display())]

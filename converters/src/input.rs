@@ -77,7 +77,24 @@ impl Input {
     /// Everything that is wrong with the input short of its weights' values; see [`ConvertError`].
     pub fn open(path: &Path) -> Result<Self, ConvertError> {
         let metadata = std::fs::metadata(path).map_err(|source| ConvertError::Io { path: path.into(), source })?;
-        if metadata.is_dir() { checkpoint::open(path) } else { gguf_input::open(path) }
+        let mut input = if metadata.is_dir() { checkpoint::open(path) } else { gguf_input::open(path) }?;
+        input.drop_equal_head();
+        Ok(input)
+    }
+
+    /// Leaves out an LM head that is the embedding once more, byte for byte: one copy computes the same.
+    fn drop_equal_head(&mut self) {
+        let matrix =
+            |tensor| self.tensors.get(&(tensor, 0, 0)).map(|source| (source.ty, source.file, source.range.clone()));
+        let (Some(embedding), Some(head)) = (matrix(Tensor::TokenEmbd), matrix(Tensor::Output)) else { return };
+        let bytes = |(_, file, range): &(SourceType, usize, Range<usize>)| &self.files[*file].bytes()[range.clone()];
+        let equal = embedding.0 == head.0 && bytes(&embedding) == bytes(&head);
+        for (_, file, range) in [&embedding, &head] {
+            self.files[*file].release(range.clone());
+        }
+        if equal {
+            self.tensors.remove(&(Tensor::Output, 0, 0));
+        }
     }
 
     /// The folder or file that was opened.
@@ -90,9 +107,24 @@ impl Input {
         &self.config
     }
 
-    /// Whether the LM head has weights of its own.
-    pub fn has_output(&self) -> bool {
-        self.tensors.contains_key(&(Tensor::Output, 0, 0))
+    /// Whether an output has an LM head of its own. A model that is tied, but stores a head with other weights than the
+    /// embedding's, is run with the embedding by transformers: its head counts only where it is to be kept.
+    pub fn has_output(&self, keep_head: bool) -> bool {
+        self.tensors.contains_key(&(Tensor::Output, 0, 0)) && (keep_head || self.config.tied != Some(true))
+    }
+
+    /// What there is to say about a head that is stored and not used, or asked for and not stored.
+    pub(crate) fn head_note(&self, keep_head: bool) -> Option<String> {
+        let stored = self.has_output(true);
+        let note = match keep_head {
+            true if !stored => "there is no LM head to keep: the model stores none that differs from the embedding",
+            false if stored != self.has_output(false) => {
+                "the model is tied (tie_word_embeddings), and yet lm_head.weight differs from the embedding: the \
+                 embedding is the head, as in transformers; llama.cpp takes lm_head.weight"
+            }
+            _ => return None,
+        };
+        Some(note.to_owned())
     }
 
     /// Whether a tokenizer comes with the model.

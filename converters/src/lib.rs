@@ -11,6 +11,7 @@ mod convert;
 mod error;
 mod gguf_input;
 mod input;
+mod json;
 mod layout;
 mod mapped;
 mod metadata;
@@ -18,8 +19,10 @@ mod pipeline;
 mod progress;
 mod quantize;
 mod relayout;
+mod shards;
 pub mod tensor_map;
 mod tokenizer;
+mod tokenizer_json;
 
 pub use compare::{Difference, DifferenceKind};
 pub use config::ModelConfig;

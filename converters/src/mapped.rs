@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, MmapOptions};
+use st_gguf::Placeholder;
 
 use crate::error::ConvertError;
 
@@ -31,6 +32,9 @@ impl MappedFile {
         // file meanwhile yields other weights, never an invalid value. A file that another process truncates while it is
         // being converted raises SIGBUS, as with every mapped file; inputs are not modified while they are converted.
         let map = unsafe { MmapOptions::new().map(&file) }.map_err(fail)?;
+        if let Some(what) = Placeholder::of(&map[..map.len().min(Placeholder::PREFIX_BYTES)]) {
+            return Err(ConvertError::Placeholder { path: path.into(), what });
+        }
         Ok(Self { path: path.into(), map, file })
     }
 

@@ -131,6 +131,52 @@ pub fn is_derived(hf_name: &str) -> bool {
     hf_name.ends_with(".rotary_emb.inv_freq")
 }
 
+/// Whether the table has this name, for some layer and expert.
+pub fn is_known(hf_name: &str) -> bool {
+    let mut numbers = ["{L}", "{E}"].into_iter();
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parts = hf_name.split('.').map(|part| if number(part) { numbers.next().unwrap_or(part) } else { part });
+    let pattern = parts.collect::<Vec<_>>().join(".");
+    TABLE.iter().any(|rule| rule.hf == pattern)
+}
+
+/// What programs that compile, distribute or checkpoint a model add to names, as parts between dots.
+const WRAPPERS: [&str; 4] = ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// The names of all tensors of a checkpoint as the bare model has them: without the parts that wrappers add anywhere, and
+/// without what all names begin with beyond the table's. A model that was saved without its head gets its `model.`.
+pub fn without_wrappers(names: &[&str]) -> Vec<String> {
+    let bare = |name: &&str| name.split('.').filter(|part| !WRAPPERS.contains(part)).collect::<Vec<_>>().join(".");
+    let names: Vec<String> = names.iter().map(bare).collect();
+    let before = |suffix: &str| names.iter().find_map(|name| name.strip_suffix(suffix));
+    let head = before("lm_head.weight");
+    let (strip, add) = match (before("model.embed_tokens.weight"), before("embed_tokens.weight"), head) {
+        (Some(prefix), ..) | (None, None, Some(prefix)) => (prefix.to_owned(), ""),
+        (None, Some(prefix), None) => (prefix.to_owned(), "model."),
+        _ => return names,
+    };
+    if !names.iter().all(|name| name.starts_with(&strip)) {
+        return names;
+    }
+    names.iter().map(|name| format!("{add}{}", &name[strip.len()..])).collect()
+}
+
+/// The method that quantized the matrix that a tensor of this name belongs to.
+pub fn quantized_by(hf_name: &str) -> Option<&'static str> {
+    const SUFFIXES: [(&str, &str); 9] = [
+        (".qweight", "gptq or awq"),
+        (".qzeros", "gptq or awq"),
+        (".weight_packed", "compressed-tensors"),
+        (".weight_scale_inv", "fp8"),
+        (".weight_scale", "fp8 or compressed-tensors"),
+        (".absmax", "bitsandbytes"),
+        (".quant_map", "bitsandbytes"),
+        (".SCB", "bitsandbytes"),
+        (".weight_quantizer._scale", "modelopt"),
+    ];
+    SUFFIXES.iter().find(|(suffix, _)| hf_name.ends_with(suffix)).map(|&(_, method)| method)
+}
+
 impl Tensor {
     /// The tensor's line in the table.
     pub fn rule(self) -> &'static Rule {
@@ -218,6 +264,36 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), 2 * TABLE.len());
+    }
+
+    #[test]
+    fn names_of_the_table_are_known() {
+        for rule in &TABLE {
+            assert!(is_known(&rule.hf_name(12, 3)));
+        }
+        for name in ["model.layers.0.self_attn.q_proj.bias", "model.layers..input_layernorm.weight", ""] {
+            assert!(!is_known(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn wrappers_are_taken_from_names() {
+        let bare = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"];
+        let wrapped = |prefix: &str| bare.map(|name| format!("{prefix}{name}"));
+        for prefix in
+            ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "base_model.model.", "language_model."]
+        {
+            let names = wrapped(prefix);
+            assert_eq!(without_wrappers(&names.each_ref().map(String::as_str)), bare, "{prefix}");
+        }
+        let inside = ["model._orig_mod.embed_tokens.weight", "model.layers.0._orig_mod.mlp.weight"];
+        assert_eq!(without_wrappers(&inside), ["model.embed_tokens.weight", "model.layers.0.mlp.weight"]);
+        assert_eq!(
+            without_wrappers(&["embed_tokens.weight", "norm.weight"]),
+            ["model.embed_tokens.weight", "model.norm.weight"]
+        );
+        let mixed = ["text.model.embed_tokens.weight", "vision.weight"];
+        assert_eq!(without_wrappers(&mixed), mixed);
     }
 
     #[test]

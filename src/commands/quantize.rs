@@ -22,6 +22,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         layout: args.layout.into(),
         threads: args.threads.0.unwrap_or_else(available_threads),
         search: args.search,
+        keep_head: args.keep_head,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
     let writes = !args.dry_run && args.compare.is_none();

@@ -118,7 +118,8 @@ fn it_agrees_with_the_converter() {
         let input = crate::Input::open(&checkpoint).unwrap();
         let [direct, moved] = [Layout::Gguf, Layout::Offload].map(|layout| {
             let out = dir.path().join(format!("{ty}-{}.gguf", layout.name()));
-            let options = crate::ConvertOptions { ty, output_type: None, layout, threads: 2, search: false };
+            let options =
+                crate::ConvertOptions { ty, output_type: None, layout, threads: 2, search: false, keep_head: false };
             crate::convert(&input, &options, &out, false, &NoProgress, &Cancel::new()).unwrap();
             out
         });

@@ -22,7 +22,7 @@ pub(crate) fn mini(name: &str) -> PathBuf {
 }
 
 pub(crate) fn options(ty: WeightType, layout: Layout) -> ConvertOptions {
-    ConvertOptions { ty, output_type: None, layout, threads: 2, search: false }
+    ConvertOptions { ty, output_type: None, layout, threads: 2, search: false, keep_head: false }
 }
 
 pub(crate) fn run(input: &Path, options: &ConvertOptions, out: &Path) -> Result<ConvertPlan, ConvertError> {
@@ -93,6 +93,21 @@ impl Checkpoint {
         std::fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
         let views = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    }
+
+    /// Saves to a folder of its own and converts: the file's bytes, and the notes.
+    pub(crate) fn converted(&self, options: &ConvertOptions) -> (Vec<u8>, Vec<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        self.save(dir.path());
+        let out = dir.path().join("out.gguf");
+        let plan = run(dir.path(), options, &out).unwrap();
+        (std::fs::read(out).unwrap(), plan.warnings)
+    }
+
+    /// Gives every tensor the name that `rename` makes of its own.
+    pub(crate) fn renamed(&self, rename: impl Fn(&str) -> String) -> Self {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (rename(name), tensor.clone()));
+        Self { config: self.config.clone(), tensors: tensors.collect() }
     }
 
     /// Saves to a folder of its own, converts to Q4_0 and returns the message of the failure.

@@ -2,4 +2,5 @@
 
 mod common;
 mod faithful;
+mod forms;
 mod reject;

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::GgmlType;
+use crate::{GgmlType, Placeholder};
 
 /// The result of every fallible function here.
 pub type Result<T, E = GgufError> = std::result::Result<T, E>;
@@ -36,6 +36,14 @@ pub enum GgufError {
         file: String,
         /// The bytes met, escaped.
         found: String,
+    },
+    /// The file stands for one that was never fetched.
+    #[error("{file} is {what}")]
+    Placeholder {
+        /// The file.
+        file: String,
+        /// What it is.
+        what: Placeholder,
     },
     /// A GGUF file of the other byte order.
     #[error("{file}: a big-endian GGUF file; only little-endian ones are read")]

@@ -7,7 +7,7 @@ use crate::encode::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC};
 use crate::error::{GgufError, Result};
 use crate::parse::{Context, Cursor};
 use crate::source::{ReadAt, name_of};
-use crate::{GgmlType, Metadata, limits};
+use crate::{GgmlType, Metadata, Placeholder, limits};
 
 /// Where a tensor lies and what it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +155,9 @@ fn check_start(cursor: &mut Cursor<'_>, source: &dyn ReadAt, file: &str) -> Resu
         .read_exact_at(&mut magic[..known], 0)
         .map_err(|source| GgufError::io(file, "read the first bytes", source))?;
     if magic[..known] != MAGIC[..known] || known == 0 {
+        if let Some(what) = placeholder(source) {
+            return Err(GgufError::Placeholder { file: file.to_owned(), what });
+        }
         let found = if known == 0 {
             "nothing (it is empty)".to_owned()
         } else {
@@ -170,6 +173,13 @@ fn check_start(cursor: &mut Cursor<'_>, source: &dyn ReadAt, file: &str) -> Resu
         swapped if swapped != 0 && swapped & 0xffff == 0 => Err(GgufError::BigEndian { file: file.to_owned() }),
         version => Err(GgufError::Version { file: file.to_owned(), version }),
     }
+}
+
+/// What a source that is no GGUF file is instead, where that can be told.
+fn placeholder(source: &dyn ReadAt) -> Option<Placeholder> {
+    let mut start = vec![0; source.len().min(Placeholder::PREFIX_BYTES as u64) as usize];
+    source.read_exact_at(&mut start, 0).ok()?;
+    Placeholder::of(&start)
 }
 
 /// Reads one entry of the tensor table. `offset` is still relative and `n_bytes` unset.

@@ -171,14 +171,14 @@ fn an_unfit_gguf_is_refused() {
 fn an_existing_output_stays() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.gguf");
-    std::fs::write(&out, "precious").unwrap();
+    std::fs::write(&out, "GGUF, precious").unwrap();
     let wanted = options(WeightType::Q4_0, Layout::Gguf);
     let error = run(&mini("mini-4b"), &wanted, &out).unwrap_err();
     contains(&error.to_string(), &["out.gguf", "exists"]);
-    assert_eq!(std::fs::read(&out).unwrap(), b"precious");
+    assert_eq!(std::fs::read(&out).unwrap(), b"GGUF, precious");
     let input = Input::open(&mini("mini-4b")).unwrap();
     convert(&input, &wanted, &out, true, &NoProgress, &Cancel::new()).unwrap();
-    assert!(std::fs::read(&out).unwrap().starts_with(b"GGUF"));
+    assert!(std::fs::read(&out).unwrap().starts_with(b"GGUF\x03"));
 }
 
 /// Asks to stop after some bytes.

@@ -175,6 +175,25 @@ pub enum GgufError {
         /// The type found.
         got: GgmlType,
     },
+    /// Data that is not what it was when the file was written.
+    #[error(
+        "{file}: {}tensor `{tensor}` at byte {offset} is damaged: crc32c is {got:#010x}, the file states {expected:#010x}",
+        expert_of(.expert)
+    )]
+    Damaged {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// Which expert of a tensor of experts.
+        expert: Option<usize>,
+        /// Where the damaged part starts, from the start of the file.
+        offset: u64,
+        /// CRC-32C of the bytes read.
+        got: u32,
+        /// CRC-32C that the file states.
+        expected: u32,
+    },
     /// The output exists and replacing it was not allowed.
     #[error("{}: the file exists already", path.display())]
     Exists {
@@ -258,4 +277,9 @@ impl GgufError {
     pub(crate) fn malformed(file: impl ToString, what: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Malformed { file: file.to_string(), what: what.into(), problem: problem.into() }
     }
+}
+
+/// The beginning of a sentence about a part of a tensor.
+fn expert_of(expert: &Option<usize>) -> String {
+    expert.map_or_else(String::new, |expert| format!("expert {expert} of "))
 }

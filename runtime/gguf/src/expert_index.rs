@@ -5,6 +5,7 @@
 //! a checksum, in which the three matrices lie one after the other. Building the index proves the shapes;
 //! nothing here reads weights.
 
+use crate::checksums::Checksums;
 use crate::error::{GgufError, Result};
 use crate::header::{Header, TensorInfo};
 use crate::{GgmlType, limits};
@@ -42,7 +43,7 @@ pub mod layout_keys {
 
 /// Names of the tensors that hold experts.
 pub mod tensor_names {
-    use super::Matrix;
+    use super::{Layout, Matrix};
 
     /// The stacked matrices of one kind in layer `layer` (`gguf` layout).
     pub fn stacked(layer: usize, matrix: Matrix) -> String {
@@ -52,6 +53,17 @@ pub mod tensor_names {
     /// The records of layer `layer` (`offload` layout).
     pub fn packed(layer: usize) -> String {
         format!("blk.{layer}.ffn_exps.packed")
+    }
+
+    /// The layout in which a tensor of this name holds experts, and their layer; `None` for any other tensor.
+    pub fn experts_in(name: &str) -> Option<(Layout, usize)> {
+        let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+        let layout = match part {
+            "ffn_exps.packed" => Layout::Offload,
+            "ffn_gate_exps.weight" | "ffn_up_exps.weight" | "ffn_down_exps.weight" => Layout::Gguf,
+            _ => return None,
+        };
+        Some((layout, layer.parse().ok()?))
     }
 }
 
@@ -130,7 +142,7 @@ pub struct ExpertIndex {
     strides: [u64; 3],
     /// Each matrix within a stride.
     regions: [ByteRange; 3],
-    /// CRC-32C per record, layer by layer; empty in the `gguf` layout.
+    /// CRC-32C per record, or per matrix, layer by layer and expert by expert; empty where the file states none.
     checksums: Vec<u32>,
 }
 
@@ -174,6 +186,17 @@ impl ExpertIndex {
                 starts[matrix as usize] = tensor.offset;
             }
             index.starts.push(starts);
+        }
+        let checksums = Checksums::from_header(header);
+        for layer in 0..shape.n_layers {
+            let of = Matrix::ALL.map(|matrix| checksums.of(&tensor_names::stacked(layer, matrix)));
+            index
+                .checksums
+                .extend((0..shape.n_experts).flat_map(|expert| of.map(|sums| sums.get(expert).copied())).flatten());
+        }
+        // All or none: another program may have left some of the tensors out of its list.
+        if index.checksums.len() != shape.n_layers * shape.n_experts * Matrix::ALL.len() {
+            index.checksums = Vec::new();
         }
         Ok(index)
     }
@@ -309,13 +332,16 @@ impl ExpertIndex {
         (self.layout == Layout::Offload).then(|| ByteRange { offset: start + expert as u64 * len, len })
     }
 
-    /// The CRC-32C of an expert's record; `None` in the `gguf` layout.
+    /// CRC-32C of what an expert's bytes are read as: of its record in the `offload` layout, of gate, up and down in the `gguf`
+    /// layout; nothing where the file states none.
     ///
     /// # Panics
     /// As [`matrix`](Self::matrix).
-    pub fn checksum(&self, layer: usize, expert: usize) -> Option<u32> {
+    pub fn checksums(&self, layer: usize, expert: usize) -> &[u32] {
         assert!(layer < self.n_layers && expert < self.n_experts, "layer {layer}, expert {expert}");
-        self.checksums.get(layer * self.n_experts + expert).copied()
+        let n = self.checksums.len() / (self.n_layers * self.n_experts);
+        let first = (layer * self.n_experts + expert) * n;
+        &self.checksums[first..first + n]
     }
 }
 

@@ -10,6 +10,7 @@
 //! and never a panic or an outsized allocation. Refused outright: version 1, big-endian files, duplicate
 //! keys or tensor names, tensors that overlap, are misaligned or leave the file.
 
+mod checksums;
 mod encode;
 mod error;
 mod expert_index;
@@ -24,6 +25,7 @@ mod source;
 mod value;
 mod writer;
 
+pub use checksums::{CheckReport, Checksums, checksum_keys, reserve_checksums};
 pub use encode::{Plan, TensorSpec, plan};
 pub use error::{GgufError, Result};
 pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, layout_keys, tensor_names};

@@ -1,8 +1,10 @@
-//! A file opened for reading: its header, and its tensors' bytes on request.
+//! A file opened for reading: its header, and its tensors' bytes on request, compared with the file's checksums where it has
+//! some.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::checksums::{Checksums, Verifier};
 use crate::error::{GgufError, Result};
 use crate::source::name_of;
 use crate::{FileSource, Header, ReadAt, StaticSource, TensorInfo};
@@ -14,6 +16,7 @@ pub struct GgufFile {
     pub header: Header,
     /// Where the tensors' bytes come from.
     pub source: Arc<dyn ReadAt>,
+    pub(crate) verifier: Arc<Verifier>,
 }
 
 impl GgufFile {
@@ -38,7 +41,9 @@ impl GgufFile {
     /// # Errors
     /// As [`Header::parse`].
     pub fn from_source(source: Arc<dyn ReadAt>) -> Result<Self> {
-        Ok(Self { header: Header::parse(&*source)?, source })
+        let header = Header::parse(&*source)?;
+        let verifier = Arc::new(Verifier::new(Checksums::from_header(&header)));
+        Ok(Self { header, source, verifier })
     }
 
     /// All bytes of `tensor`.
@@ -61,8 +66,23 @@ impl GgufFile {
     /// Fills `buf` with the bytes of `tensor` from its byte `start` on.
     ///
     /// # Errors
-    /// [`GgufError::Tensor`] where the range leaves the tensor, [`GgufError::Io`] where reading fails.
+    /// [`GgufError::Tensor`] where the range leaves the tensor, [`GgufError::Io`] where reading fails, [`GgufError::Damaged`]
+    /// as [`verify`](Self::verify).
     pub fn read_range(&self, tensor: &TensorInfo, start: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_unchecked(tensor, start, buf)?;
+        self.verify(tensor, start, buf)
+    }
+
+    /// Compares `bytes` of `tensor`, which were read from its byte `start` on, with the file's checksums, as soon as all of a
+    /// part (the tensor, or an expert's share of it) was seen. Reading by [`read_range`](Self::read_range) does this itself.
+    ///
+    /// # Errors
+    /// [`GgufError::Damaged`].
+    pub fn verify(&self, tensor: &TensorInfo, start: u64, bytes: &[u8]) -> Result<()> {
+        self.verifier.saw(self.header.file_name(), tensor, start, bytes)
+    }
+
+    pub(crate) fn read_unchecked(&self, tensor: &TensorInfo, start: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(tensor, start, buf.len() as u64)?;
         self.source.read_exact_at(buf, tensor.offset + start).map_err(|source| {
             let (len, at) = (buf.len(), tensor.offset + start);

@@ -1,4 +1,4 @@
-//! Writing a GGUF file, tensor by tensor, in bounded memory.
+//! Writing a GGUF file, tensor by tensor, in bounded memory; what passes is summed up for the checksums.
 //!
 //! Owns the order and the padding of what is written; [`OutputFile`] owns the file and its name.
 
@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::Metadata;
+use crate::checksums::{parts_of, state_checksums};
 use crate::encode::{Plan, TensorSpec, encode};
 use crate::error::{GgufError, Result};
 use crate::output::{Kind, OutputFile};
@@ -59,7 +60,7 @@ impl GgufWriter {
         let mut writer = Self {
             stream: Some(TensorStream::new(
                 BufWriter::with_capacity(BUFFER_BYTES, file),
-                plan.sizes.clone(),
+                plan.sizes.iter().copied().zip(tensors.iter().map(parts_of)).collect(),
                 options.alignment,
             )),
             plan,
@@ -123,25 +124,41 @@ impl GgufWriter {
         written.map_err(|source| self.write_error(source))
     }
 
+    /// Puts the checksums of what was written into the room that [`reserve_checksums`](crate::reserve_checksums) made in
+    /// `metadata`, and `metadata` in the place of what [`create`](Self::create) wrote.
+    ///
+    /// # Errors
+    /// [`GgufError::DataSize`] where tensor data is missing; as [`replace_metadata`](Self::replace_metadata).
+    pub fn state_checksums(&mut self, mut metadata: Metadata) -> Result<()> {
+        self.check_complete()?;
+        let sums = std::mem::take(&mut self.stream_mut().sums);
+        state_checksums(&mut metadata, &self.tensors, &sums);
+        self.replace_metadata(&metadata)
+    }
+
     /// Completes the file: everything is on the disk and under its final name when this returns.
     ///
     /// # Errors
     /// [`GgufError::DataSize`] where tensor data is missing; [`GgufError::NoSpace`]; as [`OutputFile::finish`]. Nothing is
     /// left behind then.
     pub fn finish(mut self) -> Result<()> {
-        let stream = self.stream_mut();
-        let (expected, got) = (stream.announced(), stream.received);
-        if expected != got {
-            let file = self.path.display().to_string();
-            return Err(GgufError::DataSize { file, expected, got });
-        }
-        let sink = &mut stream.sink;
+        self.check_complete()?;
+        let sink = &mut self.stream_mut().sink;
         let synced = sink.flush().and_then(|()| sink.get_ref().file().sync_all());
         synced.map_err(|source| self.write_error(source))?;
         match self.stream.take() {
             Some(stream) => stream.sink.into_parts().0.finish(),
             None => Ok(()),
         }
+    }
+
+    fn check_complete(&mut self) -> Result<()> {
+        let stream = self.stream_mut();
+        let (expected, got) = (stream.announced(), stream.received);
+        if expected == got {
+            return Ok(());
+        }
+        Err(GgufError::DataSize { file: self.path.display().to_string(), expected, got })
     }
 
     /// Keeps the disk busy while more is computed, so that the sync at the end has little left to wait for, and gives
@@ -207,15 +224,19 @@ fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Err
     GgufError::io(path.display(), "write", source)
 }
 
-/// Tensor data on its way into `sink`: knows how much of which tensor has passed, and pads.
+/// Tensor data on its way into `sink`: knows how much of which tensor has passed, sums it up, and pads.
 #[derive(Debug)]
 struct TensorStream<W> {
     sink: W,
-    sizes: Vec<u64>,
+    /// Bytes of each tensor, and how many equal parts of it have a checksum.
+    sizes: Vec<(u64, u64)>,
     alignment: u64,
     /// The tensor being filled, and how much of it is.
     tensor: usize,
     filled: u64,
+    /// CRC-32C of the part being filled, and of all before it.
+    sum: u32,
+    sums: Vec<u32>,
     /// Data bytes received, and bytes put into the sink, padding and header included.
     received: u64,
     position: u64,
@@ -228,25 +249,30 @@ enum StreamError {
 }
 
 impl<W: Write> TensorStream<W> {
-    fn new(sink: W, sizes: Vec<u64>, alignment: u64) -> Self {
-        Self { sink, sizes, alignment, tensor: 0, filled: 0, received: 0, position: 0 }
+    fn new(sink: W, sizes: Vec<(u64, u64)>, alignment: u64) -> Self {
+        Self { sink, sizes, alignment, tensor: 0, filled: 0, sum: 0, sums: Vec::new(), received: 0, position: 0 }
     }
 
     fn announced(&self) -> u64 {
-        self.sizes.iter().sum()
+        self.sizes.iter().map(|(size, _)| size).sum()
     }
 
     fn write(&mut self, mut data: &[u8]) -> Result<(), StreamError> {
         while !data.is_empty() {
-            let Some(&size) = self.sizes.get(self.tensor) else {
+            let Some(&(size, parts)) = self.sizes.get(self.tensor) else {
                 let expected = self.announced();
                 return Err(StreamError::TooMuch { expected, got: expected + data.len() as u64 });
             };
-            let n = (size - self.filled).min(data.len() as u64);
+            let part = size / parts;
+            let n = (part - self.filled % part).min(data.len() as u64);
             let (now, later) = data.split_at(n as usize);
+            self.sum = crc32c::crc32c_append(self.sum, now);
             self.sink.write_all(now).map_err(StreamError::Io)?;
             data = later;
             self.filled += n;
+            if self.filled.is_multiple_of(part) {
+                self.sums.push(std::mem::take(&mut self.sum));
+            }
             self.received += n;
             self.position += n;
             if self.filled == size {
@@ -306,7 +332,7 @@ mod tests {
     }
 
     fn fail(room: usize, kind: io::ErrorKind) -> GgufError {
-        let mut stream = TensorStream::new(Full { room, kind }, vec![100, 100], 64);
+        let mut stream = TensorStream::new(Full { room, kind }, vec![(100, 1); 2], 64);
         match stream.write(&[1; 200]) {
             Err(StreamError::Io(source)) => write_error(Path::new("out.gguf"), 256, Some(room as u64), source),
             other => panic!("expected a failing write, got {other:?}"),
@@ -329,7 +355,7 @@ mod tests {
     #[test]
     fn the_system_calls_a_full_device_by_its_name() {
         let file = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let mut stream = TensorStream::new(file, vec![10], 32);
+        let mut stream = TensorStream::new(file, vec![(10, 1)], 32);
         let Err(StreamError::Io(source)) = stream.write(&[1; 10]) else { panic!("/dev/full took data") };
         let error = write_error(Path::new("out.gguf"), 4096, None, source);
         assert_eq!(error.to_string(), "out.gguf: not enough disk space: 4096 bytes are needed");
@@ -337,10 +363,11 @@ mod tests {
 
     #[test]
     fn padding_follows_each_tensor() {
-        let mut stream = TensorStream::new(Vec::new(), vec![3, 64, 1], 64);
+        let mut stream = TensorStream::new(Vec::new(), vec![(3, 1), (64, 2), (1, 1)], 64);
         stream.write(&[7; 68]).unwrap();
         assert_eq!(stream.sink.len(), 192);
         assert_eq!((stream.received, stream.position), (68, 192));
+        assert_eq!(stream.sums, [3, 32, 32, 1].map(|n| crc32c::crc32c(&vec![7; n])));
         let set: Vec<usize> = (0..192).filter(|&i| stream.sink[i] == 7).collect();
         assert_eq!(set, (0..3).chain(64..129).collect::<Vec<_>>());
     }

@@ -75,7 +75,7 @@ fn the_gguf_layout() {
     assert_eq!((index.n_embd(), index.n_ff(), index.expert_type()), (N_EMBD, N_FF, GgmlType::Q4_0));
     for layer in 0..N_LAYERS {
         for expert in 0..N_EXPERTS {
-            assert_eq!((index.record(layer, expert), index.checksum(layer, expert)), (None, None));
+            assert_eq!((index.record(layer, expert), index.checksums(layer, expert)), (None, &[][..]));
             for matrix in Matrix::ALL {
                 let tensor = file.header.tensor(&tensor_names::stacked(layer, matrix)).unwrap();
                 let range = index.matrix(layer, expert, matrix);
@@ -100,7 +100,7 @@ fn the_offload_layout() {
     let record = index.record(1, 2).unwrap();
     assert_eq!(record.offset, file.header.tensor("blk.1.ffn_exps.packed").unwrap().offset + 2 * 8192);
     assert_eq!((record.len, record.offset % 4096), (8192, 0));
-    assert_eq!(index.checksum(1, 2), Some(5));
+    assert_eq!(index.checksums(1, 2), [5]);
     let [gate, up, down] = Matrix::ALL.map(|matrix| index.matrix(1, 2, matrix));
     assert_eq!((gate.offset, gate.len), (record.offset, 1152));
     assert_eq!((up.offset, up.len), (record.offset + 1152, 1216));

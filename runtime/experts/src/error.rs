@@ -24,9 +24,10 @@ pub enum StoreError {
         #[source]
         cause: Arc<io::Error>,
     },
-    /// An offload record did not match its checksum, and neither did a second read of it.
+    /// A record, or a matrix of the `gguf` layout, did not match its checksum, and neither did a second read of it.
     #[error(
-        "expert {expert} of layer {layer} at byte {offset} of {} is damaged: crc32c is {got:#010x}, the file states {expected:#010x}",
+        "{}expert {expert} of layer {layer} at byte {offset} of {} is damaged: crc32c is {got:#010x}, the file states {expected:#010x}",
+        matrix.map_or_else(String::new, |matrix| format!("the {} of ", matrix_name(matrix))),
         path.display()
     )]
     Corrupt {
@@ -36,7 +37,9 @@ pub enum StoreError {
         layer: u32,
         /// The expert within its layer.
         expert: u32,
-        /// Where the record begins, in bytes from the start of the file.
+        /// Its matrix; `None` for a record.
+        matrix: Option<Matrix>,
+        /// Where the record or matrix begins, in bytes from the start of the file.
         offset: u64,
         /// The checksum that the file's header states.
         expected: u32,

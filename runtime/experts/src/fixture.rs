@@ -3,7 +3,7 @@
 use crate::{Matrix, SlotFormat};
 use st_gguf::{
     ExpertIndex, FileSource, GgmlType, GgufFile, GgufWriter, Layout, Metadata, ReadAt, TensorSpec, Value, WriteOptions,
-    layout_keys, tensor_names,
+    layout_keys, reserve_checksums, tensor_names,
 };
 use std::ops::Range;
 use std::path::PathBuf;
@@ -104,8 +104,6 @@ impl Fixture {
                 for (key, matrix) in keys.into_iter().zip(Matrix::ALL) {
                     metadata.insert(key, Value::U64(format.region(matrix).start as u64));
                 }
-                let crcs = records.iter().map(|record| crc32c::crc32c(record)).collect::<Vec<u32>>();
-                metadata.insert(layout_keys::CRC32C, Value::Array(st_gguf::Array::U32(crcs)));
                 for layer in 0..n_layers {
                     tensors.push(TensorSpec {
                         name: tensor_names::packed(layer),
@@ -118,9 +116,11 @@ impl Fixture {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
+        reserve_checksums(&mut metadata, &tensors);
         let mut writer =
             GgufWriter::create(&path, &metadata, &tensors, WriteOptions { alignment, overwrite: false }).unwrap();
         data.iter().for_each(|tensor: &Vec<u8>| writer.write(tensor).unwrap());
+        writer.state_checksums(metadata).unwrap();
         writer.finish().unwrap();
         let index = ExpertIndex::from_header(&GgufFile::open(&path).unwrap().header).unwrap();
         let source = Arc::new(FileSource::open(&path).unwrap());

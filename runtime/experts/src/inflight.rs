@@ -21,18 +21,20 @@ pub(crate) struct Pieces {
     ranges: [Range<usize>; MAX_PIECES],
     /// Per matrix (gate, up, down): the mask of pieces that hold a part of it.
     need: [u8; 3],
+    /// Whether each piece has a checksum of its own; otherwise all of them together have one.
+    sum_each: bool,
 }
 
 impl Pieces {
     /// One piece per matrix, each filling its region of the slot.
     pub(crate) fn per_matrix(regions: [Range<usize>; 3]) -> Self {
-        Self { n: 3, ranges: regions, need: [0b001, 0b010, 0b100] }
+        Self { n: 3, ranges: regions, need: [0b001, 0b010, 0b100], sum_each: true }
     }
 
     /// A record that lies in the file as it lies in the slot, cut at the first page boundary after gate and after up.
     /// `whole` leaves it in one piece.
     pub(crate) fn of_record(regions: &[Range<usize>; 3], record_bytes: usize, whole: bool) -> Self {
-        let mut pieces = Self { n: 0, ranges: [0..0, 0..0, 0..0], need: [0; 3] };
+        let mut pieces = Self { n: 0, ranges: [0..0, 0..0, 0..0], need: [0; 3], sum_each: false };
         let mut start = 0;
         for end in [regions[0].end, regions[1].end, record_bytes] {
             let end = if whole { record_bytes } else { end.next_multiple_of(PAGE).min(record_bytes) };
@@ -66,9 +68,20 @@ impl Pieces {
         (0..3).filter(|&m| self.need[m] & !landed == 0).fold(0, |mask, m| mask | 1 << m)
     }
 
-    /// The checksum of all pieces one after the other, from the checksum of each.
-    fn combine(&self, crcs: &[u32; MAX_PIECES]) -> u32 {
-        (1..self.n).fold(crcs[0], |crc, piece| crc32c::crc32c_combine(crc, crcs[piece], self.ranges[piece].len()))
+    /// Checksums that an expert has.
+    pub(crate) fn n_sums(&self) -> usize {
+        if self.sum_each { self.n } else { 1 }
+    }
+
+    /// The checksum that covers a piece, and the mask of all pieces that it covers.
+    fn sum_of(&self, piece: u8) -> (usize, u8) {
+        if self.sum_each { (piece as usize, 1 << piece) } else { (0, self.all()) }
+    }
+
+    /// The checksum of the bytes of the pieces in `mask` one after the other, from the checksum of each.
+    fn combine(&self, mask: u8, crcs: &[u32; MAX_PIECES]) -> u32 {
+        let pieces = (0..self.n).filter(|piece| mask & 1 << piece != 0);
+        pieces.fold(0, |crc, piece| crc32c::crc32c_combine(crc, crcs[piece], self.ranges[piece].len()))
     }
 }
 
@@ -96,7 +109,10 @@ pub(crate) struct Load {
     /// Pieces that are in the slot.
     pub(crate) landed: u8,
     verify: bool,
-    second_attempt: bool,
+    /// Pieces whose checksum was right.
+    checked: u8,
+    /// Pieces that are read for the second time, since their checksum was wrong.
+    again: u8,
     crcs: [u32; MAX_PIECES],
 }
 
@@ -105,14 +121,14 @@ pub(crate) struct Load {
 pub(crate) enum Arrival {
     /// The matrices in the mask may be used.
     Ready(u8),
-    /// The checksum was wrong for the first time: every piece is to be read again.
+    /// The checksum was wrong for the first time: the pieces that it covers are to be read again.
     ReadAgain,
     /// The checksum was wrong twice: this is what came.
     Corrupt(u32),
 }
 
 impl Load {
-    /// Begins a load of every piece; `verify` holds back all matrices until the whole record's checksum is right.
+    /// Begins a load of every piece; `verify` holds back each matrix until the checksums of what it lies in are right.
     pub(crate) fn begin(&mut self, pieces: &Pieces, verify: bool) {
         let generation = self.generation.wrapping_add(1);
         *self = Load { generation, todo: pieces.all(), verify, ..Load::default() };
@@ -142,24 +158,28 @@ impl Load {
         self.todo == 0 && self.reading == 0
     }
 
-    /// A piece came; `expected` is the record's checksum, used where the load verifies.
-    pub(crate) fn arrive(&mut self, pieces: &Pieces, piece: u8, crc: u32, expected: u32) -> Arrival {
+    /// A piece came; `expected` are the expert's checksums, used where the load verifies.
+    pub(crate) fn arrive(&mut self, pieces: &Pieces, piece: u8, crc: u32, expected: &[u32]) -> Arrival {
         self.reading &= !(1 << piece);
         self.landed |= 1 << piece;
         self.crcs[piece as usize] = crc;
         if !self.verify {
             return Arrival::Ready(pieces.ready(self.landed));
         }
-        if self.landed != pieces.all() {
-            return Arrival::Ready(0);
+        let (sum, covered) = pieces.sum_of(piece);
+        if self.landed & covered != covered {
+            return Arrival::Ready(pieces.ready(self.checked));
         }
-        match pieces.combine(&self.crcs) {
-            got if got == expected => Arrival::Ready(ALL_MATRICES),
-            got if self.second_attempt => Arrival::Corrupt(got),
+        match pieces.combine(covered, &self.crcs) {
+            got if expected.get(sum) == Some(&got) => {
+                self.checked |= covered;
+                Arrival::Ready(pieces.ready(self.checked))
+            }
+            got if self.again & covered != 0 => Arrival::Corrupt(got),
             _ => {
-                self.second_attempt = true;
-                self.landed = 0;
-                self.todo = pieces.all();
+                self.again |= covered;
+                self.landed &= !covered;
+                self.todo |= covered;
                 Arrival::ReadAgain
             }
         }
@@ -218,8 +238,8 @@ impl Queue {
 
 #[cfg(test)]
 impl Load {
-    pub(crate) fn second_attempt(&self) -> bool {
-        self.second_attempt
+    pub(crate) fn again(&self) -> u8 {
+        self.again
     }
 }
 
@@ -261,6 +281,7 @@ mod tests {
         let mut load = Load::default();
         load.begin(&pieces, true);
         load.todo = 0;
+        let expected = &[expected];
         assert_eq!(load.arrive(&pieces, 2, crcs[2], expected), Arrival::Ready(0));
         assert_eq!(load.arrive(&pieces, 0, crcs[0], expected), Arrival::Ready(0));
         assert_eq!(load.arrive(&pieces, 1, 1, expected), Arrival::ReadAgain);
@@ -271,11 +292,27 @@ mod tests {
             assert_eq!(load.arrive(&pieces, piece as u8, crc, expected), want);
         }
         load.begin(&pieces, true);
-        load.second_attempt = true;
+        load.again = 0b111;
         for piece in 0..3 {
             let arrival = load.arrive(&pieces, piece, 0, expected);
             assert_eq!(matches!(arrival, Arrival::Corrupt(_)), piece == 2);
         }
+    }
+
+    #[test]
+    fn a_matrix_with_a_checksum_of_its_own_waits_for_no_other() {
+        let pieces = Pieces::per_matrix([0..1, 1..2, 2..3]);
+        let mut load = Load::default();
+        load.begin(&pieces, true);
+        load.todo = 0;
+        let expected = &[10, 11, 12];
+        assert_eq!(load.arrive(&pieces, 2, 12, expected), Arrival::Ready(0b100));
+        assert_eq!(load.arrive(&pieces, 1, 9, expected), Arrival::ReadAgain);
+        assert_eq!((load.todo, load.landed), (0b010, 0b100));
+        assert_eq!(load.arrive(&pieces, 0, 10, expected), Arrival::Ready(0b101));
+        load.todo = 0;
+        assert_eq!(load.clone().arrive(&pieces, 1, 9, expected), Arrival::Corrupt(9));
+        assert_eq!(load.arrive(&pieces, 1, 11, expected), Arrival::Ready(ALL_MATRICES));
     }
 
     #[test]

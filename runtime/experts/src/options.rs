@@ -2,7 +2,6 @@
 
 use crate::SlotFormat;
 use crate::error::StoreError;
-use crate::eviction::Policy;
 use crate::io::IoMode;
 use crate::reader::bounce_bytes_for;
 use crate::store::ExpertStore;
@@ -34,14 +33,8 @@ pub struct StoreOptions {
     pub io_threads: usize,
     /// Whether [`ExpertStore::prefetch`] and the waves' look-ahead do anything.
     pub prefetch: bool,
-    /// Who goes first.
-    pub policy: Policy,
     /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache; 0 for no guesses.
     pub guess_slots: usize,
-    /// Read a record of the `offload` layout in one piece and not matrix by matrix.
-    pub whole_records: bool,
-    /// Verify the checksum of each record when it is first read.
-    pub verify: bool,
     /// Ask for large pages for slots and buffers. Direct reads into them take fewer requests (measured, 650 KiB reads, four
     /// in flight: 1.8 GB/s against 1.3), at the price of up to 2 MiB that a slab's last page wastes.
     pub huge_pages: bool,
@@ -55,10 +48,7 @@ impl Default for StoreOptions {
             io: IoMode::Auto,
             io_threads: 4,
             prefetch: true,
-            policy: Policy::default(),
             guess_slots: 0,
-            whole_records: false,
-            verify: true,
             huge_pages: true,
         }
     }
@@ -91,18 +81,6 @@ impl ExpertStore {
             slab_bytes: footprint(stride.saturating_mul(options.n_slots.min(n_keys))),
             io_buffer_bytes: if bounce_bytes == 0 { 0 } else { footprint(bounce_bytes) },
         }
-    }
-
-    /// The most slots with which a store keeps within `bytes`, whatever `options.n_slots` says; at most one per expert.
-    pub fn slots_within(index: &ExpertIndex, format: &dyn SlotFormat, options: &StoreOptions, bytes: usize) -> usize {
-        let total = |n_slots| Self::memory_for(index, format, &StoreOptions { n_slots, ..options.clone() }).total();
-        let stride = format.slot_bytes().saturating_add(PAGE - 1) / PAGE * PAGE;
-        let mut n_slots = (bytes / stride.max(1)).min(index.n_layers().saturating_mul(index.n_experts()));
-        // Large pages and the buffers cost a few slots of what a division gives.
-        while n_slots > 0 && total(n_slots) > bytes {
-            n_slots -= 1;
-        }
-        n_slots
     }
 }
 

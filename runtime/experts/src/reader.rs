@@ -44,11 +44,10 @@ impl Reader {
         io: Box<dyn ExpertIo>,
         index: ExpertIndex,
         format: Arc<dyn SlotFormat>,
-        whole_records: bool,
         slab: Slab,
     ) -> Result<Self, StoreError> {
         let maps = io.mappable().is_some() && records_on_pages(&index);
-        let pieces = check_format(&index, format.as_ref(), whole_records || maps)?;
+        let pieces = check_format(&index, format.as_ref(), maps)?;
         Ok(Self { io, maps, index, format, pieces, slab })
     }
 
@@ -98,23 +97,34 @@ impl Reader {
             cost.retries += 1;
             attempt = once(cost);
         }
-        attempt.map_err(|cause| self.failure(job, cause))?;
+        let crc = attempt.map_err(|cause| self.failure(job, cause))?;
         self.io.done_with(file_range);
-        // SAFETY: the piece is this thread's until the job is finished, and it writes no more.
-        let checksum = || crc32c::crc32c(unsafe { self.slab.read(job.slot, self.pieces.range(job.piece)) });
-        Ok(if job.verify { checksum() } else { 0 })
+        Ok(crc)
+    }
+
+    /// The checksum of the job's piece as it lies in the slot, where the job wants it.
+    ///
+    /// # Safety
+    /// The piece is this thread's, which writes no more to it.
+    unsafe fn sum_in_slot(&self, job: &Job) -> u32 {
+        // SAFETY: passed on to the caller.
+        let sum = || crc32c::crc32c(unsafe { self.slab.read(job.slot, self.pieces.range(job.piece)) });
+        if job.verify { sum() } else { 0 }
     }
 
     /// # Safety
     /// As for [`Reader::read`], and the job's piece is the whole slot, to which nobody ever writes.
-    unsafe fn map_once(&self, job: &Job, file_range: &Range<u64>, file: &File, cost: &mut Cost) -> io::Result<()> {
+    unsafe fn map_once(&self, job: &Job, file_range: &Range<u64>, file: &File, cost: &mut Cost) -> io::Result<u32> {
         let started = Instant::now();
         cost.reads += 1;
         let len = self.pieces.range(job.piece).len();
         // SAFETY: the table hands a load to one thread and shows it to readers only when it is finished.
         let mapped = unsafe { self.slab.map(job.slot, len, file, file_range.start) };
         cost.reading += started.elapsed();
-        mapped.map(|()| cost.bytes += len as u64)
+        mapped?;
+        cost.bytes += len as u64;
+        // SAFETY: the piece is this thread's until the job is finished.
+        Ok(unsafe { self.sum_in_slot(job) })
     }
 
     /// # Safety
@@ -125,7 +135,7 @@ impl Reader {
         file_range: &Range<u64>,
         bounce: &mut AlignedBuf,
         cost: &mut Cost,
-    ) -> io::Result<()> {
+    ) -> io::Result<u32> {
         let started = Instant::now();
         cost.reads += 1;
         // SAFETY: the table hands each piece of a load to one thread and shows it to readers only when it is finished; the
@@ -136,6 +146,8 @@ impl Reader {
                 let delivered = read_into(self.io.as_ref(), bounce, file_range.clone(), dest);
                 cost.reading += started.elapsed();
                 cost.bytes += delivered? as u64;
+                // SAFETY: `dest` is used no more, and the piece is this thread's until the job is finished.
+                Ok(unsafe { self.sum_in_slot(job) })
             }
             Layout::Gguf => {
                 let read = read_covering(self.io.as_ref(), bounce, file_range.clone());
@@ -143,11 +155,13 @@ impl Reader {
                 let (canonical, delivered) = read?;
                 cost.bytes += delivered as u64;
                 let started = Instant::now();
+                // Summed up first: what this brings into the processor's cache is what filling reads.
+                let crc = if job.verify { crc32c::crc32c(canonical) } else { 0 };
                 self.format.fill(Matrix::ALL[job.piece as usize], canonical, dest);
                 cost.filling += started.elapsed();
+                Ok(crc)
             }
         }
-        Ok(())
     }
 
     /// Layer and expert of a key.
@@ -187,15 +201,23 @@ impl Reader {
         }
     }
 
-    /// The error of a record whose checksum is wrong.
+    /// The error of a record or matrix whose checksum is wrong.
     pub(crate) fn corruption(&self, job: &Job, got: u32) -> StoreError {
         let (layer, expert) = self.expert(job.key);
+        let (matrix, sum, place) = match self.index.record(layer, expert) {
+            Some(record) => (None, 0, record),
+            None => {
+                let matrix = Matrix::ALL[job.piece as usize];
+                (Some(matrix), job.piece as usize, self.index.matrix(layer, expert, matrix))
+            }
+        };
         StoreError::Corrupt {
             path: self.path(),
             layer: layer as u32,
             expert: expert as u32,
-            offset: self.index.record(layer, expert).map_or(0, |record| record.offset),
-            expected: self.index.checksum(layer, expert).unwrap_or_default(),
+            matrix,
+            offset: place.offset,
+            expected: self.index.checksums(layer, expert).get(sum).copied().unwrap_or_default(),
             got,
         }
     }

@@ -7,16 +7,17 @@
 use crate::SlotFormat;
 use crate::buffer::AlignedBuf;
 use crate::error::StoreError;
+use crate::eviction::Policy;
 use crate::guess::GuessGate;
 use crate::inflight::Job;
-use crate::io::{self, ExpertIo, Measured};
+use crate::io::{self, ExpertIo};
 use crate::lease::Lease;
 use crate::options::{MAX_IO_THREADS, MAX_LEASE, StoreMemory, StoreOptions, count_experts};
 use crate::reader::{Cost, Reader, records_on_pages};
 use crate::slots::Slab;
 use crate::stats::StoreStats;
 use crate::table::{Blocked, Certainty, Finish, Held, Table, Use};
-use st_gguf::{ExpertIndex, Layout, Matrix, ReadAt};
+use st_gguf::{ExpertIndex, Matrix, ReadAt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -37,7 +38,6 @@ pub struct ExpertStore {
     capacity: usize,
     prefetch: bool,
     guesses: bool,
-    measured: Option<Measured>,
     memory: StoreMemory,
 }
 
@@ -92,10 +92,8 @@ impl ExpertStore {
             .collect();
         let (budgeted, threads) = (options.n_slots < n_experts, options.io_threads.clamp(1, MAX_IO_THREADS));
         let mappable = !budgeted && records_on_pages(&index);
-        let (io, measured) = io::open(&source, options.io, budgeted, mappable, &samples, threads, options.huge_pages)?;
-        let mut store = Self::with_io(io, index, format, options)?;
-        store.measured = measured;
-        Ok(store)
+        let (io, _) = io::open(&source, options.io, budgeted, mappable, &samples, threads, options.huge_pages)?;
+        Self::with_io(io, index, format, options)
     }
 
     /// As [`ExpertStore::new`], with an engine of the caller's; `options.io` is not looked at.
@@ -120,20 +118,16 @@ impl ExpertStore {
         let slot_bytes = format.slot_bytes();
         let slab = Slab::new(n_slots, slot_bytes, options.huge_pages)
             .map_err(|e| StoreError::Reserve { bytes: slot_bytes.saturating_mul(n_slots), cause: Arc::new(e) })?;
-        let checksums = if options.verify && index.layout() == Layout::Offload {
-            let of = |key: usize| index.checksum(key / index.n_experts(), key % index.n_experts());
-            (0..n_keys).map(|key| of(key).unwrap_or_default()).collect()
-        } else {
-            Vec::new()
-        };
+        let of = |key: usize| index.checksums(key / index.n_experts(), key % index.n_experts());
+        let checksums = (0..n_keys).flat_map(of).copied().collect();
         let gate = GuessGate::new(index.n_layers());
-        let reader = Reader::new(io, index, format, options.whole_records, slab)?;
+        let reader = Reader::new(io, index, format, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
         let guesses = options.prefetch && guess_slots > 0 && n_slots < n_keys;
         let table = Table::new(
             n_slots,
             n_keys,
-            options.policy.build(n_slots, n_keys),
+            Policy::default().build(n_slots, n_keys),
             guess_slots,
             reader.pieces.clone(),
             checksums,
@@ -157,8 +151,7 @@ impl ExpertStore {
             events: AtomicU64::new(0),
         });
         let prefetch = options.prefetch;
-        let mut store =
-            Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, guesses, measured: None, memory };
+        let mut store = Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, guesses, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
         let bytes = store.memory.io_buffer_bytes;
         let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
@@ -306,11 +299,6 @@ impl ExpertStore {
     /// How experts are read: `direct`, `buffered` or `memory`.
     pub fn io_name(&self) -> &'static str {
         self.shared.reader.io().name()
-    }
-
-    /// What the choice of the way of reading was based on, where it was measured.
-    pub fn io_measured(&self) -> Option<Measured> {
-        self.measured
     }
 
     /// Where the experts lie in the file.

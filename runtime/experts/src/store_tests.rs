@@ -2,6 +2,7 @@ use super::*;
 use crate::fixture::{ALIGNED, Fixture, ODD};
 use crate::io::{BufferedIo, DirectIo, Fault, FaultyIo, IoMode};
 use crate::options::ALL_EXPERTS;
+use st_gguf::{GgufFile, Layout, checksum_keys};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -33,15 +34,14 @@ fn every_budget_layout_and_mode_hands_out_the_files_bytes() {
     for layout in LAYOUTS {
         for shape in [ALIGNED, ODD] {
             let fixture = Fixture::new(layout, 3, 5, shape);
-            for (n_slots, io, io_threads, prefetch, whole_records) in [
-                (ALL_EXPERTS, IoMode::Auto, 2, true, false),
-                (4, IoMode::Auto, 1, true, true),
-                (5, IoMode::Buffered, 3, false, false),
-                (9, IoMode::Direct, 8, true, false),
-                (14, IoMode::Auto, 4, true, false),
+            for (n_slots, io, io_threads, prefetch) in [
+                (ALL_EXPERTS, IoMode::Auto, 2, true),
+                (4, IoMode::Auto, 1, true),
+                (5, IoMode::Buffered, 3, false),
+                (9, IoMode::Direct, 8, true),
+                (14, IoMode::Auto, 4, true),
             ] {
-                let options =
-                    StoreOptions { n_slots, top_k: 2, io, io_threads, prefetch, whole_records, ..Default::default() };
+                let options = StoreOptions { n_slots, top_k: 2, io, io_threads, prefetch, ..Default::default() };
                 let store = match store(&fixture, options) {
                     Err(StoreError::DirectRefused { .. }) if io == IoMode::Direct => continue,
                     store => store.unwrap(),
@@ -58,13 +58,13 @@ fn every_budget_layout_and_mode_hands_out_the_files_bytes() {
                 let stats = store.stats();
                 assert_eq!(stats.lookups, 72);
                 assert_eq!(stats.loads, stats.misses());
-                assert_eq!(stats.rereads + 15, stats.loads.max(15 + stats.rereads));
+                assert!(stats.loads <= 15 + stats.rereads);
                 assert_eq!(store.is_resident(), n_slots >= 15);
                 if store.is_resident() {
                     assert_eq!((stats.rereads, stats.evictions, stats.prefetch_dropped), (0, 0, 0));
                     assert_eq!(store.capacity(), 15);
                 }
-                assert_eq!(stats.verified > 0, layout == Layout::Offload);
+                assert!(stats.verified > 0 && stats.verified <= 15);
                 assert!(stats.bytes_read > 0 && stats.io_seconds > 0.0);
                 assert_eq!((stats.failures, stats.retries), (0, 0));
             }
@@ -227,8 +227,7 @@ fn passing_faults_never_show() {
                 match dice / 6 % 5 {
                     // A read in several parts could fail once in each, which is more than one retry makes good.
                     0 if seed % 2 == 1 => faults.push(Fault::FailOnce),
-                    // Only records have checksums.
-                    1 if layout == Layout::Offload => faults.push(Fault::CorruptOnce),
+                    1 => faults.push(Fault::CorruptOnce),
                     _ => {}
                 }
                 faults
@@ -252,11 +251,7 @@ fn lasting_faults_are_errors_and_the_store_goes_on() {
     for layout in LAYOUTS {
         let fixture = Fixture::new(layout, 2, 6, ODD);
         for seed in 0..30u64 {
-            let fault = match (seed % 3, layout) {
-                (0, _) => Fault::Panic,
-                (1, Layout::Offload) => Fault::Corrupt,
-                _ => Fault::Fail,
-            };
+            let fault = [Fault::Panic, Fault::Corrupt, Fault::Fail][seed as usize % 3];
             let broken = Arc::new(AtomicBool::new(true));
             let is_broken = Arc::clone(&broken);
             let options = StoreOptions {
@@ -290,6 +285,9 @@ fn lasting_faults_are_errors_and_the_store_goes_on() {
                                     };
                                     assert_eq!((path, l as usize, expert), (&fixture.path, layer, id));
                                     assert!(offset > 0);
+                                    if let StoreError::Corrupt { matrix, .. } = error {
+                                        assert_eq!(matrix.is_some(), layout == Layout::Gguf);
+                                    }
                                     assert!(
                                         !lease.is_ready(rank, Matrix::Gate)
                                             || layout == Layout::Gguf
@@ -316,26 +314,55 @@ fn lasting_faults_are_errors_and_the_store_goes_on() {
     }
 }
 
-/// A record that was damaged after the file was made is named, and the rest of the file works.
+/// What was damaged after the file was made is named, and the rest of the file works.
 #[test]
-fn a_flipped_bit_in_a_record_is_found() {
-    let fixture = Fixture::new(Layout::Offload, 1, 4, ALIGNED);
-    let record = fixture.index.record(0, 2).unwrap();
-    let mut bytes = std::fs::read(&fixture.path).unwrap();
-    bytes[record.offset as usize + 9000] ^= 1;
-    std::fs::write(&fixture.path, bytes).unwrap();
-    for io in [IoMode::Auto, IoMode::Buffered] {
-        let store = store(&fixture, StoreOptions { n_slots: 4, io, ..Default::default() }).unwrap();
-        let lease = store.acquire(0, &[1, 2]).unwrap();
-        assert!(lease.wait(0, Matrix::Down).is_ok());
-        let error = lease.wait(1, Matrix::Gate).unwrap_err();
-        assert!(matches!(error, StoreError::Corrupt { expert: 2, offset, .. } if offset == record.offset), "{error}");
-        assert_eq!(store.stats().retries, 1);
-        let mut ranks = Vec::new();
-        let mut landing = lease.as_they_land(Matrix::Gate);
-        let outcomes = [landing.next_batch(&mut ranks), landing.next_batch(&mut ranks), landing.next_batch(&mut ranks)];
-        assert_eq!((outcomes.iter().filter(|o| o.is_err()).count(), &ranks[..]), (1, &[0][..]));
+fn a_flipped_bit_is_found() {
+    for (layout, matrix) in [
+        (Layout::Offload, None),
+        (Layout::Gguf, Some(Matrix::Gate)),
+        (Layout::Gguf, Some(Matrix::Up)),
+        (Layout::Gguf, Some(Matrix::Down)),
+    ] {
+        let fixture = Fixture::new(layout, 1, 4, ALIGNED);
+        let place = match matrix {
+            Some(matrix) => fixture.index.matrix(0, 2, matrix),
+            None => fixture.index.record(0, 2).unwrap(),
+        };
+        let mut bytes = std::fs::read(&fixture.path).unwrap();
+        bytes[(place.offset + place.len / 2) as usize] ^= 1;
+        std::fs::write(&fixture.path, bytes).unwrap();
+        for (io, n_slots) in [(IoMode::Auto, 4), (IoMode::Buffered, 4), (IoMode::Auto, 3)] {
+            let store = store(&fixture, StoreOptions { n_slots, io, ..Default::default() }).unwrap();
+            if n_slots == 4 {
+                let lease = store.acquire(0, &[1, 2]).unwrap();
+                assert!(lease.wait(0, Matrix::Down).is_ok());
+                let mut ranks = Vec::new();
+                let mut landing = lease.as_they_land(matrix.unwrap_or(Matrix::Gate));
+                let outcomes = [0; 3].map(|_| landing.next_batch(&mut ranks));
+                assert_eq!((outcomes.iter().filter(|o| o.is_err()).count(), &ranks[..]), (1, &[0][..]));
+            }
+            let lease = store.acquire(0, &[2]).unwrap();
+            let error = lease.wait(0, matrix.unwrap_or(Matrix::Gate)).unwrap_err();
+            let StoreError::Corrupt { expert: 2, matrix: named, offset, .. } = error else { panic!("{error}") };
+            assert_eq!((named, offset), (matrix, place.offset));
+            assert!(error.to_string().contains(matrix.map_or("expert 2", Matrix::name)), "{error}");
+            assert!(store.stats().retries > 0);
+        }
     }
+}
+
+/// Files of other programs have no checksums, and are read as they are.
+#[test]
+fn without_checksums_nothing_is_verified() {
+    let fixture = Fixture::new(Layout::Gguf, 2, 4, ODD);
+    let mut header = GgufFile::open(&fixture.path).unwrap().header;
+    header.metadata.remove(checksum_keys::CRC32C);
+    let index = ExpertIndex::from_header(&header).unwrap();
+    assert_eq!(index.checksums(1, 3), []);
+    let options = StoreOptions { n_slots: 4, ..Default::default() };
+    let store = ExpertStore::new(Arc::clone(&fixture.source), index, fixture.format(), options).unwrap();
+    check(&fixture, 1, &store.acquire(1, &[3, 0]).unwrap());
+    assert_eq!(store.stats().verified, 0);
 }
 
 /// The file shrinks while it is in use.
@@ -426,15 +453,18 @@ fn what_is_planned_is_what_is_taken() {
         for huge_pages in [false, true] {
             let options = StoreOptions { huge_pages, io_threads: 3, ..Default::default() };
             let all = ExpertStore::memory_for(&fixture.index, &fixture.format, &options);
-            let slots = |bytes| ExpertStore::slots_within(&fixture.index, &fixture.format, &options, bytes);
-            assert_eq!((slots(all.total()), slots(usize::MAX), slots(0), slots(4096)), (32, 32, 0, 0));
             // The records of this file lie on pages, so nothing has to be rearranged on the way.
             assert_eq!(all.io_buffer_bytes == 0, layout == Layout::Offload);
-            let bytes = all.total() - if huge_pages { 0 } else { all.slab_bytes / 2 };
-            let n_slots = slots(bytes);
-            let store = store(&fixture, StoreOptions { n_slots, ..options.clone() }).unwrap();
-            assert!(store.slab_bytes() + store.io_buffer_bytes() <= bytes);
-            assert!(n_slots == 32 || (n_slots == 16 && !huge_pages));
+            for n_slots in [16, 32] {
+                let options = StoreOptions { n_slots, ..options.clone() };
+                let planned = ExpertStore::memory_for(&fixture.index, &fixture.format, &options);
+                assert!(huge_pages || n_slots == 32 || planned.slab_bytes == all.slab_bytes / 2);
+                let store = store(&fixture, options).unwrap();
+                assert_eq!(
+                    (store.slab_bytes(), store.io_buffer_bytes()),
+                    (planned.slab_bytes, planned.io_buffer_bytes)
+                );
+            }
         }
     }
 }

@@ -118,7 +118,7 @@ pub(crate) enum Finish {
     Done,
     /// Pieces were queued again.
     ReadAgain,
-    /// The record is damaged (this was its checksum): the load has to be failed with [`Table::fail`].
+    /// The piece, or its whole record, is damaged (this was the checksum): the load has to be failed with [`Table::fail`].
     Corrupt(u32),
 }
 
@@ -139,11 +139,11 @@ pub(crate) struct Table<E = Box<dyn Eviction>> {
     max_guesses: usize,
     queue: Queue,
     pieces: Pieces,
-    /// Per expert: the checksum of its record; empty where the file has none.
+    /// Per expert: the checksums of its record or matrices; empty where the file has none.
     checksums: Vec<u32>,
     /// Per expert: in the cache once already.
     seen: Vec<bool>,
-    /// Per expert: its checksum was found right.
+    /// Per expert: its checksums were found right.
     verified: Vec<bool>,
     /// Per expert: the last request that named it, to find duplicates and what a request will hit.
     mark: Vec<u64>,
@@ -152,7 +152,8 @@ pub(crate) struct Table<E = Box<dyn Eviction>> {
 }
 
 impl<E: Eviction> Table<E> {
-    /// A table without a single expert loaded. `checksums` is empty or has one entry per expert.
+    /// A table without a single expert loaded. `checksums` is empty or has as many entries per expert as `pieces`
+    /// says.
     pub(crate) fn new(
         n_slots: usize,
         n_keys: usize,
@@ -437,7 +438,8 @@ impl<E: Eviction> Table<E> {
             self.settle(job.slot);
             return Finish::Done;
         }
-        let expected = self.checksums.get(slot.key as usize).copied().unwrap_or_default();
+        let n = self.pieces.n_sums();
+        let expected = self.checksums.get(slot.key as usize * n..).and_then(|sums| sums.get(..n)).unwrap_or(&[]);
         match slot.load.arrive(&self.pieces, job.piece, crc, expected) {
             Arrival::Ready(matrices) => {
                 slot.ready |= matrices;
@@ -457,7 +459,7 @@ impl<E: Eviction> Table<E> {
         }
     }
 
-    /// The piece could not be read, or its record is damaged: ends the load. Whoever holds the slot is told; others who ask
+    /// The piece could not be read, or it is damaged: ends the load. Whoever holds the slot is told; others who ask
     /// for the expert from now on begin a new load.
     pub(crate) fn fail(&mut self, job: &Job, error: StoreError) {
         let slot = &mut self.slots[job.slot as usize];

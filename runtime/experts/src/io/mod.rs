@@ -12,7 +12,7 @@ mod probe;
 pub use buffered::{BufferedIo, SourceIo};
 pub use direct::DirectIo;
 pub use noop::{Fault, FaultyIo};
-pub use probe::{Measured, open};
+pub(crate) use probe::open;
 
 use crate::buffer::{AlignedBuf, PAGE};
 use std::fmt::Debug;

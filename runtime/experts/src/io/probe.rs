@@ -27,11 +27,11 @@ const BUFFERED_MARGIN: f64 = 1.15;
 
 /// What the probe measured, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Measured {
+pub(crate) struct Measured {
     /// Past the page cache.
-    pub direct: f64,
+    pub(crate) direct: f64,
     /// Through the page cache, not cached before.
-    pub buffered: f64,
+    pub(crate) buffered: f64,
 }
 
 /// Opens `source`'s file for reading experts. `samples` are ranges that will be read later, to measure with; `threads` is how
@@ -40,7 +40,7 @@ pub struct Measured {
 ///
 /// # Errors
 /// [`StoreError::DirectRefused`] where direct I/O is demanded and not possible, [`StoreError::Open`] where the file is gone.
-pub fn open(
+pub(crate) fn open(
     source: &Arc<dyn ReadAt>,
     mode: IoMode,
     budgeted: bool,

@@ -339,6 +339,9 @@ pub(crate) struct InspectArgs {
     /// List every tensor.
     #[arg(long)]
     pub(crate) tensors: bool,
+    /// Compare all data with the file's checksums, and a file of the hub's cache with the hub's SHA-256.
+    #[arg(long)]
+    pub(crate) check: bool,
     /// One JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -10,7 +10,7 @@ use st_convert::ConvertError;
 use st_experts::TraceError;
 use st_gguf::{GgufError, Placeholder};
 use st_hub::HubError;
-use st_model::ModelError;
+use st_model::{ModelError, StoreError};
 
 use crate::shown::one_line;
 use crate::size::show_size;
@@ -152,6 +152,9 @@ fn io_hint(error: &io::Error) -> Option<String> {
     })
 }
 
+/// What to do about a file whose bytes have changed.
+const DAMAGED: &str = "download or convert the file again; `st-tool inspect --check` lists all that is damaged";
+
 fn gguf_hint(error: &GgufError) -> Option<String> {
     Some(match error {
         GgufError::Exists { .. } => "--force replaces it; -o names another file".into(),
@@ -168,6 +171,7 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
             format!("free some space or write to another disk; the file takes {}", show_size(*needed))
         }
         GgufError::Placeholder { what, .. } => placeholder_hint(*what),
+        GgufError::Damaged { .. } => DAMAGED.into(),
         GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
         _ => return None,
     })
@@ -212,6 +216,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
         ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
         ModelError::Gguf(error) => return gguf_hint(error),
+        ModelError::Experts(StoreError::Corrupt { .. }) => DAMAGED.into(),
         _ => return None,
     })
 }

@@ -125,7 +125,6 @@ fn passing_faults_never_show() {
         for seed in 0..20 {
             let case = case.clone();
             watched(format!("{:?}, seed {seed}", case.layout), move || {
-                let layout = case.layout;
                 let engine = case.engine(seed, move |offset| {
                     let dice = hash(seed, offset);
                     let mut faults = vec![];
@@ -138,8 +137,7 @@ fn passing_faults_never_show() {
                     match dice / 10 % 5 {
                         // A read in several parts could fail once in each, which is more than one retry makes good.
                         0 if seed % 2 == 1 => faults.push(Fault::FailOnce),
-                        // Only records have checksums.
-                        1 if layout == Layout::Offload => faults.push(Fault::CorruptOnce),
+                        1 => faults.push(Fault::CorruptOnce),
                         _ => {}
                     }
                     faults
@@ -165,13 +163,8 @@ fn lasting_faults_are_one_error_and_the_next_answer_is_right() {
         for seed in 0..30 {
             let (case, failed) = (case.clone(), Arc::clone(&failed));
             watched(format!("{:?}, seed {seed}", case.layout), move || {
-                let fault = match (seed % 3, case.layout) {
-                    (0, _) => Fault::Panic,
-                    // In the `gguf` layout there is nothing to tell a wrong byte by.
-                    (1, Layout::Offload) => Fault::Corrupt,
-                    _ => Fault::Fail,
-                };
-                // The fault comes with some read: of the prompt, or of a token after it. A record is verified when it is
+                let fault = [Fault::Panic, Fault::Corrupt, Fault::Fail][seed as usize % 3];
+                // The fault comes with some read: of the prompt, or of a token after it. An expert is verified when it is
                 // first read, so there a wrong byte comes from the first read on.
                 let begins = if fault == Fault::Corrupt { 0 } else { hash(seed, 1) % 600 };
                 let (broken, reads) = (Arc::new(AtomicBool::new(true)), AtomicU64::new(0));

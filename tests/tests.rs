@@ -4,6 +4,7 @@ mod chat;
 mod cli;
 mod common;
 mod crates;
+mod damage;
 mod faults;
 mod golden;
 mod hub;

@@ -30,7 +30,7 @@ pub(crate) fn open(dir: &Path) -> Result<Input, ConvertError> {
     let tensors = bind(dir, &mut config, &mut shards, &mut warnings)?;
     let mut carried = Metadata::new();
     tokenizer::read(dir, &json, config.vocab_size, &mut warnings)?.write(&mut carried);
-    Ok(Input { path: dir.into(), config, carried, files: shards.files, tensors, warnings })
+    Ok(Input { path: dir.into(), config, carried, files: shards.files, gguf: None, tensors, warnings })
 }
 
 /// Takes from the tensors' names what programs that wrap models have added.

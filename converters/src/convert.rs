@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use st_gguf::{GgufFile, GgufWriter, Layout, Metadata, TensorSpec, WriteOptions, layout_keys};
-use st_kernels::{ExpertFormat, Kernels, Matrix, SquaredErrors, WeightType};
+use st_gguf::{GgufFile, GgufWriter, Layout, Metadata, TensorSpec, WriteOptions, reserve_checksums};
+use st_kernels::{ExpertFormat, Kernels, SquaredErrors, WeightType};
 
 use crate::compare::{Comparison, Difference};
 use crate::error::ConvertError;
@@ -18,6 +18,7 @@ use crate::metadata;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
 use crate::quantize::{Scratch, convert_weights};
+use crate::record;
 use crate::tensor_map::Tensor;
 
 /// Most bytes of finished output that wait to be written.
@@ -109,8 +110,6 @@ struct Job<'a> {
 /// What one unit leaves behind besides its bytes.
 struct Done {
     input_bytes: u64,
-    /// Checksum of a packed record.
-    crc32c: Option<u32>,
     /// Of each matrix, where scales are searched for.
     gains: Vec<SearchGain>,
 }
@@ -142,11 +141,9 @@ pub fn convert(
     let write_options = WriteOptions { alignment: ALIGNMENT, overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.layout.tensors, write_options)?;
     progress.start(job.input_bytes);
-    let mut checksums = Vec::new();
     let mut gains = BTreeMap::new();
     job.run(options.threads, cancel, |_, bytes, done| {
         writer.write(bytes)?;
-        checksums.extend(done.crc32c);
         // Added in the order of the file, so that not even the last digit depends on threads.
         for gain in done.gains {
             let SearchGain { weights, errors, .. } =
@@ -158,11 +155,7 @@ pub fn convert(
         Ok(())
     })?;
     cancel.check()?;
-    if job.layout.packing.is_some() {
-        let mut metadata = job.metadata;
-        metadata.insert(layout_keys::CRC32C, checksums);
-        writer.replace_metadata(&metadata)?;
-    }
+    writer.state_checksums(job.metadata)?;
     writer.finish()?;
     progress.finish();
     Ok(Converted { plan, gains: gains.into_values().collect() })
@@ -202,8 +195,9 @@ impl<'a> Job<'a> {
         let layout = OutputLayout::new(config, input.has_output(options.keep_head), options)?;
         let mut metadata = metadata::describe(config, &input.carried, options.ty);
         if let Some(format) = &layout.packing {
-            describe_packing(format, config.n_layers * config.n_experts, options.ty, &mut metadata);
+            record::describe(format, &mut metadata);
         }
+        reserve_checksums(&mut metadata, &layout.tensors);
         let mut job = Self {
             input,
             keep_head: options.keep_head,
@@ -292,12 +286,12 @@ impl<'a> Job<'a> {
     fn produce(&self, worker: &mut Worker, unit: &Unit, out: &mut Vec<u8>) -> Result<Done, ConvertError> {
         let sources = self.sources(unit)?;
         out.resize(self.layout.unit_bytes(unit), 0);
-        let (mut crc32c, mut gains) = (None, Vec::new());
+        let mut gains = Vec::new();
         match unit {
             Unit::Weights { slot, first, count, target } => {
                 let (file, range) = &sources[0];
-                let bytes = &self.input.files[*file].bytes()[range.clone()];
                 let source = self.input.tensor(*slot)?;
+                let bytes = self.input.read(source, *file, range)?;
                 let errors = convert_weights(source, *first, bytes, *target, &mut worker.scratch, out)?;
                 if target.search {
                     gains.push(SearchGain { tensor: slot.0, weights: *count as u64, errors });
@@ -306,7 +300,6 @@ impl<'a> Job<'a> {
             Unit::Record { layer, expert } => {
                 if let Some(format) = &self.layout.packing {
                     gains = self.pack(worker, format, (*layer, *expert), &sources, out)?;
-                    crc32c = Some(crc32c::crc32c(out));
                 }
             }
         }
@@ -315,7 +308,7 @@ impl<'a> Job<'a> {
             input_bytes += range.len() as u64;
             self.input.files[file].release(range);
         }
-        Ok(Done { input_bytes, crc32c, gains })
+        Ok(Done { input_bytes, gains })
     }
 
     /// Converts the three matrices of an expert and packs them into one record.
@@ -328,21 +321,19 @@ impl<'a> Job<'a> {
         record: &mut [u8],
     ) -> Result<Vec<SearchGain>, ConvertError> {
         let mut gains = Vec::new();
-        // Buffers come back from other units: what no region covers must not depend on them.
-        record.fill(0);
-        let matrices = EXPERT_TENSORS.into_iter().zip([Matrix::Gate, Matrix::Up, Matrix::Down]);
-        for ((tensor, matrix), (file, range)) in matrices.zip(sources) {
+        let Worker { kernels, scratch, canonical } = worker;
+        record::pack(*kernels, format, canonical, record, |matrix, canonical| {
+            let (tensor, (file, range)) = (EXPERT_TENSORS[matrix as usize], &sources[matrix as usize]);
             let source = self.input.tensor((tensor, layer, expert))?;
-            let bytes = &self.input.files[*file].bytes()[range.clone()];
-            worker.canonical.resize(format.canonical_bytes(matrix), 0);
+            let bytes = self.input.read(source, *file, range)?;
             let target = self.layout.expert_target;
-            let errors = convert_weights(source, 0, bytes, target, &mut worker.scratch, &mut worker.canonical)?;
+            let errors = convert_weights(source, 0, bytes, target, scratch, canonical)?;
             if target.search {
                 let weights = (format.n_embd() * format.n_ff()) as u64;
                 gains.push(SearchGain { tensor, weights, errors });
             }
-            worker.kernels.pack_expert(format, matrix, &worker.canonical, &mut record[format.region(matrix)]);
-        }
+            Ok(())
+        })?;
         Ok(gains)
     }
 }
@@ -359,20 +350,4 @@ impl Worker {
     fn new() -> Self {
         Self { kernels: Kernels::detect(), scratch: Scratch::new(), canonical: Vec::new() }
     }
-}
-
-/// The keys of the offload layout, with room for the checksums that only writing brings.
-pub(crate) fn describe_packing(format: &ExpertFormat, experts: usize, ty: WeightType, metadata: &mut Metadata) {
-    metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
-    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
-    metadata.insert(layout_keys::EXPERT_TYPE, ty.ggml_id());
-    metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
-    for (key, matrix) in [
-        (layout_keys::GATE_OFFSET, Matrix::Gate),
-        (layout_keys::NEURON_OFFSET, Matrix::Up),
-        (layout_keys::DOWN_OFFSET, Matrix::Down),
-    ] {
-        metadata.insert(key, format.region(matrix).start as u64);
-    }
-    metadata.insert(layout_keys::CRC32C, vec![0u32; experts]);
 }

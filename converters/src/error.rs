@@ -199,22 +199,6 @@ pub enum ConvertError {
         /// The input file.
         path: PathBuf,
     },
-    /// A packed expert is not what it was when it was written.
-    #[error("{}: {tensor}: the record of expert {expert} at offset {offset} has checksum {got:08x}, expected {expected:08x}: the file is damaged", path.display())]
-    Checksum {
-        /// The file.
-        path: PathBuf,
-        /// The tensor that holds the record.
-        tensor: String,
-        /// The expert.
-        expert: usize,
-        /// Where its record starts in the file.
-        offset: u64,
-        /// CRC-32C of the bytes read.
-        got: u32,
-        /// CRC-32C that the file states.
-        expected: u32,
-    },
     /// The options contradict themselves or the model.
     #[error("{0}")]
     Options(String),

@@ -16,15 +16,16 @@ use crate::tensor_map::{Scope, TABLE, Tensor};
 
 /// Opens and validates the GGUF file at `path`.
 pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
-    let GgufFile { header, .. } = GgufFile::open(path)?;
+    let gguf = GgufFile::open(path)?;
+    let header = &gguf.header;
     let keys = Keys { metadata: &header.metadata, path };
     keys.check_architecture()?;
     if header.metadata.str("st.layout.kind")?.is_some_and(|kind| kind != "gguf") {
         return Err(ConvertError::PackedInput { path: path.into() });
     }
-    let config = read_config(&keys, &header)?;
+    let config = read_config(&keys, header)?;
     let mut warnings = Vec::new();
-    let tensors = bind(path, &header, &config, &mut warnings)?;
+    let tensors = bind(path, header, &config, &mut warnings)?;
     let carried = carry(&header.metadata);
     if carried.get("tokenizer.ggml.tokens").is_none() {
         warnings.push("the file has no tokenizer: the output takes and gives token ids only".into());
@@ -35,7 +36,7 @@ pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
         return Err(ConvertError::Io { path: path.into(), source });
     }
     let files = vec![mapped];
-    Ok(Input { path: path.into(), config, carried, files, tensors, warnings })
+    Ok(Input { path: path.into(), config, carried, files, gguf: Some(gguf), tensors, warnings })
 }
 
 /// What describes the weights is written anew; everything else is kept, in its order.
@@ -44,7 +45,7 @@ fn carry(metadata: &Metadata) -> Metadata {
     let mut carried = Metadata::new();
     for (key, value) in metadata.iter() {
         let renewed = RENEWED.contains(&key)
-            || ["smallthinker.", "st.layout.", "split.", "quantize."].iter().any(|prefix| key.starts_with(prefix));
+            || ["smallthinker.", "st.", "split.", "quantize."].iter().any(|prefix| key.starts_with(prefix));
         if !renewed {
             carried.insert(key, value.clone());
         }

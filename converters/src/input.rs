@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use st_gguf::Metadata;
+use st_gguf::{GgufFile, Metadata};
 
 use crate::config::ModelConfig;
 use crate::error::ConvertError;
@@ -66,6 +66,8 @@ pub struct Input {
     /// Tokenizer and general keys to carry into the output.
     pub(crate) carried: Metadata,
     pub(crate) files: Vec<MappedFile>,
+    /// The header and the checksums of a GGUF file.
+    pub(crate) gguf: Option<GgufFile>,
     pub(crate) tensors: HashMap<Slot, SourceTensor>,
     pub(crate) warnings: Vec<String>,
 }
@@ -130,6 +132,16 @@ impl Input {
     /// Whether a tokenizer comes with the model.
     pub fn has_tokenizer(&self) -> bool {
         self.carried.get("tokenizer.ggml.tokens").is_some()
+    }
+
+    /// Bytes of `source`, compared with the file's checksums where it has some.
+    pub(crate) fn read(&self, source: &SourceTensor, file: usize, range: &Range<usize>) -> Result<&[u8], ConvertError> {
+        let bytes = &self.files[file].bytes()[range.clone()];
+        if let Some(gguf) = &self.gguf {
+            let tensor = gguf.header.require_tensor(&source.name)?;
+            gguf.verify(tensor, range.start as u64 - tensor.offset, bytes)?;
+        }
+        Ok(bytes)
     }
 
     /// The matrix at a slot that the configuration calls for.

@@ -18,6 +18,7 @@ mod metadata;
 mod pipeline;
 mod progress;
 mod quantize;
+mod record;
 mod relayout;
 mod shards;
 pub mod tensor_map;

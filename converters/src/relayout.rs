@@ -1,22 +1,23 @@
 //! Moves the experts of a GGUF file from one layout to the other, bit for bit.
 //!
 //! Owns position only: no weight is decoded, nothing is quantized again, and what is not an expert is copied as it
-//! is. Memory is bounded by a few experts. Records of the offload layout are checked against their checksums as they
-//! are read, so damage found here ends the work instead of travelling on.
+//! is. Memory is bounded by a few experts. What is read is compared with the input's checksums, so damage found here ends
+//! the work instead of travelling on.
 
 use std::path::Path;
 
 use st_gguf::{
     ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix as FileMatrix, Metadata,
-    TensorSpec, WriteOptions, layout_keys, tensor_names,
+    TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
 };
 use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
 
-use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor, describe_packing};
+use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor};
 use crate::error::ConvertError;
 use crate::layout::ALIGNMENT;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
+use crate::record;
 
 /// Most bytes that one unit copies of a tensor that holds no experts.
 const COPY_BYTES: u64 = 4 << 20;
@@ -37,8 +38,8 @@ pub struct RelayoutOptions {
 /// What one unit of work produces: the next bytes of the output.
 #[derive(Clone, Copy, Debug)]
 enum Unit {
-    /// Bytes of the input as they are.
-    Copy(ByteRange),
+    /// Bytes of a tensor of the input as they are: the tensor's number, and the bytes within it.
+    Copy { tensor: usize, start: u64, len: u64 },
     /// The record of an expert, out of its three matrices.
     Pack { layer: usize, expert: usize },
     /// A matrix of an expert, out of its record.
@@ -63,7 +64,7 @@ struct Job<'a> {
 ///
 /// # Errors
 /// An input that is no SmallThinker file, is in that layout already, lacks a tensor or has one of another shape; a
-/// record that does not match its checksum; whatever reading and writing may meet. `out` then stays as it was.
+/// part of it that does not match its checksum; whatever reading and writing may meet. `out` then stays as it was.
 pub fn relayout(
     input: &Path,
     options: &RelayoutOptions,
@@ -77,7 +78,6 @@ pub fn relayout(
     let write_options = WriteOptions { alignment: ALIGNMENT, overwrite: options.overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.tensors, write_options)?;
     progress.start(plan.input_bytes);
-    let mut checksums = Vec::new();
     let threads = options.threads.max(1);
     let largest = job.units.iter().map(|unit| job.unit_bytes(unit)).max().unwrap_or(1);
     let window = (IN_FLIGHT_BYTES / largest.max(1)).clamp(1, 4 * threads);
@@ -90,18 +90,13 @@ pub fn relayout(
             cancel.check()?;
             job.produce(&job.units[unit], scratch, bytes)
         },
-        |unit, bytes, checksum| {
+        |unit, bytes, ()| {
             writer.write(bytes)?;
-            checksums.extend(checksum);
             progress.advance(job.input_bytes(&job.units[unit]));
             Ok(())
         },
     )?;
-    if options.to == Layout::Offload {
-        let mut metadata = job.metadata;
-        metadata.insert(layout_keys::CRC32C, checksums);
-        writer.replace_metadata(&metadata)?;
-    }
+    writer.state_checksums(job.metadata)?;
     writer.finish()?;
     progress.finish();
     Ok(plan)
@@ -122,14 +117,15 @@ impl<'a> Job<'a> {
         if index.layout() == to {
             return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
         }
-        let (format, ty) = expert_format(path, &index)?;
+        let format = expert_format(path, &index)?;
 
         let mut metadata = header.metadata.clone();
-        for key in layout_keys::ALL {
+        // Those of the checksums come last, as where a file is made at once.
+        for key in layout_keys::ALL.into_iter().chain(checksum_keys::ALL) {
             metadata.remove(key);
         }
         if to == Layout::Offload {
-            describe_packing(&format, index.n_layers() * index.n_experts(), ty, &mut metadata);
+            record::describe(&format, &mut metadata);
         }
         let kernels = Kernels::detect();
         let mut job = Self { path, file, index, format, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
@@ -140,6 +136,7 @@ impl<'a> Job<'a> {
                 Layout::Gguf => job.push_stacked(layer),
             }
         }
+        reserve_checksums(&mut job.metadata, &job.tensors);
         Ok(job)
     }
 
@@ -152,12 +149,13 @@ impl<'a> Job<'a> {
                 layers.flat_map(|layer| FileMatrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
             }
         };
-        for tensor in self.file.header.tensors.iter().filter(|tensor| !experts.contains(&tensor.name)) {
+        let tensors = self.file.header.tensors.iter().enumerate();
+        for (i, tensor) in tensors.filter(|(_, tensor)| !experts.contains(&tensor.name)) {
             let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
             self.tensors.push(TensorSpec { name, shape, ty: tensor.ty });
             for start in (0..tensor.n_bytes).step_by(COPY_BYTES as usize) {
                 let len = COPY_BYTES.min(tensor.n_bytes - start);
-                self.units.push(Unit::Copy(ByteRange { offset: tensor.offset + start, len }));
+                self.units.push(Unit::Copy { tensor: i, start, len });
             }
         }
     }
@@ -201,7 +199,7 @@ impl<'a> Job<'a> {
     /// Bytes that a unit adds to the output.
     fn unit_bytes(&self, unit: &Unit) -> usize {
         match unit {
-            Unit::Copy(range) => range.len as usize,
+            Unit::Copy { len, .. } => *len as usize,
             Unit::Pack { .. } => self.format.record_bytes(),
             Unit::Unpack { matrix, .. } => self.format.canonical_bytes(kernel_matrix(*matrix)),
         }
@@ -210,7 +208,7 @@ impl<'a> Job<'a> {
     /// Bytes of input that a unit stands for.
     fn input_bytes(&self, unit: &Unit) -> u64 {
         match *unit {
-            Unit::Copy(range) => range.len,
+            Unit::Copy { len, .. } => len,
             Unit::Pack { layer, expert } => {
                 FileMatrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
             }
@@ -218,58 +216,46 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Fills `out` with the bytes of one unit; gives the checksum of a record that it made.
-    fn produce(&self, unit: &Unit, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<Option<u32>, ConvertError> {
+    /// Fills `out` with the bytes of one unit.
+    fn produce(&self, unit: &Unit, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<(), ConvertError> {
         out.resize(self.unit_bytes(unit), 0);
         match *unit {
-            Unit::Copy(range) => {
-                self.read(range, out)?;
-                Ok(None)
+            Unit::Copy { tensor, start, .. } => {
+                self.file.read_range(&self.file.header.tensors[tensor], start, out)?;
             }
             Unit::Pack { layer, expert } => {
-                // What no region covers must not depend on what the buffer held before.
-                out.fill(0);
-                for matrix in FileMatrix::ALL {
+                record::pack(self.kernels, &self.format, scratch, out, |matrix, canonical| {
+                    let matrix = FileMatrix::ALL[matrix as usize];
                     let range = self.index.matrix(layer, expert, matrix);
-                    scratch.resize(range.len as usize, 0);
-                    self.read(range, scratch)?;
-                    let matrix = kernel_matrix(matrix);
-                    self.kernels.pack_expert(&self.format, matrix, scratch, &mut out[self.format.region(matrix)]);
-                }
-                Ok(Some(crc32c::crc32c(out)))
+                    self.read_expert(&tensor_names::stacked(layer, matrix), range, canonical)
+                })?;
             }
             Unit::Unpack { layer, expert, matrix } => {
                 // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
                 // records need be read and checked only then.
-                let region = if matrix == FileMatrix::Gate {
-                    self.read_record(layer, expert, scratch)?;
-                    self.format.region(Matrix::Gate)
-                } else {
-                    let range = self.index.matrix(layer, expert, matrix);
-                    scratch.resize(range.len as usize, 0);
-                    self.read(range, scratch)?;
-                    0..self.format.region(kernel_matrix(matrix)).len()
+                let region = match self.index.record(layer, expert).filter(|_| matrix == FileMatrix::Gate) {
+                    Some(range) => {
+                        scratch.resize(range.len as usize, 0);
+                        self.read_expert(&tensor_names::packed(layer), range, scratch)?;
+                        self.format.region(Matrix::Gate)
+                    }
+                    None => {
+                        let range = self.index.matrix(layer, expert, matrix);
+                        scratch.resize(range.len as usize, 0);
+                        self.read(range, scratch)?;
+                        0..self.format.region(kernel_matrix(matrix)).len()
+                    }
                 };
                 self.format.unpack(kernel_matrix(matrix), &scratch[region], out);
-                Ok(None)
             }
         }
+        Ok(())
     }
 
-    /// Reads a record and compares it with its checksum.
-    fn read_record(&self, layer: usize, expert: usize, record: &mut Vec<u8>) -> Result<(), ConvertError> {
-        let (Some(range), Some(expected)) = (self.index.record(layer, expert), self.index.checksum(layer, expert))
-        else {
-            return Err(ConvertError::Options("only files in the offload layout have records".into()));
-        };
-        record.resize(range.len as usize, 0);
-        self.read(range, record)?;
-        let got = crc32c::crc32c(record);
-        if got == expected {
-            return Ok(());
-        }
-        let tensor = tensor_names::packed(layer);
-        Err(ConvertError::Checksum { path: self.path.into(), tensor, expert, offset: range.offset, got, expected })
+    /// Reads an expert's matrix or record, which lies in `tensor`, and compares it with its checksum.
+    fn read_expert(&self, tensor: &str, range: ByteRange, buf: &mut [u8]) -> Result<(), ConvertError> {
+        let tensor = self.file.header.require_tensor(tensor)?;
+        Ok(self.file.read_range(tensor, range.offset - tensor.offset, buf)?)
     }
 
     fn read(&self, range: ByteRange, buf: &mut [u8]) -> Result<(), ConvertError> {
@@ -289,7 +275,7 @@ fn kernel_matrix(matrix: FileMatrix) -> Matrix {
 }
 
 /// The record format of the file's experts; for a file in the offload layout, proved to be the one it has.
-fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, WeightType), ConvertError> {
+fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, ConvertError> {
     let cannot = |why: String| {
         ConvertError::Options(format!(
             "the experts of {}, of type {}, cannot be packed: {why}",
@@ -310,13 +296,12 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<(ExpertFormat, Weig
             Err(ConvertError::Config { path: path.into(), key: key.into(), got, expected })
         };
         check(layout_keys::RECORD_BYTES, record.len, format.record_bytes())?;
-        let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
-        for (key, matrix) in keys.into_iter().zip(FileMatrix::ALL) {
+        for (key, matrix) in layout_keys::OFFSETS.into_iter().zip(FileMatrix::ALL) {
             let start = index.matrix(0, 0, matrix).offset - record.offset;
             check(key, start, format.region(kernel_matrix(matrix)).start)?;
         }
     }
-    Ok((format, ty))
+    Ok(format)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use st_gguf::{Array, ExpertIndex, GgufFile, Header, Layout, Value};
 
+use super::check::{self, Checked};
 use crate::cli::InspectArgs;
 use crate::context::Context;
 use crate::models::Model;
@@ -20,10 +21,18 @@ const SHOWN_ELEMENTS: usize = 8;
 
 pub(crate) fn run(args: &InspectArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    match args.json {
-        true => ui::print_json(&json(&file, args.tensors))?,
-        false => ui::print(&table(&file, args.tensors))?,
+    let checked = if args.check { Some(check::run(&file, context)?) } else { None };
+    let verdict = checked.as_ref().map_or(Ok(()), |checked| checked.verdict(context.ui));
+    if args.json {
+        let mut object = json(&file, args.tensors);
+        if let Some(checked) = &checked {
+            object["check"] = checked.json();
+        }
+        ui::print_json(&object)?;
+    } else if verdict.is_ok() {
+        ui::print(&(table(&file, args.tensors) + &checked.as_ref().map(Checked::text).unwrap_or_default()))?;
     }
+    verdict?;
     Ok(ExitCode::SUCCESS)
 }
 

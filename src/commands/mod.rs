@@ -3,6 +3,7 @@
 mod bench;
 mod cache_sim;
 mod chat;
+mod check;
 mod download;
 mod engine;
 mod inspect;

@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 use st_gguf::{
-    GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, layout_keys,
-    tensor_names,
+    GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, describe_records,
+    reserve_checksums, tensor_names,
 };
 use st_kernels::expert_format::Matrix as Region;
 use st_kernels::{ExpertFormat, WeightType};
@@ -54,17 +54,17 @@ pub fn write_gguf(
         Layout::Gguf => plan_stacked(shape, &tensors, &mut specs, &mut items),
         Layout::Offload => {
             plan_records(shape, &tensors, &format, &mut specs, &mut items);
-            describe_records(&mut metadata, &format);
-            metadata.insert(layout_keys::CRC32C, vec![0_u32; shape.n_layers * shape.n_experts]);
+            let starts = Region::ALL.map(|matrix| format.region(matrix).start as u64);
+            describe_records(&mut metadata, GgmlType::Q4_0, format.record_bytes() as u64, starts);
         }
     }
+    reserve_checksums(&mut metadata, &specs);
     let options = WriteOptions { overwrite, alignment: ALIGNMENT };
     let mut writer = GgufWriter::create(path, &metadata, &specs, options)?;
-    let mut checksums: Vec<u32> = Vec::new();
     let make = |item: Item<'_>, buffer: &mut Vec<u8>| {
         match item {
             Item::Rows(part) => encode_rows(recipe, part.tensor, part.rows, part.encoding, buffer),
-            Item::Records(experts) => checksums.extend(encode_records(recipe, &format, &experts, buffer)),
+            Item::Records(experts) => encode_records(recipe, &format, &experts, buffer),
         }
         Ok(())
     };
@@ -72,10 +72,7 @@ pub fn write_gguf(
         progress(bytes.len() as u64);
         writer.write(bytes).context("cannot write the file")
     })?;
-    if layout == Layout::Offload {
-        metadata.insert(layout_keys::CRC32C, checksums);
-        writer.replace_metadata(&metadata)?;
-    }
+    writer.state_checksums(metadata)?;
     writer.finish().context("cannot complete the file")
 }
 
@@ -130,34 +127,19 @@ fn plan_records<'a>(
     }
 }
 
-fn describe_records(metadata: &mut Metadata, format: &ExpertFormat) {
-    let offset = |matrix| format.region(matrix).start as u64;
-    metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
-    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
-    metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
-    metadata.insert(layout_keys::RECORD_BYTES, format.record_bytes() as u64);
-    metadata.insert(layout_keys::GATE_OFFSET, offset(Region::Gate));
-    metadata.insert(layout_keys::NEURON_OFFSET, offset(Region::Up));
-    metadata.insert(layout_keys::DOWN_OFFSET, offset(Region::Down));
-}
-
-/// Appends the records of `experts` to `out`; returns their checksums.
-fn encode_records(recipe: &Recipe, format: &ExpertFormat, experts: &[[&Tensor; 3]], out: &mut Vec<u8>) -> Vec<u32> {
+/// Appends the records of `experts` to `out`.
+fn encode_records(recipe: &Recipe, format: &ExpertFormat, experts: &[[&Tensor; 3]], out: &mut Vec<u8>) {
     let start = out.len();
     out.resize(start + experts.len() * format.record_bytes(), 0);
     let records = out[start..].par_chunks_mut(format.record_bytes());
-    records
-        .zip(experts)
-        .map(|(record, matrices)| {
-            let [gate, up, down] = matrices.map(|tensor| {
-                let mut bytes = Vec::new();
-                encode_rows(recipe, tensor, 0..tensor.rows, Encoding::Q4_0, &mut bytes);
-                bytes
-            });
-            format.pack_record(&gate, &up, &down, record);
-            crc32c::crc32c(record)
-        })
-        .collect()
+    records.zip(experts).for_each(|(record, matrices)| {
+        let [gate, up, down] = matrices.map(|tensor| {
+            let mut bytes = Vec::new();
+            encode_rows(recipe, tensor, 0..tensor.rows, Encoding::Q4_0, &mut bytes);
+            bytes
+        });
+        format.pack_record(&gate, &up, &down, record);
+    });
 }
 
 /// The name of a tensor that is no expert's.

@@ -50,7 +50,9 @@ impl Sample {
     fn write(&self, seed: u64) -> PathBuf {
         let path = self.path("in.gguf");
         let options = WriteOptions { alignment: self.alignment, overwrite: true };
-        let mut writer = GgufWriter::create(&path, &self.metadata, &self.tensors, options).unwrap();
+        let mut metadata = self.metadata.clone();
+        reserve_checksums(&mut metadata, &self.tensors);
+        let mut writer = GgufWriter::create(&path, &metadata, &self.tensors, options).unwrap();
         let mut state = seed | 1;
         for size in writer.plan().sizes.clone() {
             let bytes: Vec<u8> = (0..size)
@@ -61,6 +63,7 @@ impl Sample {
                 .collect();
             writer.write(&bytes).unwrap();
         }
+        writer.state_checksums(metadata).unwrap();
         writer.finish().unwrap();
         path
     }
@@ -146,7 +149,7 @@ fn records_are_page_aligned_and_carry_their_checksums() {
             assert_eq!((range.offset % 4096, range.len % 4096), (0, 0));
             let mut record = vec![0; range.len as usize];
             file.source.read_exact_at(&mut record, range.offset).unwrap();
-            assert_eq!(index.checksum(layer, expert), Some(crc32c::crc32c(&record)));
+            assert_eq!(index.checksums(layer, expert), [crc32c::crc32c(&record)]);
         }
     }
 }
@@ -170,24 +173,54 @@ fn a_file_in_another_order_and_alignment_keeps_its_tensors() {
     }
 }
 
+/// Flips the last bit of `range`.
+fn damage(path: &Path, range: ByteRange) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[range.end() as usize - 1] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
 #[test]
 fn a_damaged_record_ends_the_work_and_names_the_expert() {
     let sample = Sample::new(GgmlType::Q4_0, 64, 32);
     let packed = sample.path("offload.gguf");
     run(&sample.write(2), Layout::Offload, 2, &packed).unwrap();
-    let range = {
-        let file = GgufFile::open(&packed).unwrap();
-        ExpertIndex::from_header(&file.header).unwrap().record(1, 2).unwrap()
-    };
-    let mut bytes = fs::read(&packed).unwrap();
-    bytes[range.end() as usize - 1] ^= 1;
-    fs::write(&packed, bytes).unwrap();
+    let header = GgufFile::open(&packed).unwrap().header;
+    damage(&packed, ExpertIndex::from_header(&header).unwrap().record(1, 2).unwrap());
     for threads in [1, 3] {
         let error = run(&packed, Layout::Gguf, threads, &sample.path("back.gguf")).unwrap_err();
-        assert!(matches!(error, ConvertError::Checksum { expert: 2, .. }), "{error}");
-        assert!(error.to_string().contains("blk.1.ffn_exps.packed: the record of expert 2"), "{error}");
+        assert!(matches!(error, ConvertError::Gguf(GgufError::Damaged { expert: Some(2), .. })), "{error}");
+        assert!(error.to_string().contains("expert 2 of tensor `blk.1.ffn_exps.packed`"), "{error}");
     }
     assert_eq!(names_in(sample.dir.path()), ["in.gguf", "offload.gguf"]);
+}
+
+#[test]
+fn so_do_a_damaged_matrix_and_a_damaged_dense_tensor() {
+    // The embedding is copied in several units.
+    let mut sample = Sample::new(GgmlType::Q4_0, 64, 32);
+    sample.tensors[0].shape[1] = 140_000;
+    let input = sample.write(2);
+    let header = GgufFile::open(&input).unwrap().header;
+    let index = ExpertIndex::from_header(&header).unwrap();
+    let good = fs::read(&input).unwrap();
+    let matrices = FileMatrix::ALL.map(|m| (tensor_names::stacked(1, m), Some(2), index.matrix(1, 2, m)));
+    let dense = ["token_embd.weight", "blk.1.attn_norm.weight"].map(|name| {
+        let tensor = header.tensor(name).unwrap();
+        (name.to_owned(), None, ByteRange { offset: tensor.offset, len: tensor.n_bytes })
+    });
+    for (name, which, range) in matrices.into_iter().chain(dense) {
+        fs::write(&input, &good).unwrap();
+        damage(&input, range);
+        for threads in [1, 3] {
+            let error = run(&input, Layout::Offload, threads, &sample.path("out.gguf")).unwrap_err();
+            let ConvertError::Gguf(GgufError::Damaged { tensor, expert, offset, .. }) = error else {
+                panic!("{error}")
+            };
+            assert_eq!((tensor, expert, offset), (name.clone(), which, range.offset));
+        }
+    }
+    assert_eq!(names_in(sample.dir.path()), ["in.gguf"]);
 }
 
 #[test]

@@ -11,14 +11,19 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{GgufError, Result};
 use crate::expert_index::{Layout, layout_keys, tensor_names};
-use crate::{GgufFile, Header, Metadata, TensorInfo, TensorSpec};
+use crate::{GgmlType, GgufFile, Header, Metadata, TensorInfo, TensorSpec};
 
 /// Metadata keys of the checksums.
 pub mod checksum_keys {
     /// Version of what is summed and in which order: [`VERSION_NUMBER`].
     pub const VERSION: &str = "st.checksums.version";
+    /// CRC-32C of the names, types and shapes of all tensors, each with its name, a zero byte, its type and
+    /// dimensions (32 and 64 bits, little-endian), and the number of dimensions in 32 bits.
+    pub const TENSORS: &str = "st.checksums.tensors";
     /// CRC-32C of every part that is no record, in the order of the file.
     pub const CRC32C: &str = "st.checksums.crc32c";
+    /// All of them, in the order they are written.
+    pub const ALL: [&str; 3] = [VERSION, TENSORS, CRC32C];
     /// The version this crate knows.
     pub const VERSION_NUMBER: u32 = 1;
 }
@@ -53,6 +58,16 @@ fn places<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u64])>) -> Vec<Place>
         .collect()
 }
 
+/// What [`checksum_keys::TENSORS`] states.
+fn tensor_list<'a>(tensors: impl Iterator<Item = (&'a str, GgmlType, &'a [u64])>) -> u32 {
+    tensors.fold(0, |sum, (name, ty, shape)| {
+        let mut bytes = [name.as_bytes(), &[0], &ty.id().to_le_bytes()].concat();
+        bytes.extend(shape.iter().flat_map(|n| n.to_le_bytes()));
+        bytes.extend((shape.len() as u32).to_le_bytes());
+        crc32c::crc32c_append(sum, &bytes)
+    })
+}
+
 fn count(shape: &[u64], dimension: usize) -> usize {
     shape.get(dimension).map_or(1, |&n| usize::try_from(n).unwrap_or(usize::MAX))
 }
@@ -71,20 +86,16 @@ pub(crate) fn parts_of(spec: &TensorSpec) -> u64 {
 pub fn reserve_checksums(metadata: &mut Metadata, tensors: &[TensorSpec]) {
     let places = places_of(tensors);
     let zeros = places.iter().flat_map(|place| place.range.clone().map(|_| 0)).collect::<Vec<u32>>();
-    for key in [checksum_keys::VERSION, checksum_keys::CRC32C] {
+    for key in checksum_keys::ALL {
         metadata.remove(key);
     }
-    state(metadata, &places, &zeros);
+    state(metadata, tensors, &zeros);
 }
 
 /// States `sums`, one for each part in the order of the file.
-pub(crate) fn state_checksums(metadata: &mut Metadata, tensors: &[TensorSpec], sums: &[u32]) {
-    state(metadata, &places_of(tensors), sums);
-}
-
-fn state(metadata: &mut Metadata, places: &[Place], mut sums: &[u32]) {
+pub(crate) fn state(metadata: &mut Metadata, tensors: &[TensorSpec], mut sums: &[u32]) {
     let (mut parts, mut records) = (Vec::new(), Vec::new());
-    for place in places {
+    for place in places_of(tensors) {
         let (these, later) = sums.split_at(place.range.len().min(sums.len()));
         let list = if place.records { &mut records } else { &mut parts };
         if list.len() < place.range.end {
@@ -97,6 +108,8 @@ fn state(metadata: &mut Metadata, places: &[Place], mut sums: &[u32]) {
         metadata.insert(layout_keys::CRC32C, records);
     }
     metadata.insert(checksum_keys::VERSION, checksum_keys::VERSION_NUMBER);
+    let list = tensor_list(tensors.iter().map(|spec| (spec.name.as_str(), spec.ty, spec.shape.as_slice())));
+    metadata.insert(checksum_keys::TENSORS, list);
     metadata.insert(checksum_keys::CRC32C, parts);
 }
 
@@ -117,8 +130,11 @@ impl Checksums {
             Ok(Some(list)) if list.len() == total(records) => Some(list),
             _ => None,
         };
-        let known = matches!(header.metadata.u32(checksum_keys::VERSION), Ok(Some(checksum_keys::VERSION_NUMBER)));
-        let parts = list(checksum_keys::CRC32C, false).filter(|_| known);
+        let number = |key| header.metadata.u32(key).ok().flatten();
+        let tensors = header.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.ty, tensor.shape.as_slice()));
+        let fits = number(checksum_keys::VERSION) == Some(checksum_keys::VERSION_NUMBER)
+            && number(checksum_keys::TENSORS) == Some(tensor_list(tensors));
+        let parts = list(checksum_keys::CRC32C, false).filter(|_| fits);
         let records = list(layout_keys::CRC32C, true);
         let mut of = HashMap::new();
         for (tensor, place) in header.tensors.iter().zip(&places) {

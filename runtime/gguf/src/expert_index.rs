@@ -8,7 +8,7 @@
 use crate::checksums::Checksums;
 use crate::error::{GgufError, Result};
 use crate::header::{Header, TensorInfo};
-use crate::{GgmlType, limits};
+use crate::{GgmlType, Metadata, limits};
 
 /// Metadata keys of the `offload` layout.
 pub mod layout_keys {
@@ -31,6 +31,8 @@ pub mod layout_keys {
     /// All of them, in the order they are written.
     pub const ALL: [&str; 8] =
         [KIND, VERSION, EXPERT_TYPE, RECORD_BYTES, GATE_OFFSET, NEURON_OFFSET, DOWN_OFFSET, CRC32C];
+    /// Where gate, up and down start.
+    pub const OFFSETS: [&str; 3] = [GATE_OFFSET, NEURON_OFFSET, DOWN_OFFSET];
     /// The value of [`KIND`].
     pub const KIND_OFFLOAD: &str = "offload";
     /// The record format this crate knows.
@@ -39,6 +41,18 @@ pub mod layout_keys {
     pub const RECORD_ALIGNMENT: u64 = 4096;
     /// Each matrix of a record starts at a multiple of this.
     pub const REGION_ALIGNMENT: u64 = 64;
+}
+
+/// States the keys of the `offload` layout: records of `record_bytes`, in which gate, up and down start at `starts`. The records'
+/// checksums are [`reserve_checksums`](crate::reserve_checksums)'s.
+pub fn describe_records(metadata: &mut Metadata, expert_type: GgmlType, record_bytes: u64, starts: [u64; 3]) {
+    metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
+    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
+    metadata.insert(layout_keys::EXPERT_TYPE, expert_type.id());
+    metadata.insert(layout_keys::RECORD_BYTES, record_bytes);
+    for (key, start) in layout_keys::OFFSETS.into_iter().zip(starts) {
+        metadata.insert(key, start);
+    }
 }
 
 /// Names of the tensors that hold experts.
@@ -227,7 +241,7 @@ impl ExpertIndex {
         }
         let mut index = Self::empty(Layout::Offload, shape, expert_type);
         index.strides = [record_bytes; 3];
-        let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
+        let keys = layout_keys::OFFSETS;
         let mut bounds = [record_bytes; 4];
         for (bound, key) in bounds.iter_mut().zip(keys) {
             *bound = required_u64(key)?;

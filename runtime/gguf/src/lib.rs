@@ -28,7 +28,7 @@ mod writer;
 pub use checksums::{CheckReport, Checksums, checksum_keys, reserve_checksums};
 pub use encode::{Plan, TensorSpec, plan};
 pub use error::{GgufError, Result};
-pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, layout_keys, tensor_names};
+pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, describe_records, layout_keys, tensor_names};
 pub use ggml_type::GgmlType;
 pub use header::{Header, TensorInfo};
 pub use metadata::Metadata;

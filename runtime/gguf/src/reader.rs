@@ -82,7 +82,11 @@ impl GgufFile {
         self.verifier.saw(self.header.file_name(), tensor, start, bytes)
     }
 
-    pub(crate) fn read_unchecked(&self, tensor: &TensorInfo, start: u64, buf: &mut [u8]) -> Result<()> {
+    /// As [`read_range`](Self::read_range), for whoever compares the bytes with something else than the file's checksums.
+    ///
+    /// # Errors
+    /// As [`read_range`](Self::read_range), but for damage.
+    pub fn read_unchecked(&self, tensor: &TensorInfo, start: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(tensor, start, buf.len() as u64)?;
         self.source.read_exact_at(buf, tensor.offset + start).map_err(|source| {
             let (len, at) = (buf.len(), tensor.offset + start);

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::Metadata;
-use crate::checksums::{parts_of, state_checksums};
+use crate::checksums;
 use crate::encode::{Plan, TensorSpec, encode};
 use crate::error::{GgufError, Result};
 use crate::output::{Kind, OutputFile};
@@ -60,7 +60,7 @@ impl GgufWriter {
         let mut writer = Self {
             stream: Some(TensorStream::new(
                 BufWriter::with_capacity(BUFFER_BYTES, file),
-                plan.sizes.iter().copied().zip(tensors.iter().map(parts_of)).collect(),
+                plan.sizes.iter().copied().zip(tensors.iter().map(checksums::parts_of)).collect(),
                 options.alignment,
             )),
             plan,
@@ -132,7 +132,7 @@ impl GgufWriter {
     pub fn state_checksums(&mut self, mut metadata: Metadata) -> Result<()> {
         self.check_complete()?;
         let sums = std::mem::take(&mut self.stream_mut().sums);
-        state_checksums(&mut metadata, &self.tensors, &sums);
+        checksums::state(&mut metadata, &self.tensors, &sums);
         self.replace_metadata(&metadata)
     }
 

@@ -157,23 +157,28 @@ impl<'a> TensorSource<'a> {
     /// Gate and up (`n_ff × n_embd`) and down (`n_embd × n_ff`) of one expert in f32, row by row.
     pub(crate) fn expert_f32(&self, layer: usize, expert: usize) -> Result<[Vec<f32>; 3], ModelError> {
         let (n_ff, n_embd) = (self.format.n_ff(), self.format.n_embd());
+        // Whole, so that it can be compared with its checksum.
+        let packed = match self.experts.record(layer, expert) {
+            None => None,
+            Some(record) => {
+                self.go_on()?;
+                let info = find(self.file, &tensor_names::packed(layer))?;
+                let mut packed = vec![0; record.len as usize];
+                self.file.read_range(info, record.offset - info.offset, &mut packed)?;
+                Some(packed)
+            }
+        };
         let matrix = |matrix: Matrix, rows, cols| {
             self.go_on()?;
             let in_slot = crate::sizes::of(matrix);
             let mut canonical = vec![0; self.format.canonical_bytes(in_slot)];
-            match self.experts.record(layer, expert) {
+            match &packed {
                 None => {
                     let info = find(self.file, &tensor_names::stacked(layer, matrix))?;
                     let start = self.experts.matrix(layer, expert, matrix).offset - info.offset;
                     self.file.read_range(info, start, &mut canonical)?;
                 }
-                Some(record) => {
-                    let info = find(self.file, &tensor_names::packed(layer))?;
-                    let region = self.format.region(in_slot);
-                    let mut packed = vec![0; region.len()];
-                    self.file.read_range(info, record.offset - info.offset + region.start as u64, &mut packed)?;
-                    self.format.unpack(in_slot, &packed, &mut canonical);
-                }
+                Some(packed) => self.format.unpack(in_slot, &packed[self.format.region(in_slot)], &mut canonical),
             }
             Ok::<_, ModelError>(dequantize(self.expert_type, &canonical, rows, cols))
         };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use st_gguf::{
     CheckReport, Checksums, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix, Metadata,
-    TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
+    TensorInfo, TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
 };
 
 use crate::common::{counting, spec};
@@ -164,7 +164,14 @@ fn a_list_that_does_not_fit_is_not_used() {
         let sums = with(change);
         assert!(sums.is_empty() && sums.are_of_other_tensors());
     }
-    let mut fewer = header.clone();
-    fewer.tensors.pop();
-    assert!(Checksums::from_header(&fewer).are_of_other_tensors());
+    for change in [
+        (&|tensors: &mut Vec<TensorInfo>| drop(tensors.pop())) as &dyn Fn(&mut Vec<TensorInfo>),
+        &|tensors| tensors.swap(2, 3),
+        &|tensors| tensors[0].ty = GgmlType::I32,
+        &|tensors| tensors[0].shape.reverse(),
+    ] {
+        let mut other = header.clone();
+        change(&mut other.tensors);
+        assert!(Checksums::from_header(&other).are_of_other_tensors());
+    }
 }

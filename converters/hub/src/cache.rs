@@ -9,7 +9,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::symlink;
 use std::path::{Component, Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -59,7 +58,7 @@ impl CachedRepo {
         let link = self.folder.with_file_name(folder_name(name));
         if let Some(target) = self.folder.file_name().filter(|_| fs::symlink_metadata(&link).is_err()) {
             // Without it the other name is only found where the hub can be asked.
-            if let Err(error) = symlink(target, &link) {
+            if let Err(error) = st_sys::symlink(Path::new(target), &link) {
                 tracing::debug!(%error, link = %link.display(), "no link for the other name");
             }
         }
@@ -269,8 +268,7 @@ pub(crate) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
 /// Free bytes on the disk that `path` is on or will be created on; `None` where the system does not say.
 pub(crate) fn free_space(path: &Path) -> Option<u64> {
     let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
-    let stat = rustix::fs::statvfs(existing.unwrap_or(Path::new("."))).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    st_sys::free_space(existing.unwrap_or(Path::new("."))).ok().flatten()
 }
 
 /// Whether there is a file of that size. Links are followed.
@@ -303,20 +301,8 @@ pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), HubErr
 fn beside(path: &Path) -> PathBuf {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    path.with_file_name(with_suffix(&name, &format!(".{}-{number}.tmp", std::process::id())))
-}
-
-/// `name` and `suffix`; where together they are longer than names may be, the end of `name` gives way to its hash.
-fn with_suffix(name: &str, suffix: &str) -> String {
-    const NAME_MAX: usize = 255;
-    if name.len() + suffix.len() <= NAME_MAX {
-        return format!("{name}{suffix}");
-    }
-    let hash = short_hash(name);
-    let room = NAME_MAX - suffix.len() - hash.len() - 1;
-    format!("{}.{hash}{suffix}", &name[..name.floor_char_boundary(room)])
+    st_sys::beside(path, "", &format!(".{}-{number}.tmp", std::process::id()))
 }
 
 /// Makes `pointer` a relative link to `blob`, replacing what is there.
@@ -324,7 +310,7 @@ fn link(blob: &Path, pointer: &Path) -> Result<(), HubError> {
     create_parent(pointer)?;
     let target = relative(blob, pointer.parent().unwrap_or(Path::new("")));
     let beside = beside(pointer);
-    match symlink(target, &beside) {
+    match st_sys::symlink(&target, &beside) {
         Ok(()) => fs::rename(&beside, pointer).map_err(|source| {
             let _ = fs::remove_file(&beside);
             HubError::Io { action: "link", path: pointer.to_owned(), source }
@@ -353,8 +339,9 @@ fn bookkeeping(folder: &Path) -> PathBuf {
 
 fn metadata_path(folder: &Path, file: &str) -> PathBuf {
     let path = bookkeeping(folder).join("download").join(file);
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(with_suffix(&name, ".metadata"))
+    let whole = path.with_added_extension("metadata");
+    // The Hugging Face tools have no notes of a file whose name has no room for more.
+    if whole.file_name().is_some_and(|name| name.len() > 255) { st_sys::beside(&path, "", ".metadata") } else { whole }
 }
 
 /// URL-safe base64 of the SHA-1, as `huggingface_hub` names partial files of a plain folder.
@@ -391,15 +378,6 @@ mod tests {
         fs::write(repo.folder().join("refs/main"), "../../../etc").unwrap();
         assert_eq!(repo.cached_commit("main"), None);
         assert_eq!(repo.cached_commit(commit).as_deref(), Some(commit));
-    }
-
-    #[test]
-    fn a_name_that_is_too_long_with_its_suffix_is_cut_and_stays_one_of_its_own() {
-        assert_eq!(with_suffix(&"a".repeat(246), ".metadata"), format!("{}.metadata", "a".repeat(246)));
-        let (a, b) = (format!("{}a", "ü".repeat(127)), format!("{}b", "ü".repeat(127)));
-        let names = [&a, &b].map(|name| with_suffix(name, ".metadata"));
-        assert!(names.iter().all(|name| name.len() <= 255 && name.ends_with(".metadata")), "{names:?}");
-        assert_ne!(names[0], names[1]);
     }
 
     #[test]

@@ -3,9 +3,8 @@
 //! They hold `flock` on `.locks/<repository>/<etag>.lock` while a blob is being written and leave the lock file in
 //! place afterwards; so does this.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -38,15 +37,7 @@ impl FileLock {
         }
         let mut on_wait = Some(on_wait);
         loop {
-            // Group-writable, as the Hugging Face tools make it: people share a cache through a group.
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o664)
-                .open(path)
-                .map_err(failed)?;
+            let file = st_sys::create_claimable(path).map_err(failed)?;
             match file.try_lock() {
                 Ok(()) if is_same_file(&file, path) => return Ok(FileLock { held: Some(file) }),
                 // Somebody removed the file between opening and locking: this lock excludes nobody.
@@ -73,11 +64,9 @@ impl FileLock {
     }
 }
 
+/// Whether `file` is still the one that is found at `path`. Systems that cannot tell do not let an open file be removed.
 fn is_same_file(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::metadata(path)) {
-        (Ok(a), Ok(b)) => a.dev() == b.dev() && a.ino() == b.ino(),
-        _ => false,
-    }
+    !st_sys::same_file(file, file) || File::open(path).is_ok_and(|found| st_sys::same_file(file, &found))
 }
 
 #[cfg(test)]

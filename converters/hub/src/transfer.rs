@@ -7,7 +7,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
@@ -188,7 +187,7 @@ impl Transfer<'_> {
             }
             let mut buffer = queue.buffer();
             let wanted = buffer.len().min(usize::try_from(arrived - at).unwrap_or(usize::MAX));
-            file.read_exact_at(&mut buffer[..wanted], at).map_err(HubError::io("read", self.partial))?;
+            st_sys::read_exact_at(file, &mut buffer[..wanted], at).map_err(HubError::io("read", self.partial))?;
             queue.send(Piece::Bytes(buffer, wanted));
             at += wanted as u64;
         }
@@ -273,7 +272,7 @@ impl Transfer<'_> {
             let mut buffer = queue.buffer();
             let wanted = buffer.len().min(usize::try_from(entry.size - *at).unwrap_or(usize::MAX));
             let (filled, ended) = self.fill(&mut body, &mut buffer[..wanted]);
-            file.write_all_at(&buffer[..filled], *at).map_err(|e| self.write_failure(*at, e))?;
+            st_sys::write_all_at(file, &buffer[..filled], *at).map_err(|e| self.write_failure(*at, e))?;
             queue.send(Piece::Bytes(buffer, filled));
             *at += filled as u64;
             if let Some(error) = ended {

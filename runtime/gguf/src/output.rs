@@ -8,7 +8,6 @@
 //! links that stand for an open file of a process, as `/dev/stdout` does. A link to a file stands for that file, and
 //! stays. What is replaced hands on its permissions.
 
-use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
@@ -110,18 +109,9 @@ impl Target {
         Ok(Self { named: named.to_owned(), path, kind, overwrite, existing })
     }
 
-    /// The name of the file while it is written. A long name would not bear the addition, so its hash stands for it.
+    /// The name of the file while it is written.
     fn partial(&self) -> PathBuf {
-        /// Shorter than the names of every file system that is met, with the addition.
-        const LONGEST: usize = 120;
-        let name = self.path.file_name().unwrap_or_default();
-        let mut partial = OsString::from(".");
-        match name.len() {
-            ..=LONGEST => partial.push(name),
-            _ => partial.push(format!("{:016x}", fnv1a(name.as_bytes()))),
-        }
-        partial.push(".partial");
-        self.path.with_file_name(partial)
+        st_sys::beside(&self.path, ".", ".partial")
     }
 }
 
@@ -156,11 +146,6 @@ fn is_of_processes(folder: &Path) -> bool {
 #[cfg(not(target_os = "linux"))]
 fn is_of_processes(folder: &Path) -> bool {
     folder.starts_with("/dev")
-}
-
-/// The hash of Fowler, Noll and Vo: the same in every build.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// The folder that `path` lies in.

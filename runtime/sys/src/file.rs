@@ -1,9 +1,10 @@
 //! Files: reads and writes at a position, without the page cache, and what a system knows of names and disks.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::os;
 
@@ -121,6 +122,37 @@ pub fn sync_folder(dir: &Path) -> io::Result<()> {
     os::sync_folder(dir)
 }
 
+/// Makes `link` a link to `target`, a path as seen from the folder that `link` is in.
+///
+/// # Errors
+/// `AlreadyExists` where the name is taken, `Unsupported` where there are no such links; otherwise what the system reports.
+pub fn symlink(target: &Path, link: &Path) -> io::Result<()> {
+    os::symlink(target, link)
+}
+
+/// The path next to `path` whose name has `prefix` and `suffix` around it, for what is to become `path`.
+///
+/// Names have at most 255 bytes, on encrypted file systems 143. Where that may be too few, the end of the name gives way to a
+/// number made of all of it, the same in every build.
+pub fn beside(path: &Path, prefix: &str, suffix: &str) -> PathBuf {
+    const LONGEST: usize = 143;
+    let name = path.file_name().unwrap_or_default();
+    if prefix.len() + name.len() + suffix.len() <= LONGEST {
+        let mut whole = OsString::from(prefix);
+        whole.push(name);
+        whole.push(suffix);
+        return path.with_file_name(whole);
+    }
+    // FNV-1a.
+    let bytes = name.as_encoded_bytes().iter();
+    let number =
+        bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let suffix = format!("-{number:016x}{suffix}");
+    let name = name.to_string_lossy();
+    let room = name.floor_char_boundary(LONGEST.saturating_sub(prefix.len() + suffix.len()));
+    path.with_file_name(format!("{prefix}{}{suffix}", &name[..room]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,6 +167,18 @@ mod tests {
         assert_eq!(read_exact_at(&file, &mut buf, 12).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(read_at(&file, &mut buf, 12).unwrap(), 4);
         assert_eq!(read_at(&file, &mut buf, 99).unwrap(), 0);
+    }
+
+    #[test]
+    fn names_beside_others_are_never_too_long_and_never_the_same() {
+        assert_eq!(beside(Path::new("a/b.gguf"), ".", ".partial"), Path::new("a/.b.gguf.partial"));
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a".repeat(255), format!("{}b", "a".repeat(254)), "é".repeat(127), "a".repeat(247)] {
+            let beside = beside(&dir.path().join(&name), ".", ".partial");
+            let text = beside.file_name().unwrap().to_str().unwrap();
+            assert!(text.len() <= 143 && text.starts_with('.') && text.ends_with(".partial"), "{text}");
+            File::create_new(&beside).unwrap();
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Everything that an operating system does for st-tool, and that systems answer differently.
 //!
-//! Owns: positioned reads and writes, reads past the page cache, advice about files, free space, the identity of a file, renames
-//! that replace nothing, anonymous and mapped pages, what happens where there is no memory, the memory of this process, cores, and the priority of I/O threads.
+//! Owns: positioned reads and writes, reads past the page cache, advice about files, free space, the identity of a file, links, names beside
+//! others, renames that replace nothing, anonymous and mapped pages, what happens where there is no memory, the memory of this process, cores, and the priority of I/O threads.
 //! Refuses: any knowledge of models, formats or the command line. What a system cannot do is `None`, or an error of the kind `Unsupported`; hints
 //! to the system are functions without a result.
 //!
@@ -43,8 +43,8 @@ mod pages;
 pub use allocator::Allocator;
 pub use cores::{available_threads, physical_cores, prefer_this_thread};
 pub use file::{
-    Advice, advise, create_claimable, free_space, open_uncached, read_at, read_exact_at, rename_new, same_file,
-    sync_folder, write_all_at,
+    Advice, advise, beside, create_claimable, free_space, open_uncached, read_at, read_exact_at, rename_new, same_file,
+    symlink, sync_folder, write_all_at,
 };
 pub use mapped::MappedFile;
 pub use memory::{peak_resident, reset_peak_resident, resident};

@@ -53,6 +53,10 @@ pub(crate) fn free_space(_dir: &Path) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
+pub(crate) fn symlink(_target: &Path, _link: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 pub(crate) fn rename_new(_from: &Path, _to: &Path) -> io::Result<bool> {
     Ok(false)
 }

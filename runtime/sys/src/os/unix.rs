@@ -77,6 +77,10 @@ pub(crate) fn rename_new(_from: &Path, _to: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
+pub(crate) fn symlink(target: &Path, link: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(target, link)
+}
+
 pub(crate) fn sync_folder(dir: &Path) -> io::Result<()> {
     match File::open(dir)?.sync_all() {
         // Not every file system can; the names are then as durable as they get.

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::signals::Interrupt;
+use crate::text;
 
 /// Whether `path` means stdin.
 pub(crate) fn is_stdin(path: &Path) -> bool {
@@ -36,11 +37,7 @@ pub(crate) fn with<T, E: Into<anyhow::Error>>(
     read.with_context(|| format!("cannot read {}", name(path)))
 }
 
-/// The text in `path`.
-pub(crate) fn text(path: &Path, interrupt: &Interrupt) -> anyhow::Result<String> {
-    with(path, interrupt, |input| -> anyhow::Result<String> {
-        let mut bytes = Vec::new();
-        input.read_to_end(&mut bytes)?;
-        String::from_utf8(bytes).map_err(|error| anyhow::anyhow!("it is not UTF-8 text: {error}"))
-    })
+/// The text in `path`, of which no more than `most` bytes are read.
+pub(crate) fn text(path: &Path, most: u64, interrupt: &Interrupt) -> anyhow::Result<String> {
+    with(path, interrupt, |input| text::read(input, most))
 }

@@ -15,6 +15,7 @@ mod size;
 mod table;
 mod tensor_file;
 mod terminal;
+mod text;
 mod ui;
 
 use std::io::{self, Write as _};

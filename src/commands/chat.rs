@@ -240,7 +240,10 @@ impl<'a> Chat<'a> {
     /// `None` where it was stopped before there was any text.
     fn answer(&mut self, text: &str) -> anyhow::Result<Option<String>> {
         let ids = match self.template {
-            Some(template) => self.tokenizer.encode(&template.render(&self.all_messages(), true)?, true)?,
+            Some(template) => {
+                let rendered = template.render(&self.all_messages(), true).map_err(|error| bad_template(&error))?;
+                self.tokenizer.encode_chat(&rendered)?
+            }
             None => self.tokenizer.encode_prompt(text, true)?,
         };
         // What the conversation has in common with what was run already is not run again.

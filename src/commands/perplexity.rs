@@ -20,7 +20,7 @@ use crate::{input, ui};
 const DEFAULT_WINDOW: usize = 512;
 
 pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let text = input::text(&args.file, &context.interrupt)?;
+    let text = input::text(&args.file, u64::MAX, &context.interrupt)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let limit = ModelConfig::from_metadata(&file.header.metadata)?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Engine, FinishReason, GenerateOptions, Generation, Session, Step, generate};
+use st_model::tokenizer::Tokenizer;
+use st_model::{Engine, FinishReason, GenerateOptions, Generation, ModelError, Session, Step, generate};
 
 use super::chat::Chat;
 use super::routing::RoutingFile;
@@ -18,6 +19,7 @@ use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
 use crate::report::{Advice, Interrupted, OutputError};
 use crate::signals::Interrupt;
+use crate::text::MAX_PROMPT;
 use crate::{input, ui};
 
 /// How long a prompt is run before a bar shows how far it is.
@@ -163,6 +165,7 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     if empty {
         return Err(Advice::new("the prompt is empty", "give a text with -p TEXT, -f FILE or on stdin").into());
     }
+    check_length(engine, tokenizer, text)?;
     if args.raw {
         return Ok(tokenizer.encode_prompt(text, true)?);
     }
@@ -176,7 +179,23 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     let mut messages: Vec<Message> = Vec::new();
     messages.extend(args.system.as_ref().map(|system| Message::new(Role::System, system)));
     messages.push(Message::new(Role::User, text));
-    Ok(tokenizer.encode(&template.render(&messages, true)?, true)?)
+    let rendered = template.render(&messages, true).map_err(|error| bad_template(&error))?;
+    Ok(tokenizer.encode_chat(&rendered)?)
+}
+
+/// Refuses a text that the context cannot hold before anything is made of it: rendering and encoding take several times
+/// its size. Texts so short that this takes no memory to speak of are left to the model.
+pub(crate) fn check_length(engine: &Engine, tokenizer: &Tokenizer, text: &str) -> anyhow::Result<()> {
+    const SHORT: usize = 64 << 10;
+    if text.len() <= SHORT.max(engine.ctx()) {
+        return Ok(());
+    }
+    let least = text.len() / tokenizer.longest_token().max(1);
+    let needed = if least > engine.ctx() { least } else { tokenizer.count_to(text, engine.ctx() + 1)? };
+    match needed > engine.ctx() {
+        true => Err(ModelError::ContextFull { needed, ctx: engine.ctx() }.into()),
+        false => Ok(()),
+    }
 }
 
 /// What goes without a chat template.
@@ -203,9 +222,9 @@ fn read_input(args: &RunArgs, interrupt: &Interrupt) -> anyhow::Result<Input> {
     }
     let text = match (&args.prompt, &args.file) {
         (Some(prompt), _) if prompt != "-" => return Ok(Input::Text(prompt.clone())),
-        (None, Some(file)) => input::text(file, interrupt)?,
+        (None, Some(file)) => input::text(file, MAX_PROMPT, interrupt)?,
         (None, None) if io::stdin().is_terminal() => return Ok(Input::Chat),
-        _ => input::text(Path::new("-"), interrupt)?,
+        _ => input::text(Path::new("-"), MAX_PROMPT, interrupt)?,
     };
     Ok(Input::Text(without_last_break(text)))
 }

@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use st_gguf::StringArray;
@@ -14,6 +15,9 @@ use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::{Model, Token};
 
 use crate::tokenizer::{TokenKind, TokenizerError};
+
+/// Entries of a list that are read between two looks at whether to go on.
+const STRETCH: usize = 1 << 12;
 
 /// The vocabulary and its merges; answers for one word at a time.
 pub(crate) struct ByteBpe {
@@ -25,27 +29,34 @@ pub(crate) struct ByteBpe {
     byte_ids: [u32; 256],
     /// (left id, right id) -> (rank, id of the joined token). Lower ranks merge first.
     merges: HashMap<(u32, u32), (u32, u32)>,
-    /// Tokens matched whole before splitting, which the `tokenizers` crate looks up by text.
-    added: Vec<(String, u32)>,
 }
 
 impl ByteBpe {
     /// Builds the tables from the file's token list, token kinds and merge list (`"left right"` per entry).
-    pub(crate) fn new(tokens: &StringArray, kinds: &[TokenKind], merges: &StringArray) -> Result<Self, TokenizerError> {
+    ///
+    /// # Errors
+    /// Where the lists contradict each other, or `go_on` breaks.
+    pub(crate) fn new(
+        tokens: &StringArray,
+        kinds: &[TokenKind],
+        merges: &StringArray,
+        go_on: &dyn Fn() -> ControlFlow<()>,
+    ) -> Result<Self, TokenizerError> {
+        let look_up = |n: usize| match n.is_multiple_of(STRETCH) && go_on().is_break() {
+            true => Err(TokenizerError::Cancelled),
+            false => Ok(()),
+        };
         let alphabet = ByteAlphabet::new();
         let mut bytes = Vec::with_capacity(tokens.iter().map(str::len).sum());
         let mut ends = Vec::with_capacity(tokens.len());
         let mut by_text: HashMap<&str, u32> = HashMap::with_capacity(tokens.len());
-        let mut added = Vec::new();
         for (id, (text, kind)) in (0u32..).zip(tokens.iter().zip(kinds)) {
+            look_up(id as usize)?;
             if kind.is_plain() {
                 alphabet.decode_into(text, &mut bytes);
                 by_text.entry(text).or_insert(id);
             } else {
                 bytes.extend_from_slice(text.as_bytes());
-                if kind.is_added() && !text.is_empty() {
-                    added.push((text.to_owned(), id));
-                }
             }
             let end = u32::try_from(bytes.len()).map_err(|_| TokenizerError::VocabularyTooLarge)?;
             ends.push(end);
@@ -61,6 +72,7 @@ impl ByteBpe {
         let mut table = HashMap::with_capacity(merges.len());
         let mut joined = String::new();
         for (rank, entry) in merges.iter().enumerate() {
+            look_up(rank)?;
             let malformed = || TokenizerError::MalformedMerge { rank, merge: entry.to_owned() };
             let (left, right) = entry.split_once(' ').ok_or_else(malformed)?;
             joined.clear();
@@ -76,7 +88,7 @@ impl ByteBpe {
             table.insert((id_of(left)?, id_of(right)?), (rank_u32, id_of(&joined)?));
         }
 
-        Ok(Self { bytes: bytes.into_boxed_slice(), ends: ends.into_boxed_slice(), byte_ids, merges: table, added })
+        Ok(Self { bytes: bytes.into_boxed_slice(), ends: ends.into_boxed_slice(), byte_ids, merges: table })
     }
 
     /// Number of tokens.
@@ -93,11 +105,6 @@ impl ByteBpe {
             _ => self.ends[id - 1] as usize,
         };
         Some(&self.bytes[start..end])
-    }
-
-    /// Text and id of the tokens that are matched whole, none of them empty.
-    pub(crate) fn added(&self) -> &[(String, u32)] {
-        &self.added
     }
 
     /// Merges one word, calling `emit` with each resulting id in order.
@@ -173,9 +180,9 @@ impl Model for SharedBpe {
         Ok(tokens)
     }
 
-    fn token_to_id(&self, token: &str) -> Option<u32> {
-        let found = self.0.added.iter().find(|(text, _)| text == token);
-        found.map(|&(_, id)| id)
+    /// The pipeline has no added tokens, which alone are looked up by their text.
+    fn token_to_id(&self, _token: &str) -> Option<u32> {
+        None
     }
 
     fn id_to_token(&self, id: u32) -> Option<String> {

@@ -3,23 +3,28 @@
 //! Owns the reading of `tokenizer.chat_template` and an environment in which it renders as Hugging Face
 //! `transformers` renders it: whitespace control, Python string methods, `tojson`, `raise_exception`,
 //! `strftime_now`, `{% generation %}`. Invents no template: a file without one has no chat format, and the caller
-//! must then treat prompts as plain text. Templates are untrusted and run on bounded fuel.
+//! must then treat prompts as plain text. Templates are untrusted: `template` bounds what they may do, and `marks`
+//! keeps messages from passing for what the template wrote.
 
 use std::time::SystemTime;
 
-use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
-use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
 use st_gguf::{GgufError, Metadata};
 
+use crate::marks::ControlTexts;
+pub use crate::marks::Rendered;
 use crate::python;
+use crate::template::{self, Failure, Guard};
+use crate::tokenizer::{TokenizerError, control_texts};
 
 const KEY_TEMPLATE: &str = "tokenizer.chat_template";
-const TEMPLATE: &str = "chat_template";
-/// Instructions one rendering may take: some hundred times what a long chat needs.
-const FUEL: u64 = 5_000_000;
+/// The names of further templates, each under `tokenizer.chat_template.NAME`.
+const KEY_NAMES: &str = "tokenizer.chat_templates";
+/// Roles as templates know them. They are written by programs, not by people, and may be part of control tokens.
+const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 
 /// Who says a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -60,8 +65,11 @@ impl Message {
         Self { role, content }
     }
 
-    fn to_value(&self) -> Value {
-        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
+    fn to_json(&self) -> Json {
+        let mut fields = Map::new();
+        fields.insert("role".to_owned(), self.role.as_str().into());
+        fields.insert("content".to_owned(), self.content.as_str().into());
+        Json::Object(fields)
     }
 }
 
@@ -71,7 +79,10 @@ pub enum ChatError {
     /// The key has the wrong type.
     #[error(transparent)]
     Metadata(#[from] GgufError),
-    /// The template is not valid Jinja.
+    /// The tokens are damaged that the template is for.
+    #[error(transparent)]
+    Tokens(#[from] Box<TokenizerError>),
+    /// The template is not valid Jinja, or larger or more involved than any chat needs.
     #[error("the file's chat template does not compile: {0}")]
     Template(#[source] Box<Error>),
     /// The template refused these messages by `raise_exception`.
@@ -80,14 +91,43 @@ pub enum ChatError {
     /// The template failed on these messages.
     #[error("the file's chat template failed: {0}")]
     Render(#[source] Box<Error>),
+    /// The template made no text of these messages.
+    #[error("the file's chat template makes nothing of these messages")]
+    Nothing,
+    /// There is no thread to render on.
+    #[error("cannot start a thread for the file's chat template")]
+    Thread(#[source] std::io::Error),
 }
 
-/// A compiled chat template.
+impl From<Failure> for ChatError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Compile(error) => Self::Template(Box::new(error)),
+            Failure::Render(error) => match refusal(&error) {
+                Some(message) => Self::Refused(message),
+                None => Self::Render(Box::new(error)),
+            },
+            Failure::Thread(error) => Self::Thread(error),
+        }
+    }
+}
+
+/// The sources of all chat templates of a file, the one for ordinary chats first.
+pub(crate) fn templates(metadata: &Metadata) -> Result<Vec<&str>, GgufError> {
+    let mut sources: Vec<&str> = metadata.str(KEY_TEMPLATE)?.into_iter().collect();
+    for name in metadata.strings(KEY_NAMES)?.into_iter().flat_map(|names| names.iter()) {
+        sources.extend(metadata.str(&format!("{KEY_TEMPLATE}.{name}"))?);
+    }
+    Ok(sources)
+}
+
+/// A chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    source: String,
     bos_token: Option<String>,
     eos_token: Option<String>,
+    control: ControlTexts,
 }
 
 impl ChatTemplate {
@@ -96,6 +136,15 @@ impl ChatTemplate {
     /// # Errors
     /// Where the template is not text or does not compile.
     pub fn from_metadata(metadata: &Metadata) -> Result<Option<Self>, ChatError> {
+        let template = Self::unchecked(metadata)?;
+        if let Some(template) = &template {
+            template::check(&template.source)?;
+        }
+        Ok(template)
+    }
+
+    /// [`ChatTemplate::from_metadata`] without a look at whether it compiles.
+    pub(crate) fn unchecked(metadata: &Metadata) -> Result<Option<Self>, ChatError> {
         let Some(source) = metadata.str(KEY_TEMPLATE)? else {
             return Ok(None);
         };
@@ -105,54 +154,121 @@ impl ChatTemplate {
             let text = tokens.zip(id).and_then(|(tokens, id)| tokens.get(id));
             Ok(text.map(str::to_owned))
         };
-        let mut template = Self::new(source)?;
-        template.bos_token = token("tokenizer.ggml.bos_token_id")?;
-        template.eos_token = token("tokenizer.ggml.eos_token_id")?;
-        Ok(Some(template))
+        Ok(Some(Self {
+            source: without_generation_tags(source),
+            bos_token: token("tokenizer.ggml.bos_token_id")?,
+            eos_token: token("tokenizer.ggml.eos_token_id")?,
+            control: ControlTexts::new(control_texts(metadata).map_err(Box::new)?),
+        }))
     }
 
-    /// Compiles a template from its source.
+    /// A template from its source, with `control` as the texts of the tokens that only it may write.
     ///
     /// # Errors
     /// Where it does not compile.
-    pub fn new(source: &str) -> Result<Self, ChatError> {
-        let compile_error = |error| ChatError::Template(Box::new(error));
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(compile_error)?);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(unknown_method_callback);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", |message: String| {
-            Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, REFUSED).with_source(Refusal(message)))
-        });
-        environment.add_function("strftime_now", |format: String| python::strftime(&format, SystemTime::now()));
-        environment.add_template_owned(TEMPLATE, without_generation_tags(source)).map_err(compile_error)?;
-        Ok(Self { environment, bos_token: None, eos_token: None })
+    pub fn new<'t>(source: &str, control: impl IntoIterator<Item = &'t str>) -> Result<Self, ChatError> {
+        let source = without_generation_tags(source);
+        template::check(&source)?;
+        Ok(Self { source, bos_token: None, eos_token: None, control: ControlTexts::new(control) })
     }
 
-    /// The prompt text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins.
+    /// Whether the template compiles.
+    pub(crate) fn check(&self) -> Result<(), ChatError> {
+        Ok(template::check(&self.source)?)
+    }
+
+    /// The prompt for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins.
     ///
     /// # Errors
-    /// Where the template refuses the messages, or fails on them.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-        let messages: Vec<Value> = messages.iter().map(Message::to_value).collect();
-        let template = self.environment.get_template(TEMPLATE);
-        let rendered = template.and_then(|template| {
-            template.render(context! {
-                messages => messages,
-                add_generation_prompt => add_generation_prompt,
-                bos_token => text_or_undefined(self.bos_token.as_deref()),
-                eos_token => text_or_undefined(self.eos_token.as_deref()),
-                tools => (),
-                documents => (),
-            })
-        });
-        rendered.map_err(|error| match refusal(&error) {
-            Some(message) => ChatError::Refused(message),
-            None => ChatError::Render(Box::new(error)),
-        })
+    /// Where the template refuses the messages, fails on them or makes nothing of them.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered, ChatError> {
+        let messages: Vec<Json> = messages.iter().map(Message::to_json).collect();
+        self.render_json(&messages, &[], add_generation_prompt)
     }
+
+    /// [`ChatTemplate::render`] for messages with more than a role and a content, and for `tools`, both as the Hugging
+    /// Face templates expect them. Whatever text is in them, none of it becomes a control token.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_json(
+        &self,
+        messages: &[Json],
+        tools: &[Json],
+        add_generation_prompt: bool,
+    ) -> Result<Rendered, ChatError> {
+        let given = [Some(self.source.as_str()), self.bos_token.as_deref(), self.eos_token.as_deref()];
+        let marker = self.control.marker_for(messages.iter().chain(tools), given.into_iter().flatten());
+        let mark = |value: &Json| {
+            let mut marked = self.control.mark_value(value, marker);
+            // The keys and the role of a message are the program's.
+            if let (Some(fields), Json::Object(from)) = (marked.as_object_mut(), value)
+                && let Some(role) =
+                    from.get("role").filter(|role| role.as_str().is_some_and(|role| ROLES.contains(&role)))
+            {
+                fields.insert("role".to_owned(), role.clone());
+            }
+            to_value(&marked)
+        };
+        let (messages, tools): (Vec<Value>, Vec<Value>) =
+            (messages.iter().map(mark).collect(), tools.iter().map(mark).collect());
+        let guard = Guard::new(messages.iter().chain(&tools).map(text_in).sum());
+        let mut environment = template::environment(&guard);
+        extend(&mut environment, marker);
+        let root = context! {
+            messages => messages,
+            add_generation_prompt => add_generation_prompt,
+            bos_token => text_or_undefined(self.bos_token.as_deref()),
+            eos_token => text_or_undefined(self.eos_token.as_deref()),
+            tools => if tools.is_empty() { Value::from(()) } else { Value::from(tools) },
+            documents => (),
+        };
+        let text = template::render(&self.source, &environment, &root)?;
+        match text.is_empty() {
+            true => Err(ChatError::Nothing),
+            false => Ok(Rendered::new(text, marker)),
+        }
+    }
+}
+
+/// The same value for a template.
+fn to_value(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(value) => Value::from(*value),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(value), _) => Value::from(value),
+            (None, Some(value)) => Value::from(value),
+            (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => items.iter().map(to_value).collect(),
+        Json::Object(fields) => Value::from_pairs(fields.iter().map(|(key, value)| (key.as_str(), to_value(value)))),
+    }
+}
+
+/// Bytes of text in a message.
+fn text_in(value: &Value) -> usize {
+    match (value.as_str(), value.as_object()) {
+        (Some(text), _) => text.len(),
+        (None, Some(object)) => match object.try_iter_pairs() {
+            Some(pairs) => pairs.map(|(key, value)| text_in(&key) + text_in(&value)).sum(),
+            None => object.try_iter().into_iter().flatten().map(|item| text_in(&item)).sum(),
+        },
+        _ => 8,
+    }
+}
+
+/// What `transformers` adds to Jinja.
+fn extend(environment: &mut Environment<'static>, marker: char) {
+    environment.add_filter("tojson", move |value: Value, positional: Rest<Value>, kwargs: Kwargs| {
+        to_json(&value, &positional, &kwargs, marker)
+    });
+    environment.add_function("raise_exception", move |message: String| {
+        let message = message.replace(marker, "");
+        Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, REFUSED).with_source(Refusal(message)))
+    });
+    environment.add_function("strftime_now", |format: String| python::strftime(&format, SystemTime::now()));
 }
 
 /// An absent token is undefined, which prints as nothing, rather than `None`.
@@ -178,8 +294,11 @@ fn refusal(error: &Error) -> Option<String> {
     None
 }
 
+/// The most that one part of a JSON text is indented or set apart by.
+const SPACING: usize = 64;
+
 /// `json.dumps` with the defaults that `transformers` gives it.
-fn to_json(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+fn to_json(value: &Value, positional: &[Value], kwargs: &Kwargs, marker: char) -> Result<Value, Error> {
     let ensure_ascii = match (positional.first(), kwargs.get::<Option<bool>>("ensure_ascii")?) {
         (Some(first), _) => first.is_true(),
         (None, keyword) => keyword.unwrap_or(false),
@@ -189,9 +308,14 @@ fn to_json(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Valu
         indent: kwargs.get::<Option<usize>>("indent")?,
         separators: kwargs.get::<Option<Vec<String>>>("separators")?,
         sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        kept: marker,
     };
     kwargs.assert_all_used()?;
-    let json = serde_json::to_value(&value).map_err(|error| {
+    let separators: usize = options.separators.iter().flatten().map(String::len).sum();
+    if separators > SPACING || options.indent > Some(SPACING) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "it sets JSON farther apart than any chat needs"));
+    }
+    let json = serde_json::to_value(value).map_err(|error| {
         Error::new(ErrorKind::BadSerialization, "cannot write this value as JSON").with_source(error)
     })?;
     // Marked safe so that no later escaping touches it.
@@ -227,8 +351,8 @@ mod tests {
     use super::*;
 
     fn render(source: &str, messages: &[Message]) -> String {
-        let template = ChatTemplate::new(source).expect("the template compiles");
-        template.render(messages, true).expect("it renders")
+        let template = ChatTemplate::new(source, []).expect("the template compiles");
+        template.render(messages, true).expect("it renders").text().into_owned()
     }
 
     fn user(content: &str) -> Vec<Message> {
@@ -282,6 +406,14 @@ mod tests {
     }
 
     #[test]
+    fn json_is_bounded() {
+        for filter in ["tojson(indent=100000000000)", "tojson(separators=['x' * 1000000, 'y'])"] {
+            let template = ChatTemplate::new(&format!("{{{{ messages | {filter} }}}}"), []).expect("compiles");
+            assert!(matches!(template.render(&user("x"), true), Err(ChatError::Render(_))), "{filter}");
+        }
+    }
+
+    #[test]
     fn generation_blocks_render_their_content() {
         let source = "{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration %}!{% endfor %}";
         assert_eq!(render(source, &user("hi")), "hi!");
@@ -289,17 +421,82 @@ mod tests {
 
     #[test]
     fn refusal_carries_the_templates_words() {
-        let template = ChatTemplate::new("{{ raise_exception('no system role here') }}");
+        let template = ChatTemplate::new("{{ raise_exception('no system role here') }}", []);
         let error = template.expect("compiles").render(&[], true).expect_err("refused");
         assert_eq!(error.to_string(), "the file's chat template refuses these messages: no system role here");
     }
 
     #[test]
+    fn a_template_that_makes_nothing_says_so() {
+        for source in ["", "{# nothing #}", "{% if false %}x{% endif %}"] {
+            let template = ChatTemplate::new(source, []).expect("compiles");
+            assert!(matches!(template.render(&user("hi"), true), Err(ChatError::Nothing)), "{source:?}");
+        }
+    }
+
+    const CONTROL: [&str; 4] = ["<|im_start|>", "<|im_end|>", "<s>", "\u{7f}"];
+
+    /// The rendered text, with what is text and looks like a control token in braces.
+    fn marked(source: &str, messages: &[Json], tools: &[Json]) -> String {
+        let template = ChatTemplate::new(source, CONTROL).expect("the template compiles");
+        let rendered = template.render_json(messages, tools, true).expect("it renders");
+        rendered.marked().replace(rendered.marker(), "^")
+    }
+
+    #[test]
+    fn what_could_become_a_control_token_is_marked_and_nothing_else() {
+        let message = |content: &str| serde_json::json!({"role": "user", "content": content});
+        for (content, expected) in [
+            ("plain <b>text</b>, a > b, <think>x</think>", "plain <b>text</b>, a > b, <think>x</think>"),
+            ("a<|im_end|>b", "a<|^im_end|^>b"),
+            ("<|IM_END|>", "<|^IM_END|^>"),
+            ("x |> f", "x |^> f"),
+            ("a|", "a|^"),
+            ("<", "<^"),
+            ("im_end", "i^m_end"),
+            ("<s>", "<^s^>"),
+            ("a\u{7f}b", "a^\u{7f}^b"),
+        ] {
+            assert_eq!(marked("{{ messages[0].content }}", &[message(content)], &[]), expected);
+        }
+        // Wherever a text is, and however the template puts it together.
+        let tool = serde_json::json!({"name": "<|im_end|>", "parameters": {"<|im_start|>system": ["<|im_end|>"]}});
+        let call = serde_json::json!({"role": "<|im_end|>", "content": [{"text": "<|im_end|>"}]});
+        let all = marked("{{ tools | tojson(ensure_ascii=true) }}{{ messages | tojson }}", &[call], &[tool]);
+        assert!(!CONTROL[..3].iter().any(|control| all.contains(control)), "{all}");
+        let parts = [message("<"), message("|im_end|"), message(">")];
+        let joined = marked("{% for m in messages %}{{ m.content }}{% endfor %}", &parts, &[]);
+        assert!(!joined.contains("<|im_end|>"), "{joined}");
+        let cut =
+            marked("{{ messages[0].content.replace('cut', '') | lower }}", &[message("<cut|IM_cutEND|cut>")], &[]);
+        assert_eq!(cut, "<|^im_end|^>");
+    }
+
+    #[test]
+    fn the_role_is_the_programs_and_the_template_may_build_tokens_of_it() {
+        let message = serde_json::json!({"role": "system", "content": "system"});
+        let template = ChatTemplate::new("{{ '<|' + messages[0].role + '|>' + messages[0].content }}", ["<|system|>"]);
+        let rendered = template.expect("compiles").render_json(&[message], &[], true).expect("it renders");
+        assert!(rendered.marked().starts_with("<|system|>s"));
+        assert_eq!(rendered.text(), "<|system|>system");
+    }
+
+    #[test]
+    fn a_marker_is_in_no_text_that_is_given() {
+        let first = '\u{20000}';
+        let messages = [serde_json::json!({"role": "user", "content": format!("{first}<|im_end|>\u{20001}")})];
+        let template = ChatTemplate::new("{{ messages[0].content }}", CONTROL).expect("compiles");
+        let rendered = template.render_json(&messages, &[], true).expect("it renders");
+        assert_eq!(rendered.marker(), '\u{20002}');
+        assert_eq!(rendered.text(), format!("{first}<|im_end|>\u{20001}"));
+    }
+
+    #[test]
     fn broken_and_endless_templates_are_errors() {
-        assert!(matches!(ChatTemplate::new("{% if %}"), Err(ChatError::Template(_))));
-        assert!(matches!(ChatTemplate::new("{%"), Err(ChatError::Template(_))));
+        assert!(matches!(ChatTemplate::new("{% if %}", []), Err(ChatError::Template(_))));
+        assert!(matches!(ChatTemplate::new("{%", []), Err(ChatError::Template(_))));
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
-        let template = ChatTemplate::new(endless).expect("compiles");
+        let template = ChatTemplate::new(endless, []).expect("compiles");
         assert!(matches!(template.render(&[], true), Err(ChatError::Render(_))));
     }
 

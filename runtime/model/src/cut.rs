@@ -1,24 +1,23 @@
-//! Where a text may be cut in two so that the parts give the same token ids as the whole.
+//! Where a text without added tokens may be cut in two so that the parts give the same token ids as the whole.
 //!
 //! Owns one rule, derived from the Qwen2 split and from NFC. The tokenizer pipeline takes some 300 bytes of memory per
 //! byte of text; cutting first keeps that to a few megabytes however long the text is.
 
-/// Splits `text` into pieces of about `target` bytes; longer only where no safe place is found. `added` are the texts
-/// of tokens that are matched whole, none of which is cut.
-pub(crate) fn pieces<'t>(text: &'t str, target: usize, added: &[(String, u32)]) -> impl Iterator<Item = &'t str> {
+/// Splits `text` into pieces of about `target` bytes; longer only where no safe place is found.
+pub(crate) fn pieces(text: &str, target: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
         }
-        let (piece, after) = rest.split_at(next_cut(rest, target, added));
+        let (piece, after) = rest.split_at(next_cut(rest, target));
         rest = after;
         Some(piece)
     })
 }
 
 /// The first safe place from `target` bytes on, or the end of `text`.
-fn next_cut(text: &str, target: usize, added: &[(String, u32)]) -> usize {
+fn next_cut(text: &str, target: usize) -> usize {
     let mut from = target.min(text.len());
     while !text.is_char_boundary(from) {
         from += 1;
@@ -26,7 +25,7 @@ fn next_cut(text: &str, target: usize, added: &[(String, u32)]) -> usize {
     let mut before = text[..from].chars().next_back();
     for (offset, after) in text[from..].char_indices() {
         let at = from + offset;
-        if before.is_some_and(|before| is_boundary(before, after)) && !inside_added(text, at, added) {
+        if before.is_some_and(|before| is_boundary(before, after)) {
             return at;
         }
         before = Some(after);
@@ -46,38 +45,26 @@ fn is_boundary(before: char, after: char) -> bool {
     ends_word && starts_word
 }
 
-/// Whether some added token's text lies across `at`.
-fn inside_added(text: &str, at: usize, added: &[(String, u32)]) -> bool {
-    let bytes = text.as_bytes();
-    added.iter().any(|(token, _)| {
-        let token = token.as_bytes();
-        let first = at.saturating_sub(token.len() - 1);
-        let last = (at + token.len() - 1).min(bytes.len());
-        bytes[first..last].windows(token.len()).any(|window| window == token)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn cut(text: &str, target: usize) -> Vec<&str> {
-        pieces(text, target, &[("<|im_end|>".to_owned(), 0)]).collect()
+        pieces(text, target).collect()
     }
 
     #[test]
     fn pieces_make_up_the_text() {
-        let text = "Hello world, it's 42.  Next\n\n你好。再见 e\u{301} <|im_end|>x y";
+        let text = "Hello world, it's 42.  Next\n\n你好。再见 e\u{301} x y";
         for target in 0..text.len() + 2 {
             assert_eq!(cut(text, target.max(1)).concat(), text);
         }
     }
 
     #[test]
-    fn words_marks_and_added_tokens_stay_whole() {
+    fn words_and_marks_stay_whole() {
         assert_eq!(cut("aa bb cc", 1), ["aa", " bb", " cc"]);
         assert_eq!(cut("e\u{301}e\u{301} e", 1), ["e\u{301}e\u{301} e"]);
-        assert_eq!(cut("a<|im_end|>b c", 1), ["a", "<|im_end|>b", " c"]);
         assert_eq!(cut("a<|im_end|", 1), ["a", "<|im", "_end", "|"]);
         assert_eq!(cut("", 1), Vec::<&str>::new());
     }

@@ -3,7 +3,7 @@
 //! Owns the order of loading: header and tokenizer, then the memory plan, and only then weights. A budget that does
 //! not suffice is refused before anything large is read.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use st_experts::io::ExpertIo;
 use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
@@ -114,6 +114,8 @@ pub struct Engine {
     model: Model,
     tokenizer: Option<Tokenizer>,
     chat_template: Result<Option<ChatTemplate>, ChatError>,
+    /// Whether the template compiles, once somebody asked for it.
+    template_check: OnceLock<Result<(), ChatError>>,
     end_ids: Vec<u32>,
     plan: MemoryPlan,
     kv_type: KvType,
@@ -148,8 +150,8 @@ impl Engine {
         progress: &dyn LoadProgress,
     ) -> Result<Self, ModelError> {
         let config = ModelConfig::from_metadata(&file.header.metadata)?;
-        let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?;
-        let chat_template = ChatTemplate::from_metadata(&file.header.metadata);
+        let tokenizer = Tokenizer::from_metadata_with(&file.header.metadata, progress)?;
+        let chat_template = ChatTemplate::unchecked(&file.header.metadata);
         let end_ids = match &tokenizer {
             Some(tokenizer) => tokenizer.end_ids().to_vec(),
             None => crate::tokenizer::end_ids(&file.header.metadata)?,
@@ -174,7 +176,7 @@ impl Engine {
         }?;
         let kv_type = options.kv_type_for(source.format().ty());
         let model = Model::load(&source, config, store, options)?;
-        Ok(Self { model, tokenizer, chat_template, end_ids, plan, kv_type })
+        Ok(Self { model, tokenizer, chat_template, template_check: OnceLock::new(), end_ids, plan, kv_type })
     }
 
     /// The shape of the model.
@@ -197,7 +199,10 @@ impl Engine {
     /// # Errors
     /// Where it cannot be used. Only chats need one, so this keeps no model from being loaded.
     pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, &ChatError> {
-        self.chat_template.as_ref().map(Option::as_ref)
+        let template = self.chat_template.as_ref()?.as_ref();
+        // Compiled when first asked for: what needs no template runs however broken it is.
+        self.template_check.get_or_init(|| template.map_or(Ok(()), ChatTemplate::check)).as_ref()?;
+        Ok(template)
     }
 
     /// Tokens that end an answer.

@@ -134,7 +134,7 @@ pub enum ModelError {
     },
     /// The file's tokenizer is broken.
     #[error(transparent)]
-    Tokenizer(#[from] crate::tokenizer::TokenizerError),
+    Tokenizer(crate::tokenizer::TokenizerError),
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),
@@ -147,4 +147,13 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+impl From<crate::tokenizer::TokenizerError> for ModelError {
+    fn from(error: crate::tokenizer::TokenizerError) -> Self {
+        match error {
+            crate::tokenizer::TokenizerError::Cancelled => Self::Cancelled,
+            error => Self::Tokenizer(error),
+        }
+    }
 }

@@ -5,6 +5,7 @@
 //! nothing else: it knows no checkpoints, no hub and no command line, prints nothing and reads no environment.
 
 mod activations;
+mod added;
 mod bpe;
 pub mod chat;
 mod config;
@@ -13,6 +14,7 @@ mod engine;
 mod error;
 pub mod generate;
 mod kv_cache;
+mod marks;
 mod model;
 mod moe;
 mod ops;
@@ -24,6 +26,7 @@ mod router;
 pub mod sampler;
 mod session;
 mod sizes;
+mod template;
 pub mod text;
 pub mod tokenizer;
 mod weights;

@@ -17,6 +17,8 @@ pub(crate) struct JsonOptions {
     pub(crate) separators: Option<Vec<String>>,
     /// Write objects in the order of their keys.
     pub(crate) sort_keys: bool,
+    /// A character that is never escaped.
+    pub(crate) kept: char,
 }
 
 /// `json.dumps(value, …)`.
@@ -99,7 +101,7 @@ impl JsonWriter<'_> {
                 '\t' => self.out.push_str("\\t"),
                 '\u{8}' => self.out.push_str("\\b"),
                 '\u{c}' => self.out.push_str("\\f"),
-                c if c < ' ' || (self.options.ensure_ascii && !(' '..='~').contains(&c)) => {
+                c if c < ' ' || (c != self.options.kept && self.options.ensure_ascii && !(' '..='~').contains(&c)) => {
                     let mut units = [0; 2];
                     for unit in c.encode_utf16(&mut units) {
                         self.out.push_str(&format!("\\u{unit:04x}"));

@@ -7,14 +7,17 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use st_gguf::{GgufError, Metadata};
+use st_gguf::{GgufError, Metadata, StringArray};
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior, TokenizerImpl};
+use tokenizers::{SplitDelimiterBehavior, TokenizerImpl};
 
+use crate::added::AddedTokens;
 use crate::bpe::{ByteBpe, SharedBpe};
+use crate::chat::{self, Rendered};
 use crate::cut;
+use crate::progress::{LoadProgress, NoProgress};
 
 const KEY_MODEL: &str = "tokenizer.ggml.model";
 const KEY_PRE: &str = "tokenizer.ggml.pre";
@@ -26,6 +29,13 @@ const KEY_ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
 /// Keys that each name one token that ends an answer.
 const KEYS_END: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+/// Keys that each name one token for something else.
+const KEYS_NAMED: [&str; 4] = [
+    KEY_BOS,
+    "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.unknown_token_id",
+    "tokenizer.ggml.seperator_token_id",
+];
 /// Every end token of a model that has several, as an array.
 const KEY_END_ALL: &str = "tokenizer.ggml.eos_token_ids";
 
@@ -114,7 +124,10 @@ pub enum TokenizerError {
     /// More token text or merges than 32-bit positions can address.
     #[error("the vocabulary is too large")]
     VocabularyTooLarge,
-    /// The splitting rule or the added tokens could not be compiled or applied.
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Cancelled,
+    /// The splitting rule could not be compiled or applied.
     #[error("cannot tokenize: {0}")]
     Pipeline(String),
 }
@@ -166,10 +179,13 @@ type Pipeline = TokenizerImpl<SharedBpe, NFC, Split, ByteLevel, ByteLevel>;
 pub struct Tokenizer {
     bpe: Arc<ByteBpe>,
     kinds: Box<[TokenKind]>,
-    /// Recognises control tokens in the text.
-    with_special: Pipeline,
-    /// Encodes the text of control tokens like any other text.
-    without_special: Pipeline,
+    /// Text without added tokens to ids.
+    pipeline: Pipeline,
+    /// What is looked for where control tokens are read.
+    added: AddedTokens,
+    /// What is looked for where the text of a control token is text like any other.
+    user_defined: AddedTokens,
+    longest: usize,
     end_ids: Vec<u32>,
     bos_id: Option<u32>,
     add_bos: bool,
@@ -192,6 +208,17 @@ impl Tokenizer {
     /// # Errors
     /// Where the file has a tokenizer that is damaged, contradicts itself, or is of a kind not implemented here.
     pub fn from_metadata(metadata: &Metadata) -> Result<Option<Self>, TokenizerError> {
+        Self::from_metadata_with(metadata, &NoProgress)
+    }
+
+    /// [`Tokenizer::from_metadata`] that `progress` may stop.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_metadata`]; [`TokenizerError::Cancelled`] where `progress` breaks.
+    pub fn from_metadata_with(
+        metadata: &Metadata,
+        progress: &dyn LoadProgress,
+    ) -> Result<Option<Self>, TokenizerError> {
         let Some(model) = metadata.str(KEY_MODEL)? else {
             return Ok(None);
         };
@@ -207,19 +234,17 @@ impl Tokenizer {
         let tokens = tokens.ok_or_else(|| missing(KEY_TOKENS))?;
         let merges = metadata.strings(KEY_MERGES)?;
         let merges = merges.ok_or_else(|| missing(KEY_MERGES))?;
-        let kinds = read_kinds(metadata, tokens.len())?;
+        let kinds = read_kinds(metadata, tokens)?;
 
-        let bpe = Arc::new(ByteBpe::new(tokens, &kinds, merges)?);
-        let with_special = pipeline(&bpe, &kinds)?;
-        let mut without_special = with_special.clone();
-        without_special.set_encode_special_tokens(true);
+        let bpe = Arc::new(ByteBpe::new(tokens, &kinds, merges, &|| progress.reading())?);
+        let pipeline = pipeline(&bpe)?;
+        let added = AddedTokens::new(&bpe, &kinds, TokenKind::is_added);
+        let user_defined = AddedTokens::new(&bpe, &kinds, |kind| kind == TokenKind::UserDefined);
 
         let mut end_ids = named_end_ids(metadata, tokens.len())?;
         if metadata.get(KEY_END_ALL).is_none() {
-            let known = bpe.added().iter().filter(|(text, id)| {
-                END_TEXTS.contains(&text.as_str()) && kinds.get(*id as usize) == Some(&TokenKind::Control)
-            });
-            end_ids.extend(known.map(|(_, id)| id));
+            let control = control_ids(tokens, &kinds);
+            end_ids.extend(control.filter(|(_, text)| END_TEXTS.contains(text)).map(|(id, _)| id));
         }
         keep_first(&mut end_ids);
         let bos_id = read_id(metadata, KEY_BOS, tokens.len())?;
@@ -227,10 +252,12 @@ impl Tokenizer {
             end_ids,
             bos_id,
             add_bos: bos_id.is_some() && metadata.bool(KEY_ADD_BOS)?.unwrap_or(false),
+            longest: (0u32..).map_while(|id| bpe.token_bytes(id)).map(<[u8]>::len).max().unwrap_or(0),
             bpe,
             kinds,
-            with_special,
-            without_special,
+            pipeline,
+            added,
+            user_defined,
         }))
     }
 
@@ -245,20 +272,77 @@ impl Tokenizer {
     /// # Errors
     /// Where the splitting rule gives up on the text.
     pub fn encode(&self, text: &str, allow_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let pipeline = match allow_special {
-            true => &self.with_special,
-            false => &self.without_special,
-        };
-        self.encode_in_pieces(pipeline, text, PIECE)
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        self.encode_in_pieces(text, allow_special, PIECE, &mut ids)?;
+        Ok(ids)
     }
 
-    fn encode_in_pieces(&self, pipeline: &Pipeline, text: &str, target: usize) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids = Vec::with_capacity(text.len() / 4);
-        for piece in cut::pieces(text, target, self.bpe.added()) {
-            let encoding = pipeline.encode_fast(piece, false).map_err(pipeline_error)?;
-            ids.extend_from_slice(encoding.get_ids());
+    /// The token ids of a rendered chat. Control tokens are those that the template wrote; their text in a message is
+    /// text like any other.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_chat(&self, chat: &Rendered) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::with_capacity(chat.marked().len() / 4);
+        let (text, mut plain_from, mut from) = (chat.marked(), 0, 0);
+        while let Some(found) = self.added.find(&self.bpe, text, from) {
+            if self.kind(found.id) == Some(TokenKind::Control) && chat.is_written(found.range.clone()) {
+                let plain = chat.unmarked(&text[plain_from..found.range.start]);
+                self.encode_in_pieces(&plain, false, PIECE, &mut ids)?;
+                ids.push(found.id);
+                plain_from = found.range.end;
+            }
+            from = found.range.end;
         }
+        self.encode_in_pieces(&chat.unmarked(&text[plain_from..]), false, PIECE, &mut ids)?;
         Ok(ids)
+    }
+
+    /// How many tokens `text` has, control tokens not read; counting ends soon after `most`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn count_to(&self, text: &str, most: usize) -> Result<usize, TokenizerError> {
+        let (mut count, mut ids) = (0, Vec::new());
+        for piece in cut::pieces(text, PIECE) {
+            self.encode_in_pieces(piece, false, PIECE, &mut ids)?;
+            count += ids.len();
+            ids.clear();
+            if count >= most {
+                break;
+            }
+        }
+        Ok(count)
+    }
+
+    fn encode_in_pieces(
+        &self,
+        text: &str,
+        allow_special: bool,
+        target: usize,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
+        let added = if allow_special { &self.added } else { &self.user_defined };
+        let mut rest = 0;
+        while rest < text.len() {
+            let found = added.find(&self.bpe, text, rest);
+            let plain = found.as_ref().map_or(text.len(), |found| found.range.start);
+            for piece in cut::pieces(&text[rest..plain], target) {
+                let encoding = self.pipeline.encode_fast(piece, false).map_err(pipeline_error)?;
+                ids.extend_from_slice(encoding.get_ids());
+            }
+            rest = plain;
+            if let Some(found) = found {
+                ids.push(found.id);
+                rest = found.range.end;
+            }
+        }
+        Ok(())
+    }
+
+    /// The most bytes of text that one token stands for. No `n` tokens stand for more than `n` times as many.
+    pub fn longest_token(&self) -> usize {
+        self.longest
     }
 
     /// [`Tokenizer::encode`], led by the beginning-of-text token where the file asks for one.
@@ -328,34 +412,60 @@ fn pipeline_error(error: tokenizers::Error) -> TokenizerError {
     TokenizerError::Pipeline(error.to_string())
 }
 
-fn pipeline(bpe: &Arc<ByteBpe>, kinds: &[TokenKind]) -> Result<Pipeline, TokenizerError> {
+fn pipeline(bpe: &Arc<ByteBpe>) -> Result<Pipeline, TokenizerError> {
     let mut pipeline = Pipeline::new(SharedBpe(Arc::clone(bpe)));
     pipeline.with_normalizer(Some(NFC)).map_err(pipeline_error)?;
     let split = Split::new(SplitPattern::Regex(QWEN2_SPLIT.to_owned()), SplitDelimiterBehavior::Isolated, false);
     // The byte-level step that usually follows is part of the model, which works on the word's bytes.
     pipeline.with_pre_tokenizer(Some(split.map_err(pipeline_error)?));
-    let added = (0u32..).zip(kinds).filter(|(_, kind)| kind.is_added());
-    let added = added.filter_map(|(id, kind)| {
-        let text = std::str::from_utf8(bpe.token_bytes(id)?).ok()?;
-        let special = *kind == TokenKind::Control;
-        Some(AddedToken::from(text, special).normalized(false))
-    });
-    pipeline.add_tokens(added).map_err(pipeline_error)?;
     Ok(pipeline)
 }
 
-fn read_kinds(metadata: &Metadata, n_tokens: usize) -> Result<Box<[TokenKind]>, TokenizerError> {
+fn read_kinds(metadata: &Metadata, tokens: &StringArray) -> Result<Box<[TokenKind]>, TokenizerError> {
     let Some(types) = metadata.i32s(KEY_TOKEN_TYPE)? else {
-        return Ok(vec![TokenKind::Normal; n_tokens].into_boxed_slice());
+        return unmarked_kinds(metadata, tokens);
     };
-    if types.len() != n_tokens {
-        return Err(TokenizerError::LengthMismatch { key: KEY_TOKEN_TYPE, got: types.len(), expected: n_tokens });
+    if types.len() != tokens.len() {
+        return Err(TokenizerError::LengthMismatch { key: KEY_TOKEN_TYPE, got: types.len(), expected: tokens.len() });
     }
     let kinds = types
         .into_iter()
         .enumerate()
         .map(|(id, got)| TokenKind::from_gguf(got).ok_or(TokenizerError::UnknownTokenType { id, got }));
     kinds.collect()
+}
+
+/// Kinds for a file that does not say: a token of the form `<|…|>` that the file's keys or chat templates use is control.
+fn unmarked_kinds(metadata: &Metadata, tokens: &StringArray) -> Result<Box<[TokenKind]>, TokenizerError> {
+    let mut named: Vec<u32> = named_end_ids(metadata, tokens.len())?;
+    for key in KEYS_NAMED {
+        named.extend(metadata.u32(key)?);
+    }
+    let templates = chat::templates(metadata)?;
+    let is_control = |id: u32, text: &str| {
+        let bare = text.strip_prefix("<|").and_then(|rest| rest.strip_suffix("|>"));
+        bare.is_some() && (named.contains(&id) || templates.iter().any(|template| template.contains(text)))
+    };
+    let kinds = (0u32..).zip(tokens.iter()).map(|(id, text)| match is_control(id, text) {
+        true => TokenKind::Control,
+        false => TokenKind::Normal,
+    });
+    Ok(kinds.collect())
+}
+
+/// The control tokens with their texts.
+fn control_ids<'t>(tokens: &'t StringArray, kinds: &[TokenKind]) -> impl Iterator<Item = (u32, &'t str)> {
+    let all = (0u32..).zip(tokens.iter()).zip(kinds);
+    all.filter(|(_, kind)| **kind == TokenKind::Control).map(|(token, _)| token)
+}
+
+/// The texts of the control tokens of a file.
+pub(crate) fn control_texts(metadata: &Metadata) -> Result<Vec<&str>, TokenizerError> {
+    let Some(tokens) = metadata.strings(KEY_TOKENS)? else {
+        return Ok(Vec::new());
+    };
+    let kinds = read_kinds(metadata, tokens)?;
+    Ok(control_ids(tokens, &kinds).map(|(_, text)| text).collect())
 }
 
 fn read_id(metadata: &Metadata, key: &'static str, vocab: usize) -> Result<Option<u32>, TokenizerError> {

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::error::ContextKind;
 use clap::{ArgAction, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use st_model::Isa;
 
@@ -265,13 +266,13 @@ pub(crate) struct BenchArgs {
     #[arg(value_name = "MODEL")]
     pub(crate) model: Option<OsString>,
     /// Prompt tokens.
-    #[arg(short = 'p', value_name = "N", default_value_t = 512)]
+    #[arg(short = 'p', value_name = "N", default_value_t = 512, value_parser = count)]
     pub(crate) prompt_tokens: usize,
     /// Generated tokens.
-    #[arg(short = 'n', value_name = "N", default_value_t = 128)]
+    #[arg(short = 'n', value_name = "N", default_value_t = 128, value_parser = count)]
     pub(crate) generated_tokens: usize,
     /// Tokens in the context before either begins.
-    #[arg(short = 'd', value_name = "DEPTH", default_value_t = 0)]
+    #[arg(short = 'd', value_name = "DEPTH", default_value_t = 0, value_parser = count)]
     pub(crate) depth: usize,
     /// How often each is measured.
     #[arg(short = 'r', value_name = "REPS", default_value_t = 5, value_parser = positive)]
@@ -428,7 +429,11 @@ impl Cli {
             false => arg.allow_negative_numbers(true),
         };
         let mut command = Self::command().mut_subcommands(|verb| verb.mut_args(takes_numbers));
-        let mut matches = command.try_get_matches_from_mut(args)?;
+        let mut matches = command.try_get_matches_from_mut(args).map_err(|mut error| {
+            // "'-- --option' passes it as a value": it would be a MODEL.
+            error.remove(ContextKind::Suggested);
+            error
+        })?;
         Self::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command))
     }
 }
@@ -474,6 +479,10 @@ fn threads(text: &str) -> Result<Unless<usize>, String> {
         Unless(Some(many)) if many > MAX_THREADS => Err(format!("it must be at most {MAX_THREADS}")),
         number => Ok(number),
     }
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| "it must be a whole number from 0".into())
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -9,6 +9,7 @@ use st_gguf::GgufFile;
 use st_hub::{DownloadRequest, Hub, HubConfig, RepoId};
 
 use crate::context::Context;
+use crate::input::is_stdin;
 use crate::report::Advice;
 use crate::ui::DownloadBars;
 
@@ -37,9 +38,7 @@ impl Model {
             let path = PathBuf::from(name);
             return Ok(if path.is_dir() { Self::Folder(path) } else { Self::File(path) });
         };
-        if name == "-" {
-            return Err(Advice::new("a model is not read from stdin", "name its file").into());
-        }
+        not_stdin(Path::new(name))?;
         if name == "tiny" {
             return Ok(Self::Tiny);
         }
@@ -133,6 +132,14 @@ impl Model {
             Self::Folder(path) => of_path(path, false),
             Self::Hub(repo) => name_of(repo).to_owned(),
         }
+    }
+}
+
+/// A model is read here and there, so a pipe does not do.
+pub(crate) fn not_stdin(path: &Path) -> anyhow::Result<()> {
+    match is_stdin(path) {
+        true => Err(Advice::new("a model is not read from stdin", "name its file").into()),
+        false => Ok(()),
     }
 }
 

@@ -65,6 +65,12 @@ fn wrong_arguments_are_exit_status_2() {
     for option in ["--ctx", "--threads", "-n", "--seed", "--top-k", "--memory", "--reads"] {
         run(["run", option, "-2"]).misused("invalid value '-2'");
     }
+    run(["bench", "-p", "-1"]).misused("whole number from 0");
+    for unknown in ["-1", "--nonsense"] {
+        let refused = run(["run", unknown]);
+        assert!(!refused.stderr.contains("as a value"), "{}", refused.stderr);
+        refused.misused("unexpected argument");
+    }
     run(["run", "--ctx", "0"]).misused("at least 1");
     run(["run", "-p", "x", "-f", "y"]).misused("cannot be used with");
     run(["run", "--raw", "--system", "x"]).misused("cannot be used with");
@@ -257,7 +263,14 @@ fn a_dash_is_stdin_for_all_that_is_read() {
     let trace = fs::read(folder.path().join("t")).expect("read");
     assert!(piped(&trace, &["cache-sim", "-"]).ok().contains("generation: "));
     // A model is read here and there.
-    for command in [&["run", "-", "-p", "x"][..], &["inspect", "-"], &["quantize", "-", "--q4_0"]] {
+    let checkpoint = checkpoint();
+    for command in [
+        &["run", "-", "-p", "x"][..],
+        &["inspect", "-"],
+        &["quantize", "-", "--q4_0"],
+        &["layout", "-", "x.gguf", "--to", "gguf"],
+        &["quantize", &checkpoint, "--q4_0", "--compare", "-"],
+    ] {
         piped(b"", command).fails(&["not read from stdin"]).hint();
     }
     assert_eq!(names(folder.path()), ["t"]);

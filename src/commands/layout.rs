@@ -8,6 +8,7 @@ use super::check_converted;
 use crate::cli::LayoutArgs;
 use crate::context::Context;
 use crate::machine::available_threads;
+use crate::models::not_stdin;
 use crate::size::show_size;
 use crate::ui::ConvertBar;
 
@@ -17,6 +18,7 @@ pub(crate) fn run(args: &LayoutArgs, context: &Context) -> anyhow::Result<ExitCo
         threads: args.threads.0.unwrap_or_else(available_threads),
         overwrite: args.force,
     };
+    not_stdin(&args.input)?;
     check_converted(&args.output, args.force, Some(&args.input))?;
     let bar = ConvertBar::new(context.ui, "rearranging");
     let written = relayout(&args.input, &options, &args.output, &bar, context.interrupt.cancel())?;

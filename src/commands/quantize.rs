@@ -10,7 +10,7 @@ use super::check_converted;
 use crate::cli::QuantizeArgs;
 use crate::context::Context;
 use crate::machine::available_threads;
-use crate::models::{Fetch, Model};
+use crate::models::{Fetch, Model, not_stdin};
 use crate::size::show_size;
 use crate::ui::{self, ConvertBar};
 
@@ -44,6 +44,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(with) = &args.compare {
+        not_stdin(with)?;
         let bar = ConvertBar::new(context.ui, "comparing");
         let differences = compare(&input, &options, with, &bar, context.interrupt.cancel())?;
         drop(bar);

@@ -3,9 +3,9 @@
 //! Every row of `k` floats becomes `k / 32` Q8_0 blocks (ggml's rounding, the scale rounded through f16), kept in two forms:
 //!
 //! - *rows*: the int8 values of a row in natural order, padded with zeros to whole groups of 4 blocks (128 columns), beside
-//!   one f32 scale and one `-8 * sum` per block. Kernels for one token read these.
+//!   one f32 scale and two sums per block. Kernels for a few tokens read these.
 //! - *units*: 4 rows together, for the kernels with many tokens. For each block 160 bytes: for each of the 8 column
-//!   groups `g` the bytes of columns `4g..4g+4` of row 0, 1, 2, 3; then 4 f32 scales; then 4 i32 `-8 * sum`. Missing rows
+//!   groups `g` the bytes of columns `4g..4g+4` of row 0, 1, 2, 3; then 4 f32 scales; then the two i16 sums of each of the 4. Missing rows
 //!   are zero. Filled only when there is more than one row.
 
 use crate::aligned::AlignedBuf;
@@ -20,6 +20,15 @@ pub const FEW_ROWS: usize = 8;
 /// Bytes of one block of a unit.
 pub(crate) const UNIT_BLOCK: usize = 160;
 
+/// Sums of the first and of the last 16 values of a block: what weights with an offset or a minimum are corrected by.
+pub(crate) type Sums = [i16; 2];
+
+/// What sums of products start from where weights have an offset: `-offset` times the sum of a block.
+#[inline(always)]
+pub(crate) fn start(offset: i32, sums: Sums) -> i32 {
+    -offset * (i32::from(sums[0]) + i32::from(sums[1]))
+}
+
 /// One quantized row, all slices padded to a multiple of 4 blocks; padding is zero.
 #[derive(Clone, Copy)]
 pub(crate) struct ActRow<'a> {
@@ -27,8 +36,8 @@ pub(crate) struct ActRow<'a> {
     pub q: &'a [i8],
     /// Scale of each block, an f16 value as f32.
     pub d: &'a [f32],
-    /// -8 times the sum of each block.
-    pub bias: &'a [i32],
+    /// Sums of the values of each block.
+    pub sums: &'a [Sums],
 }
 
 /// A batch of activation rows quantized to Q8_0. Filled by [`crate::Kernels::quantize_acts`] and
@@ -40,7 +49,7 @@ pub struct Q8Acts {
     capacity: usize,
     q: AlignedBuf<i8>,
     d: AlignedBuf<f32>,
-    bias: AlignedBuf<i32>,
+    sums: AlignedBuf<Sums>,
     units: AlignedBuf<u8>,
 }
 
@@ -57,7 +66,7 @@ impl Q8Acts {
             capacity: 0,
             q: AlignedBuf::default(),
             d: AlignedBuf::default(),
-            bias: AlignedBuf::default(),
+            sums: AlignedBuf::default(),
             units: AlignedBuf::default(),
         };
         acts.reserve(capacity);
@@ -92,13 +101,13 @@ impl Q8Acts {
         ActRow {
             q: &self.q[blocks.start * BLOCK_LEN..blocks.end * BLOCK_LEN],
             d: &self.d[blocks.clone()],
-            bias: &self.bias[blocks],
+            sums: &self.sums[blocks],
         }
     }
 
     /// Some rows, at most [`FEW_ROWS`].
     pub(crate) fn few(&self, rows: impl ExactSizeIterator<Item = usize>) -> Few<'_> {
-        let mut few = Few { rows: [ActRow { q: &[], d: &[], bias: &[] }; FEW_ROWS], n: rows.len() };
+        let mut few = Few { rows: [ActRow { q: &[], d: &[], sums: &[] }; FEW_ROWS], n: rows.len() };
         assert!(few.n <= FEW_ROWS, "{} rows are more than a few", few.n);
         few.rows.iter_mut().zip(rows).for_each(|(to, row)| *to = self.row(row));
         few
@@ -125,7 +134,7 @@ impl Q8Acts {
             k: self.k,
             q: &mut self.q[..rows * kbp * BLOCK_LEN],
             d: &mut self.d[..rows * kbp],
-            bias: &mut self.bias[..rows * kbp],
+            sums: &mut self.sums[..rows * kbp],
             units: &mut self.units[..n_units * unit_bytes],
         }
     }
@@ -138,7 +147,7 @@ impl Q8Acts {
         let blocks = rows.checked_mul(kbp).expect("activation buffer size overflows");
         self.q = AlignedBuf::zeroed(blocks.checked_mul(BLOCK_LEN).expect("activation buffer size overflows"));
         self.d = AlignedBuf::zeroed(blocks);
-        self.bias = AlignedBuf::zeroed(blocks);
+        self.sums = AlignedBuf::zeroed(blocks);
         if rows > 1 {
             self.units = AlignedBuf::zeroed(rows.div_ceil(UNIT_ROWS) * self.unit_bytes());
         }
@@ -163,7 +172,7 @@ pub(crate) struct RowsMut<'a> {
     k: usize,
     q: &'a mut [i8],
     d: &'a mut [f32],
-    bias: &'a mut [i32],
+    sums: &'a mut [Sums],
     units: &'a mut [u8],
 }
 
@@ -179,14 +188,14 @@ impl<'a> RowsMut<'a> {
         let units = if self.units.is_empty() { 0 } else { rows.div_ceil(UNIT_ROWS) * unit_bytes };
         let (q0, q1) = self.q.split_at_mut(rows * kbp * BLOCK_LEN);
         let (d0, d1) = self.d.split_at_mut(rows * kbp);
-        let (b0, b1) = self.bias.split_at_mut(rows * kbp);
+        let (s0, s1) = self.sums.split_at_mut(rows * kbp);
         let (u0, u1) = self.units.split_at_mut(units);
         let k = self.k;
-        (RowsMut { k, q: q0, d: d0, bias: b0, units: u0 }, RowsMut { k, q: q1, d: d1, bias: b1, units: u1 })
+        (RowsMut { k, q: q0, d: d0, sums: s0, units: u0 }, RowsMut { k, q: q1, d: d1, sums: s1, units: u1 })
     }
 
     /// [`Self::fill`] shared among the threads of a pool.
-    pub(crate) fn fill_pool(self, pool: &Pool, fill: &(impl Fn(usize, &mut [i8], &mut [f32], &mut [i32]) + Sync)) {
+    pub(crate) fn fill_pool(self, pool: &Pool, fill: &(impl Fn(usize, &mut [i8], &mut [f32], &mut [Sums]) + Sync)) {
         let rows = self.rows();
         if pool.n_threads() == 1 || rows < 2 * UNIT_ROWS {
             return self.fill(fill);
@@ -201,13 +210,13 @@ impl<'a> RowsMut<'a> {
         tasks.push(Some(rest));
         pool.run_chunks(&mut tasks, 1, &|i, task| {
             if let Some(part) = task[0].take() {
-                part.fill(|row, q, d, bias| fill(i * per_task + row, q, d, bias));
+                part.fill(|row, q, d, sums| fill(i * per_task + row, q, d, sums));
             }
         });
     }
 
-    /// Fills every row by `fill(row, q, d, bias)`, slices without padding, then the units.
-    pub(crate) fn fill(self, mut fill: impl FnMut(usize, &mut [i8], &mut [f32], &mut [i32])) {
+    /// Fills every row by `fill(row, q, d, sums)`, slices without padding, then the units.
+    pub(crate) fn fill(self, mut fill: impl FnMut(usize, &mut [i8], &mut [f32], &mut [Sums])) {
         let (kb, kbp) = (self.k / BLOCK_LEN, padded_blocks(self.k));
         for row in 0..self.rows() {
             let at = row * kbp;
@@ -215,7 +224,7 @@ impl<'a> RowsMut<'a> {
                 row,
                 &mut self.q[at * BLOCK_LEN..at * BLOCK_LEN + self.k],
                 &mut self.d[at..at + kb],
-                &mut self.bias[at..at + kb],
+                &mut self.sums[at..at + kb],
             );
         }
         if self.units.is_empty() {
@@ -233,9 +242,10 @@ impl<'a> RowsMut<'a> {
                     for (quad, q) in quads.zip(q.as_chunks::<4>().0) {
                         *quad = if present { q.map(|q| q as u8) } else { [0; 4] };
                     }
-                    let (d, bias) = if present { (self.d[at], self.bias[at]) } else { (0.0, 0) };
+                    let (d, sums) = if present { (self.d[at], self.sums[at]) } else { (0.0, [0; 2]) };
                     scales[t * 4..][..4].copy_from_slice(&d.to_ne_bytes());
-                    scales[16 + t * 4..][..4].copy_from_slice(&bias.to_ne_bytes());
+                    scales[16 + t * 4..][..2].copy_from_slice(&sums[0].to_ne_bytes());
+                    scales[18 + t * 4..][..2].copy_from_slice(&sums[1].to_ne_bytes());
                 }
             }
         }
@@ -250,8 +260,8 @@ pub struct HiddenGroup {
     pub q: [i8; BLOCK_LEN],
     /// Their scale, an f16 value.
     pub d: f32,
-    /// -8 times their sum.
-    pub bias: i32,
+    /// Their sums.
+    pub sums: Sums,
     /// Bit `n`: `q[n]` is not 0, so neuron `n` matters to the output.
     pub live: u32,
     /// Bit `n`: the gate of neuron `n` was positive.
@@ -262,7 +272,7 @@ pub struct HiddenGroup {
 
 impl HiddenGroup {
     /// A group in which every neuron is dead.
-    pub const ZERO: Self = Self { q: [0; BLOCK_LEN], d: 0.0, bias: 0, live: 0, active: 0, h: [0.0; BLOCK_LEN] };
+    pub const ZERO: Self = Self { q: [0; BLOCK_LEN], d: 0.0, sums: [0; 2], live: 0, active: 0, h: [0.0; BLOCK_LEN] };
 
     /// Groups of 32 that hold `n_ff` neurons.
     pub fn groups(n_ff: usize) -> usize {

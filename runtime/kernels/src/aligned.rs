@@ -14,6 +14,7 @@ mod sealed {
     impl Plain for u16 {}
     impl Plain for i32 {}
     impl Plain for f32 {}
+    impl Plain for [i16; 2] {}
 }
 pub(crate) use sealed::Plain;
 
@@ -24,7 +25,7 @@ const LARGE_PAGE: usize = 2 << 20;
 /// Address space of an arena; memory is taken as it is used.
 const ARENA_BYTES: usize = 64 << 20;
 
-/// A fixed-length, zero-initialised buffer of plain numbers (`u8, i8, u16, i32, f32`), aligned to 64 bytes. Derefs to a slice.
+/// A fixed-length, zero-initialised buffer of plain numbers (`u8, i8, u16, i32, f32`, pairs of `i16`), aligned to 64 bytes. Derefs to a slice.
 pub struct AlignedBuf<T> {
     data: NonNull<u8>,
     len: usize,

@@ -371,7 +371,6 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn unpack_undoes_pack(eb in 1usize..10, fb in 1usize..5, ty in prop::sample::select(&WeightType::ALL), seed: u64) {
             let format = ExpertFormat::new(ty, eb * 32, fb * 32).unwrap();

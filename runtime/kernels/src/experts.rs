@@ -9,10 +9,10 @@ use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
 use crate::linear::units_of;
 use crate::live::LiveRows;
 use crate::out::ColumnsMut;
-use crate::r16;
+use crate::panel::{PanelKind, unpack16};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::scratch::{with_bytes, with_floats, with_ints};
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::scratch::{with_bytes, with_floats, with_sums};
+use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
@@ -140,9 +140,9 @@ impl Kernels {
             group.live = group.active;
             return;
         }
-        let (d, bias) = (std::slice::from_mut(&mut group.d), std::slice::from_mut(&mut group.bias));
+        let (d, sums) = (std::slice::from_mut(&mut group.d), std::slice::from_mut(&mut group.sums));
         // SAFETY: the table is of this CPU; one block.
-        unsafe { (self.table.quantize_q8)(&group.h, &mut group.q, d, bias) };
+        unsafe { (self.table.quantize_q8)(&group.h, &mut group.q, d, sums) };
         for (i, &q) in group.q.iter().enumerate() {
             group.live |= u32::from(q != 0) << i;
         }
@@ -328,13 +328,14 @@ impl Kernels {
         assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
         let kb = n_embd / BLOCK_LEN;
         let units = units_of(input.acts, first, tokens);
-        let panel_bytes = kb * PANEL_BLOCK;
+        let kind = PanelKind::of(ty);
+        let panel_bytes = kb * kind.block_bytes();
         with_bytes(2 * panel_bytes, |panels| {
             let (gate_panel, up_panel) = panels.split_at_mut(panel_bytes);
             for start in neurons.clone().step_by(R16_ROWS) {
                 self.row_panel(format, gate, true, start, gate_panel);
                 self.row_panel(format, up, false, start, up_panel);
-                self.gate_up_panels(ty, kb, gate_panel, up_panel, units, start, hidden);
+                self.gate_up_panels(kind, kb, gate_panel, up_panel, units, start, hidden);
             }
         });
     }
@@ -342,7 +343,7 @@ impl Kernels {
     #[allow(clippy::too_many_arguments)]
     fn gate_up_panels(
         self,
-        ty: WeightType,
+        kind: PanelKind,
         kb: usize,
         gate: &[u8],
         up: &[u8],
@@ -356,8 +357,8 @@ impl Kernels {
         for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
             // SAFETY: the table is of this CPU; panels of kb blocks and 1 to GEMM_UNITS whole units.
             unsafe {
-                (self.table.gemm)(ty, kb, gate, units, &mut g);
-                (self.table.gemm)(ty, kb, up, units, &mut u);
+                (self.table.gemm)(kind, kb, gate, units, &mut g);
+                (self.table.gemm)(kind, kb, up, units, &mut u);
             }
             let first = i * GEMM_UNITS * UNIT_ROWS;
             relu_times(&mut g, &u);
@@ -389,11 +390,8 @@ impl Kernels {
     fn canonical_panel(self, ty: WeightType, k: usize, region: &[u8], first: usize, panel: &mut [u8]) {
         let kb = k / BLOCK_LEN;
         let row_bytes = kb * ty.block_bytes();
-        let mut tiles = vec![0; R16_ROWS * row_bytes];
         let rows = &region[first * row_bytes..region.len().min((first + R16_ROWS) * row_bytes)];
-        r16::pack(ty, rows.len() / row_bytes, k, rows, &mut tiles);
-        // SAFETY: the table is of this CPU; kb tiles and kb panel blocks.
-        unsafe { (self.table.panel_r16)(ty, kb, &tiles, panel) };
+        unpack16(ty, kb, rows, self.table.panel, panel);
     }
 
     /// Outputs of one expert for many tokens: the columns of `out` (`rows × n_embd` in all) from as many rows of hidden values, from row
@@ -420,7 +418,8 @@ impl Kernels {
         assert_eq!(hidden.acts.k(), n_ff, "expert_down_batch: k of the hidden values");
         let fb = n_ff / BLOCK_LEN;
         let units = units_of(hidden.acts, first, tokens);
-        let panel_bytes = fb * PANEL_BLOCK;
+        let kind = PanelKind::of(ty);
+        let panel_bytes = fb * kind.block_bytes();
         let layout = format.down();
         with_bytes(8 * panel_bytes, |panels| {
             for start in outputs.clone().step_by(OUTPUT_CHUNK) {
@@ -434,7 +433,7 @@ impl Kernels {
                     if ty != WeightType::Q4_0 {
                         self.canonical_panel(ty, n_ff, down, column, panel);
                     }
-                    self.gemm_panel(ty, fb, panel, units, column, out);
+                    self.gemm_panel(kind, fb, panel, units, column, out);
                 }
             }
         });
@@ -452,15 +451,15 @@ fn with_hidden_rows(hidden: &[HiddenGroup], fb: usize, kbp: usize, f: impl FnOnc
     let n = hidden.len() / fb;
     with_bytes(n * kbp * BLOCK_LEN, |q| {
         with_floats(n * kbp, |d| {
-            with_ints(n * kbp, |bias| {
+            with_sums(n * kbp, |sums| {
                 let rows =
-                    q.chunks_exact_mut(kbp * BLOCK_LEN).zip(d.chunks_exact_mut(kbp)).zip(bias.chunks_exact_mut(kbp));
-                for (((q, d), bias), hidden) in rows.zip(hidden.chunks_exact(fb)) {
+                    q.chunks_exact_mut(kbp * BLOCK_LEN).zip(d.chunks_exact_mut(kbp)).zip(sums.chunks_exact_mut(kbp));
+                for (((q, d), sums), hidden) in rows.zip(hidden.chunks_exact(fb)) {
                     q[fb * BLOCK_LEN..].fill(0);
                     d[fb..].fill(0.0);
-                    bias[fb..].fill(0);
+                    sums[fb..].fill([0; 2]);
                     for (b, hidden) in hidden.iter().enumerate() {
-                        (d[b], bias[b]) = (hidden.d, hidden.bias);
+                        (d[b], sums[b]) = (hidden.d, hidden.sums);
                         q[b * BLOCK_LEN..][..BLOCK_LEN].copy_from_slice(&hidden.q.map(|q| q as u8));
                     }
                 }
@@ -469,7 +468,7 @@ fn with_hidden_rows(hidden: &[HiddenGroup], fb: usize, kbp: usize, f: impl FnOnc
                 let row = |t: usize| ActRow {
                     q: &q[t * kbp * BLOCK_LEN..(t + 1) * kbp * BLOCK_LEN],
                     d: &d[t * kbp..(t + 1) * kbp],
-                    bias: &bias[t * kbp..(t + 1) * kbp],
+                    sums: &sums[t * kbp..(t + 1) * kbp],
                 };
                 let rows: [ActRow<'_>; FEW_ROWS] = std::array::from_fn(|t| row(t.min(n - 1)));
                 f(&rows[..n]);

@@ -6,6 +6,18 @@
 //! Every kernel computes the same bits on every instruction set, for any number of threads and in every form (one token or
 //! many, dense or sparse): integer sums per block of 32 are exact, and every floating-point operation happens in an order that
 //! the documentation of the kernel fixes.
+//!
+//! Words that the modules share:
+//!
+//! - *block*: 32 values of a row, with a scale ([`mod@block`]).
+//! - *tile*: one block of each of 16 rows, interleaved; a *row group* is the tiles of 16 rows ([`mod@r16`]).
+//! - *panel*: a row group unpacked to bytes, for products with many tokens (`panel`).
+//! - *unit*: 4 rows of activations, interleaved, for the same products ([`Q8Acts`]).
+//! - *quad*: 4 bytes side by side: what one lane of an integer dot product takes.
+//! - *group*: 32 neurons of an expert, whose hidden values are one block ([`HiddenGroup`]).
+//! - *chunk*: 128 outputs of an expert ([`OUTPUT_CHUNK`]), or the positions of a cache that attention takes together ([`KV_CHUNK`]).
+//! - *live*: of a neuron, that its hidden value is not 0: its row of up and its run of down are read. Others are skipped.
+//! - *few*: up to [`FEW_ROWS`] tokens, of one conversation or several: the weights that any of them needs are read once.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "aarch64")]
@@ -22,6 +34,7 @@ mod linear;
 mod live;
 mod math;
 mod out;
+mod panel;
 mod pool;
 pub mod r16;
 mod scalar;

@@ -4,11 +4,12 @@ use crate::activations::{ActRow, FEW_ROWS, Q8Acts, UNIT_BLOCK, UNIT_ROWS};
 use crate::dispatch::Kernels;
 use crate::expert_format::{ExpertFormat, Matrix};
 use crate::out::ColumnsMut;
+use crate::panel::PanelKind;
 use crate::pool::Pool;
 use crate::r16::{R16, R16_ROWS, packed_bytes, tile_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
@@ -23,9 +24,9 @@ impl Kernels {
     pub fn quantize_acts(self, x: &[f32], acts: &mut Q8Acts) {
         let k = acts.k();
         assert!(x.len().is_multiple_of(k), "quantize_acts: {} floats are not rows of {k}", x.len());
-        acts.begin(x.len() / k).fill(|row, q, d, bias| {
-            // SAFETY: the table is of this CPU; x has k floats for the row, q k values, d and bias k / 32 each.
-            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
+        acts.begin(x.len() / k).fill(|row, q, d, sums| {
+            // SAFETY: the table is of this CPU; x has k floats for the row, q k values, d and sums k / 32 each.
+            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, sums) };
         });
     }
 
@@ -36,9 +37,9 @@ impl Kernels {
     pub fn quantize_acts_pool(self, pool: &Pool, x: &[f32], acts: &mut Q8Acts) {
         let k = acts.k();
         assert!(x.len().is_multiple_of(k), "quantize_acts: {} floats are not rows of {k}", x.len());
-        acts.begin(x.len() / k).fill_pool(pool, &|row, q, d, bias| {
+        acts.begin(x.len() / k).fill_pool(pool, &|row, q, d, sums| {
             // SAFETY: as in `quantize_acts`.
-            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, bias) };
+            unsafe { (self.table.quantize_q8)(&x[row * k..(row + 1) * k], q, d, sums) };
         });
     }
 
@@ -49,11 +50,11 @@ impl Kernels {
     pub fn gather_acts_pool(self, pool: &Pool, src: &Q8Acts, rows: &[u32], dst: &mut Q8Acts) {
         assert_eq!(src.k(), dst.k(), "gather_acts: k");
         let kb = src.blocks();
-        dst.begin(rows.len()).fill_pool(pool, &|i, q, d, bias| {
+        dst.begin(rows.len()).fill_pool(pool, &|i, q, d, sums| {
             let from = src.row(rows[i] as usize);
             q.copy_from_slice(&from.q[..kb * BLOCK_LEN]);
             d.copy_from_slice(&from.d[..kb]);
-            bias.copy_from_slice(&from.bias[..kb]);
+            sums.copy_from_slice(&from.sums[..kb]);
         });
     }
 
@@ -76,11 +77,12 @@ impl Kernels {
             return self.gemv(w.ty(), kb, w.groups(groups), acts.few(first..first + tokens).as_slice(), out);
         }
         let units = units_of(acts, first, tokens);
-        with_bytes(kb * PANEL_BLOCK, |panel| {
+        let kind = PanelKind::of(w.ty());
+        with_bytes(kb * kind.block_bytes(), |panel| {
             for group in groups {
                 // SAFETY: the table is of this CPU; a group has kb tiles and the panel kb blocks.
                 unsafe { (self.table.panel_r16)(w.ty(), kb, w.groups(group..group + 1), panel) };
-                self.gemm_panel(w.ty(), kb, panel, units, group * R16_ROWS, out);
+                self.gemm_panel(kind, kb, panel, units, group * R16_ROWS, out);
             }
         });
     }
@@ -118,7 +120,7 @@ impl Kernels {
     /// Multiplies one weight panel with all tokens of `out`, columns `column..column + 16` (cut to those that `out` has).
     pub(crate) fn gemm_panel(
         self,
-        ty: WeightType,
+        kind: PanelKind,
         kb: usize,
         panel: &[u8],
         units: &[u8],
@@ -129,7 +131,7 @@ impl Kernels {
         let at = column - out.columns().start;
         for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
             // SAFETY: the table is of this CPU; the panel has kb blocks, and there are 1 to GEMM_UNITS whole units.
-            unsafe { (self.table.gemm)(ty, kb, panel, units, &mut block) };
+            unsafe { (self.table.gemm)(kind, kb, panel, units, &mut block) };
             let first = i * GEMM_UNITS * UNIT_ROWS;
             for (t, values) in block.as_chunks().0.iter().enumerate().take(out.rows() - first) {
                 out.put(first + t, at, values);

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use crate::activations::{ActRow, FEW_ROWS, HiddenGroup};
+use crate::activations::{ActRow, FEW_ROWS, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::r16::R16_ROWS;
 
@@ -64,7 +64,7 @@ impl LiveToken {
     const NONE: Self = Self { d: 0.0, bias: 0, offsets: Offsets::NONE, quads: [0; 8] };
 
     fn set(&mut self, row_bytes: usize, hidden: &HiddenGroup) {
-        (self.d, self.bias) = (hidden.d, hidden.bias);
+        (self.d, self.bias) = (hidden.d, start(8, hidden.sums));
         self.offsets.set(hidden.live, row_bytes);
         let n = self.offsets.n;
         let mut acts = [0i8; 32];

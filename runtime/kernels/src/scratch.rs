@@ -2,12 +2,13 @@
 
 use std::cell::Cell;
 
+use crate::activations::Sums;
 use crate::aligned::{AlignedBuf, Plain};
 
 thread_local! {
     static FLOATS: Cell<AlignedBuf<f32>> = Cell::default();
     static BYTES: Cell<AlignedBuf<u8>> = Cell::default();
-    static INTS: Cell<AlignedBuf<i32>> = Cell::default();
+    static SUMS: Cell<AlignedBuf<Sums>> = Cell::default();
 }
 
 /// Runs `f` with `len` floats of this thread's scratch; their contents are left from before.
@@ -20,9 +21,9 @@ pub(crate) fn with_bytes<R>(len: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
     BYTES.with(|cell| with(cell, len, f))
 }
 
-/// Runs `f` with `len` integers of this thread's scratch; their contents are left from before.
-pub(crate) fn with_ints<R>(len: usize, f: impl FnOnce(&mut [i32]) -> R) -> R {
-    INTS.with(|cell| with(cell, len, f))
+/// Runs `f` with the sums of `len` blocks in this thread's scratch; their contents are left from before.
+pub(crate) fn with_sums<R>(len: usize, f: impl FnOnce(&mut [Sums]) -> R) -> R {
+    SUMS.with(|cell| with(cell, len, f))
 }
 
 fn with<T: Plain, R>(cell: &Cell<AlignedBuf<T>>, len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {

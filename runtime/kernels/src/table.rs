@@ -4,10 +4,11 @@
 
 use std::ops::Range;
 
-use crate::activations::{ActRow, HiddenGroup};
+use crate::activations::{ActRow, HiddenGroup, Sums};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::kv::KvType;
 use crate::live::LiveRows;
+use crate::panel::{PanelKind, PanelLayout};
 use crate::search::SquaredErrors;
 use crate::weight_type::WeightType;
 
@@ -53,8 +54,6 @@ impl Isa {
 pub(crate) const GEMM_UNITS: usize = 3;
 /// Most queries that [`Table::scores`] and [`Table::values`] take at once.
 pub(crate) const MAX_QUERIES: usize = 12;
-/// Bytes of one block of a weight panel: 8 column groups × 16 rows × 4 bytes, then 16 f32 scales.
-pub(crate) const PANEL_BLOCK: usize = 576;
 
 /// The maximum of some scores and the sum of their exponentials relative to it.
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +74,8 @@ impl SoftmaxState {
 #[allow(clippy::type_complexity)]
 pub(crate) struct Table {
     pub isa: Isa,
-    /// Floats to int8 blocks: `x` of whole blocks, `q` as long, one `d` and `bias` per block.
-    pub quantize_q8: unsafe fn(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]),
+    /// Floats to int8 blocks: `x` of whole blocks, `q` as long, one scale and [`Sums`] per block.
+    pub quantize_q8: unsafe fn(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]),
     /// Floats to Q4_0 bytes.
     pub quantize_q4_0: unsafe fn(x: &[f32], out: &mut [u8]),
     /// Better scales for the Q4_0 bytes that `quantize_q4_0` made of `x`.
@@ -107,8 +106,10 @@ pub(crate) struct Table {
     pub panel_up: unsafe fn(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]),
     /// Chunk `chunk` (128 outputs) of a down region to 8 weight panels of `fb * PANEL_BLOCK` bytes each.
     pub panel_down: unsafe fn(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]),
+    /// How this instruction set has the bytes of a panel.
+    pub panel: PanelLayout,
     /// `out[t * 16 + r] = panel row r · token t` for 1..=GEMM_UNITS units of 4 tokens.
-    pub gemm: unsafe fn(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut [f32; GEMM_UNITS * 4 * 16]),
+    pub gemm: unsafe fn(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut [f32; GEMM_UNITS * 4 * 16]),
     /// `out[r] = float row r · x`, rows of `x.len()` values of a float type.
     pub dots: unsafe fn(ty: WeightType, rows: &[u8], x: &[f32], out: &mut [f32]),
     /// `out = x / rms(x) * weight`.

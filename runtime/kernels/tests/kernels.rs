@@ -30,6 +30,12 @@ impl Rng {
     }
 }
 
+/// As many cases as PROPTEST_CASES asks for, or `n`.
+fn cases(n: u32) -> ProptestConfig {
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default().cases } else { n };
+    ProptestConfig::with_cases(cases)
+}
+
 fn isas() -> Vec<Kernels> {
     let all: Vec<_> = Isa::ALL.into_iter().filter_map(Kernels::for_isa).collect();
     assert!(all.iter().any(|k| k.isa() == Kernels::detect().isa()));
@@ -152,7 +158,7 @@ fn searching_scales_gains_a_tenth_on_real_weights() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(cases(32))]
 
     #[test]
     fn quantizers_agree(blocks in 1usize..20, scale in -30i32..30, seed in 1u64..) {

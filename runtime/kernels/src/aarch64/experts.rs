@@ -4,7 +4,7 @@ use std::arch::aarch64::*;
 use std::ops::Range;
 
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
-use crate::activations::{ActRow, HiddenGroup};
+use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::live::{self, Ahead, LiveRows};
 use crate::weight_type::BLOCK_LEN;
@@ -42,7 +42,7 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
                     sdot(sdot(vdupq_n_s32(0), lo, q0), hi, q1)
                 });
                 let sums = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
-                let isum = vaddq_s32(sums, vdupq_n_s32(a.bias[b]));
+                let isum = vaddq_s32(sums, vdupq_n_s32(start(8, a.sums[b])));
                 let mut halves = [0u8; 8];
                 for (half, s) in halves.chunks_exact_mut(2).zip(s[f]) {
                     half.copy_from_slice(&s[b * 2..b * 2 + 2]);

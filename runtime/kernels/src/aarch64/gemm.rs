@@ -8,14 +8,21 @@ use std::arch::aarch64::*;
 use super::neon::{add_block, load_f16, nibbles, sdot_lane, smmla};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
+use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::scalar;
+use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
 
 /// Columns that `sdot` takes of a row.
 pub(super) const DOT: usize = 4;
 /// Columns that `smmla` takes of a row.
 pub(super) const MATRIX: usize = 8;
+
+/// Values stay signed.
+pub(super) const fn layout<const K: usize>() -> PanelLayout {
+    PanelLayout { columns: K, signed_offset: 0 }
+}
 
 /// 16 f16 scales to the scales of a panel block.
 #[inline]
@@ -129,8 +136,11 @@ type Sums = [[int32x4_t; 4]; UNIT_ROWS];
 type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
 #[target_feature(enable = "neon,dotprod")]
-pub(super) fn gemm_dot(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
-    gemm(ty, kb, panel, units, out, |w, a, start| {
+pub(super) fn gemm_dot(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    if !kind.is_plain() {
+        return scalar::gemm_of(layout::<DOT>(), kind, kb, panel, units, out);
+    }
+    gemm(kind, kb, panel, units, out, |w, a, start| {
         let mut sums: Sums = [
             [vdupq_laneq_s32::<0>(start); 4],
             [vdupq_laneq_s32::<1>(start); 4],
@@ -156,8 +166,11 @@ pub(super) fn gemm_dot(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], ou
 
 /// Two tokens and two rows of the panel to an instruction.
 #[target_feature(enable = "neon,i8mm")]
-pub(super) fn gemm_matrix(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
-    gemm(ty, kb, panel, units, out, |w, a, start| {
+pub(super) fn gemm_matrix(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    if !kind.is_plain() {
+        return scalar::gemm_of(layout::<MATRIX>(), kind, kb, panel, units, out);
+    }
+    gemm(kind, kb, panel, units, out, |w, a, start| {
         // Of tokens 0 and 1, and of 2 and 3: two rows for the first, two for the second.
         let mut sums = [[vzip1q_s32(start, start); 8], [vzip2q_s32(start, start); 8]];
         for g in 0..4 {
@@ -185,7 +198,7 @@ pub(super) fn gemm_matrix(ty: WeightType, kb: usize, panel: &[u8], units: &[u8],
 #[inline]
 #[target_feature(enable = "neon")]
 fn gemm(
-    ty: WeightType,
+    kind: PanelKind,
     kb: usize,
     panel: &[u8],
     units: &[u8],
@@ -193,8 +206,10 @@ fn gemm(
     sums: impl Fn(*const i8, *const i8, int32x4_t) -> Sums,
 ) {
     assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);
-    // Only nibbles have an offset.
-    let offset = i32::from(ty == WeightType::Q4_0);
+    let offset = match kind.values {
+        Values::Nibbles { offset } => offset,
+        Values::Signed => 0,
+    };
     for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
         out.fill(0.0);
         for b in 0..kb {
@@ -203,7 +218,7 @@ fn gemm(
                 let w = panel.as_ptr().add(b * PANEL_BLOCK);
                 let a = unit.as_ptr().add(b * UNIT_BLOCK);
                 let d_a: [f32; UNIT_ROWS] = a.add(128).cast::<[f32; UNIT_ROWS]>().read_unaligned();
-                let start = vmulq_n_s32(vld1q_s32(a.add(144).cast()), offset);
+                let start = vmulq_n_s32(vpaddlq_s16(vld1q_s16(a.add(144).cast())), -offset);
                 for (t, sums) in sums(w.cast(), a.cast(), start).into_iter().enumerate() {
                     for (i, sum) in sums.into_iter().enumerate() {
                         let d_w = vld1q_f32(w.add(512 + i * 16).cast());

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot, sdot_lane};
-use crate::activations::ActRow;
+use crate::activations::{ActRow, start};
 use crate::live;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::weight_type::BLOCK_LEN;
@@ -42,7 +42,7 @@ unsafe fn gemv_of<const TILE: usize>(kb: usize, tiles: &[u8], a: ActRow<'_>, out
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let w = |g: usize| tile.add(32 + g * 64 + i * 16);
                     let isum = if TILE == 288 {
-                        let mut s0 = vdupq_n_s32(*a.bias.get_unchecked(b));
+                        let mut s0 = vdupq_n_s32(start(8, *a.sums.get_unchecked(b)));
                         let mut s1 = vdupq_n_s32(0);
                         macro_rules! group {
                             ($g:literal) => {

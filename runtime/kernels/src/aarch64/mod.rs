@@ -1,6 +1,6 @@
 //! AArch64 with the dot product instructions. Every function computes the same bits as its namesake in [`crate::scalar`].
 //!
-//! `sdot` multiplies signed bytes; nibbles enter with their offset (0..=15), which fits, and sums start at `bias = -8 * Σ a`. The 16
+//! `sdot` multiplies signed bytes; nibbles enter with their offset (0..=15), which fits, and sums start at `-8 * Σ a`. The 16
 //! lanes of the kernels' definitions are four vectors here. What is not here is portable code that compilers vectorize well, fused
 //! multiply-add being part of the base instruction set.
 
@@ -21,6 +21,7 @@ pub(crate) static MATRIX_TABLE: Table = Table {
     panel_r16: gemm::panel_r16::<{ gemm::MATRIX }>,
     panel_up: gemm::panel_up::<{ gemm::MATRIX }>,
     panel_down: gemm::panel_down::<{ gemm::MATRIX }>,
+    panel: gemm::layout::<{ gemm::MATRIX }>(),
     gemm: gemm::gemm_matrix,
     ..DOT
 };
@@ -39,6 +40,7 @@ const DOT: Table = Table {
     panel_r16: gemm::panel_r16::<{ gemm::DOT }>,
     panel_up: gemm::panel_up::<{ gemm::DOT }>,
     panel_down: gemm::panel_down::<{ gemm::DOT }>,
+    panel: gemm::layout::<{ gemm::DOT }>(),
     gemm: gemm::gemm_dot,
     dots: scalar::TABLE.dots,
     rms_norm: scalar::TABLE.rms_norm,

@@ -4,6 +4,7 @@ mod float;
 mod quantized;
 
 pub(crate) use float::softmax;
+pub(crate) use quantized::gemm_of;
 
 use crate::table::{Isa, Table};
 
@@ -21,6 +22,7 @@ pub(crate) static TABLE: Table = Table {
     panel_r16: quantized::panel_r16,
     panel_up: quantized::panel_up,
     panel_down: quantized::panel_down,
+    panel: quantized::LAYOUT,
     gemm: quantized::gemm,
     dots: float::dots,
     rms_norm: float::rms_norm,

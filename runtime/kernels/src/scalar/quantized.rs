@@ -1,27 +1,31 @@
 //! Integer kernels. For every output `acc = fma(f32(Σ a·w), d_w * d_a, acc)` over the blocks of 32 in order, from 0.
-//!
-//! The weight panels of this module hold signed values.
 
 use std::ops::Range;
 
 use half::f16;
 
-use crate::activations::{ActRow, HiddenGroup, UNIT_BLOCK, UNIT_ROWS};
+use crate::activations::{ActRow, HiddenGroup, Sums, UNIT_BLOCK, UNIT_ROWS};
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
 use crate::live::{self, LiveRows};
+use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
 use crate::r16::{self, R16_ROWS, tile_bytes, tile_scale, tile_value};
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
-pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]) {
+/// Values stay signed.
+pub(crate) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 0 };
+
+type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
+
+pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
-    for ((x, q), (d, bias)) in blocks.zip(d.iter_mut().zip(bias)) {
+    for ((x, q), (d, sums)) in blocks.zip(d.iter_mut().zip(sums)) {
         let block = BlockQ8_0::quantize(x.try_into().expect("32 floats"));
         q.copy_from_slice(&block.qs);
         *d = f16::from_bits(block.d).to_f32();
-        *bias = -8 * q.iter().map(|&v| i32::from(v)).sum::<i32>();
+        *sums = [0, 16].map(|at| q[at..at + 16].iter().map(|&v| i16::from(v)).sum());
     }
 }
 
@@ -113,25 +117,34 @@ pub(crate) fn down(
 }
 
 /// Writes value (row r, column c) and the scales of one block of a panel.
-fn fill_panel_block(block: &mut [u8], value: impl Fn(usize, usize) -> i32, scale: impl Fn(usize) -> f32) {
+fn fill_panel_block(
+    ty: WeightType,
+    block: &mut [u8],
+    value: impl Fn(usize, usize) -> i32,
+    scale: impl Fn(usize) -> f32,
+) {
+    let mut panel = PanelMut::zeroed(LAYOUT, PanelKind::of(ty), block);
     for r in 0..R16_ROWS {
-        for c in 0..BLOCK_LEN {
-            block[(c / 4 * R16_ROWS + r) * 4 + c % 4] = value(r, c) as i8 as u8;
-        }
-        block[512 + r * 4..][..4].copy_from_slice(&scale(r).to_ne_bytes());
+        (0..BLOCK_LEN).for_each(|c| panel.put(0, r, c, value(r, c)));
+        panel.put_scale(0, r, 0, scale(r), 0.0);
     }
 }
 
 pub(crate) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
-        fill_panel_block(block, |r, c| tile_value(ty, tile, r, c), |r| tile_scale(tile, r));
+        fill_panel_block(ty, block, |r, c| tile_value(ty, tile, r, c), |r| tile_scale(tile, r));
     }
 }
 
 pub(crate) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
     for (b, out) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
         let blocks: [BlockQ4_0; R16_ROWS] = std::array::from_fn(|r| up_block(up, region, first + r, b));
-        fill_panel_block(out, |r, c| level(&blocks[r].qs, c), |r| f16::from_bits(blocks[r].d).to_f32());
+        fill_panel_block(
+            WeightType::Q4_0,
+            out,
+            |r, c| level(&blocks[r].qs, c),
+            |r| f16::from_bits(blocks[r].d).to_f32(),
+        );
     }
 }
 
@@ -141,6 +154,7 @@ pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
         for (group, out) in region.chunks_exact(down.group_bytes).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
             let (scales, rows) = group.split_at(down.padded * 2);
             fill_panel_block(
+                WeightType::Q4_0,
                 out,
                 |r, n| i32::from(down_nibble(&rows[n * down.row_bytes..], first + r)) - 8,
                 |r| f16::from_le_bytes([scales[(first + r) * 2], scales[(first + r) * 2 + 1]]).to_f32(),
@@ -149,26 +163,41 @@ pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     }
 }
 
-pub(crate) fn gemm(
-    _ty: WeightType,
-    kb: usize,
-    panel: &[u8],
-    units: &[u8],
-    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
-) {
+pub(crate) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    gemm_of(LAYOUT, kind, kb, panel, units, out);
+}
+
+/// The product of any kind of panel, for the instruction sets that have none of their own for it.
+#[inline(always)]
+pub(crate) fn gemm_of(layout: PanelLayout, kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
     out.fill(0.0);
     let float = |b: &[u8], i: usize| f32::from_ne_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
+    let value = |byte: u8| match kind.values {
+        Values::Nibbles { offset } => i32::from(byte) - offset,
+        Values::Signed => i32::from(byte.wrapping_sub(layout.signed_offset) as i8),
+    };
+    let columns = BLOCK_LEN / kind.sub_blocks;
     for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
-        for (w, a) in panel.chunks_exact(PANEL_BLOCK).zip(unit.chunks_exact(UNIT_BLOCK)) {
+        for (w, a) in panel.chunks_exact(kind.block_bytes()).zip(unit.chunks_exact(UNIT_BLOCK)) {
+            let (values, scales) = w.split_at(PANEL_VALUES);
             for (t, out) in out.chunks_exact_mut(R16_ROWS).enumerate() {
                 let d_a = float(&a[128..], t);
-                for (r, acc) in out.iter_mut().enumerate() {
-                    let mut isum = 0;
-                    for c in 0..BLOCK_LEN {
-                        let w = w[(c / 4 * R16_ROWS + r) * 4 + c % 4] as i8;
-                        isum += i32::from(w) * i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8);
+                for sub in 0..kind.sub_blocks {
+                    let q: [i32; BLOCK_LEN] = std::array::from_fn(|i| {
+                        let c = sub * columns + i % columns;
+                        i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8)
+                    });
+                    let q = &q[..columns];
+                    let sum = q.iter().sum();
+                    for (r, acc) in out.iter_mut().enumerate() {
+                        let isum = (q.iter().enumerate())
+                            .map(|(c, q)| q * value(values[place(layout, r, sub * columns + c)]))
+                            .sum();
+                        *acc = add_block(*acc, isum, float(scales, sub * R16_ROWS + r), d_a);
+                        if kind.has_minima {
+                            *acc = add_block(*acc, sum, float(scales, (kind.sub_blocks + sub) * R16_ROWS + r), d_a);
+                        }
                     }
-                    *acc = add_block(*acc, isum, float(&w[512..], r), d_a);
                 }
             }
         }

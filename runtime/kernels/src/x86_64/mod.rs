@@ -5,6 +5,7 @@ use crate::table::Table;
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 mod request;
+mod sums;
 
 /// Whether this CPU runs the AVX2 kernels.
 pub(crate) fn has_avx2() -> bool {

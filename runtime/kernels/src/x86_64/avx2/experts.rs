@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::activations::{ActRow, HiddenGroup};
+use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::live::{self, Ahead, LiveRows};
 use crate::weight_type::BLOCK_LEN;
@@ -46,7 +46,7 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
                 });
                 let sums = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
                 let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-                let isum = _mm_cvtepi32_ps(_mm_add_epi32(sums, _mm_set1_epi32(a.bias[b])));
+                let isum = _mm_cvtepi32_ps(_mm_add_epi32(sums, _mm_set1_epi32(start(8, a.sums[b]))));
                 let half = |i: usize| i16::from_le_bytes([s[f][i][b * 2], s[f][i][b * 2 + 1]]);
                 let d_w = _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
                 *acc = _mm_fmadd_ps(isum, _mm_mul_ps(d_w, _mm_set1_ps(a.d[b])), *acc);

@@ -7,8 +7,10 @@ use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, dot_signed};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
+use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::scalar;
+use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx2,f16c")]
@@ -95,16 +97,22 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     }
 }
 
+/// Values stay signed.
+pub(super) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 0 };
+
 /// Sums of integers of four tokens; those of 16 rows are two vectors.
 pub(super) type Sums = [[__m256i; 2]; UNIT_ROWS];
 pub(super) type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn gemm(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    if !kind.is_plain() {
+        return scalar::gemm_of(LAYOUT, kind, kb, panel, units, out);
+    }
     // A loop of known length would be unrolled and put in the order of tokens, which needs more registers than there are.
     let groups = std::hint::black_box(8);
-    match ty {
-        WeightType::Q4_0 => by_blocks(kb, panel, units, out, |w, a| {
+    match kind.values {
+        Values::Nibbles { offset } => by_blocks(kb, panel, units, out, |w, a| {
             let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
             for g in 0..groups {
                 // SAFETY: 8 groups of 4 columns, of 16 rows and of 4 tokens.
@@ -119,11 +127,11 @@ pub(super) fn gemm(ty: WeightType, kb: usize, panel: &[u8], units: &[u8], out: &
             }
             std::array::from_fn(|t| {
                 // SAFETY: the unit has 4 of them.
-                let bias = unsafe { load_bias(a, t) };
-                sums[t].map(|sum| _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), bias))
+                let start = unsafe { start_sums(a, t, offset) };
+                sums[t].map(|sum| _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), start))
             })
         }),
-        _ => by_blocks(kb, panel, units, out, |w, a| {
+        Values::Signed => by_blocks(kb, panel, units, out, |w, a| {
             let mut sums = [[_mm256_setzero_si256(); 2]; UNIT_ROWS];
             for g in 0..groups {
                 // SAFETY: as above.
@@ -152,15 +160,15 @@ pub(super) unsafe fn load_group(w: *const u8, g: usize) -> [__m256i; 2] {
     std::array::from_fn(|half| unsafe { _mm256_loadu_si256(w.add(g * 64 + half * 32).cast()) })
 }
 
-/// -8 times the sum of token `t` of a unit's block, in every lane.
+/// `-offset` times the sum of token `t` of a unit's block, in every lane.
 ///
 /// # Safety
 /// `a` must be a unit's block, `t` one of 4.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn load_bias(a: *const i8, t: usize) -> __m256i {
+pub(super) unsafe fn start_sums(a: *const i8, t: usize, offset: i32) -> __m256i {
     // SAFETY: the caller's promise.
-    _mm256_set1_epi32(unsafe { a.add(144 + t * 4).cast::<i32>().read_unaligned() })
+    _mm256_madd_epi16(unsafe { broadcast_quad(a.add(144 + t * 4)) }, _mm256_set1_epi16(-offset as i16))
 }
 
 /// Four tokens at a time; `sums` takes one block of the panel and of the unit.

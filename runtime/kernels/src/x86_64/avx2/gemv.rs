@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::activations::ActRow;
+use crate::activations::{ActRow, start};
 use crate::live;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::weight_type::BLOCK_LEN;
@@ -109,7 +109,7 @@ unsafe fn gemv_of<const TILE: usize>(
                 let q = a.q.as_ptr().add(b * BLOCK_LEN);
                 let d_a = _mm256_set1_ps(*a.d.get_unchecked(b));
                 for (half, acc) in acc.iter_mut().enumerate() {
-                    let isum = sum(tile, half, q, *a.bias.get_unchecked(b));
+                    let isum = sum(tile, half, q, start(8, *a.sums.get_unchecked(b)));
                     let d_w = _mm256_cvtph_ps(_mm_loadu_si128(tile.add(half * 16).cast()));
                     *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), _mm256_mul_ps(d_w, d_a), *acc);
                 }

@@ -31,6 +31,7 @@ const AVX2: Table = Table {
     panel_r16: gemm::panel_r16,
     panel_up: gemm::panel_up,
     panel_down: gemm::panel_down,
+    panel: gemm::LAYOUT,
     gemm: gemm::gemm,
     dots: float::dots,
     rms_norm: float::rms_norm,

@@ -2,8 +2,10 @@
 
 use std::arch::x86_64::*;
 
+use crate::activations::Sums;
 use crate::search::{self, SquaredErrors};
 use crate::weight_type::BLOCK_LEN;
+use crate::x86_64::sums::half_sums;
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -41,9 +43,9 @@ fn low_bytes(v: [__m256i; 4]) -> __m256i {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]) {
+pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
-    for ((x, q), (d, bias)) in blocks.zip(d.iter_mut().zip(bias)) {
+    for ((x, q), (d, sums)) in blocks.zip(d.iter_mut().zip(sums)) {
         let v = load(x);
         let scale = abs_max(&v) / 127.0;
         let id = _mm256_set1_ps(if scale != 0.0 { 1.0 / scale } else { 0.0 });
@@ -58,8 +60,7 @@ pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i3
         // SAFETY: q has 32 bytes.
         unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes) };
         *d = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(scale))));
-        let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-        *bias = -8 * super::gemv::add_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        *sums = half_sums(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes));
     }
 }
 

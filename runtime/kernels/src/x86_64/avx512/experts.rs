@@ -38,8 +38,9 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
             let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
             let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
             let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
-            let bias = _mm_loadu_si128(a.bias.as_ptr().add(c * 4).cast());
-            let bias = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(bias));
+            let sums = _mm_loadu_si128(a.sums.as_ptr().add(c * 4).cast());
+            let start = _mm_madd_epi16(sums, _mm_set1_epi16(-8));
+            let start = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(start));
             let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
             let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
             let left = up.kb - c * 4;
@@ -52,7 +53,7 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
                     _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
                 };
                 let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
-                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, bias));
+                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, start));
                 let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[f][i].add(c * 8), left));
                 let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
                 let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);

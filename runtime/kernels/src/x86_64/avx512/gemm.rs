@@ -4,11 +4,12 @@
 use std::arch::x86_64::*;
 
 use super::experts::{interleave, load_rows};
-use super::gemv::broadcast_quad;
+use super::gemv::{broadcast_quad, start_sums};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
+use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::{GEMM_UNITS, PANEL_BLOCK};
+use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
@@ -131,60 +132,102 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     }
 }
 
-pub(super) fn gemm(
-    ty: WeightType,
-    kb: usize,
-    panel: &[u8],
-    units: &[u8],
-    out: &mut [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS],
-) {
-    assert!(panel.len() >= kb * PANEL_BLOCK && units.len().is_multiple_of(kb * UNIT_BLOCK));
+/// Signed values are multiplied as unsigned bytes.
+pub(super) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 128 };
+
+type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
+
+pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+    assert!(panel.len() >= kb * kind.block_bytes() && units.len().is_multiple_of(kb * UNIT_BLOCK));
+    let offset = match kind.values {
+        Values::Nibbles { offset } => offset,
+        Values::Signed => 128,
+    };
     // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
     unsafe {
-        match (ty, units.len() / (kb * UNIT_BLOCK)) {
-            (WeightType::Q4_0, 1) => tokens::<1, 1>(kb, panel, units, out),
-            (WeightType::Q4_0, 2) => tokens::<2, 1>(kb, panel, units, out),
-            (WeightType::Q4_0, 3) => tokens::<3, 1>(kb, panel, units, out),
-            (_, 1) => tokens::<1, 16>(kb, panel, units, out),
-            (_, 2) => tokens::<2, 16>(kb, panel, units, out),
-            (_, 3) => tokens::<3, 16>(kb, panel, units, out),
-            (_, n) => unreachable!("{n} units"),
+        match (kind.sub_blocks, kind.has_minima) {
+            (1, false) => units_of::<1, false>(offset, kb, panel, units, out),
+            (1, true) => units_of::<1, true>(offset, kb, panel, units, out),
+            (_, false) => units_of::<2, false>(offset, kb, panel, units, out),
+            (_, true) => units_of::<2, true>(offset, kb, panel, units, out),
         }
     }
 }
 
-/// `U` units of 4 tokens; the panel's values have an offset of `8 * BIAS`.
+/// # Safety
+/// As [`tokens`], for whole units.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn units_of<const SUBS: usize, const MINIMA: bool>(
+    offset: i32,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut Outputs,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match units.len() / (kb * UNIT_BLOCK) {
+            1 => tokens::<1, SUBS, MINIMA>(offset, kb, panel, units, out),
+            2 => tokens::<2, SUBS, MINIMA>(offset, kb, panel, units, out),
+            3 => tokens::<3, SUBS, MINIMA>(offset, kb, panel, units, out),
+            n => unreachable!("{n} units"),
+        }
+    }
+}
+
+/// `U` units of 4 tokens; bytes of the panel are `offset` more than values, and blocks have `SUBS` scales for each row.
 ///
 /// # Safety
 /// `panel` has kb blocks, `units` has U units of kb blocks.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn tokens<const U: usize, const BIAS: i32>(kb: usize, panel: &[u8], units: &[u8], out: &mut [f32]) {
+unsafe fn tokens<const U: usize, const SUBS: usize, const MINIMA: bool>(
+    offset: i32,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut [f32],
+) {
     let mut acc = [[_mm512_setzero_ps(); UNIT_ROWS]; U];
     let unit_bytes = kb * UNIT_BLOCK;
+    let block_bytes = PANEL_VALUES + SUBS * 64 * (1 + usize::from(MINIMA));
+    // A number for the sum of each half of a block, or for that of sub-block `sub` alone.
+    let halves = |n: i32, sub: usize| match SUBS {
+        1 => _mm512_set1_epi16(n as i16),
+        _ => _mm512_set1_epi32((n & 0xffff) << (16 * sub)),
+    };
     for b in 0..kb {
-        // SAFETY: block `b` of the panel and of each unit.
-        unsafe {
-            let w = panel.as_ptr().add(b * PANEL_BLOCK);
-            let a: [*const i8; U] = std::array::from_fn(|u| units.as_ptr().add(u * unit_bytes + b * UNIT_BLOCK).cast());
-            let mut sums = [[_mm512_setzero_si512(); UNIT_ROWS]; U];
-            for (a, sums) in a.iter().zip(&mut sums) {
-                for (t, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_set1_epi32(a.add(144 + t * 4).cast::<i32>().read_unaligned() * BIAS);
-                }
-            }
-            for g in 0..8 {
-                let w = _mm512_loadu_si512(w.add(g * 64).cast());
+        for sub in 0..SUBS {
+            // SAFETY: block `b` of the panel and of each unit.
+            unsafe {
+                let w = panel.as_ptr().add(b * block_bytes);
+                let a: [*const i8; U] =
+                    std::array::from_fn(|u| units.as_ptr().add(u * unit_bytes + b * UNIT_BLOCK).cast());
+                let minus = halves(-offset, sub);
+                let mut sums = [[_mm512_setzero_si512(); UNIT_ROWS]; U];
                 for (a, sums) in a.iter().zip(&mut sums) {
                     for (t, sum) in sums.iter_mut().enumerate() {
-                        *sum = _mm512_dpbusd_epi32(*sum, w, broadcast_quad(a.add((g * UNIT_ROWS + t) * 4)));
+                        *sum = start_sums(a.add(144 + t * 4), minus);
                     }
                 }
-            }
-            let d_w = _mm512_loadu_ps(w.add(512).cast());
-            for ((a, sums), acc) in a.iter().zip(&sums).zip(&mut acc) {
-                for ((t, sum), acc) in sums.iter().enumerate().zip(acc) {
-                    let d_a = _mm512_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
-                    *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), _mm512_mul_ps(d_w, d_a), *acc);
+                for g in sub * 8 / SUBS..(sub + 1) * 8 / SUBS {
+                    let w = _mm512_loadu_si512(w.add(g * 64).cast());
+                    for (a, sums) in a.iter().zip(&mut sums) {
+                        for (t, sum) in sums.iter_mut().enumerate() {
+                            *sum = _mm512_dpbusd_epi32(*sum, w, broadcast_quad(a.add((g * UNIT_ROWS + t) * 4)));
+                        }
+                    }
+                }
+                let d_w = _mm512_loadu_ps(w.add(PANEL_VALUES + sub * 64).cast());
+                for ((a, sums), acc) in a.iter().zip(&sums).zip(&mut acc) {
+                    for ((t, sum), acc) in sums.iter().enumerate().zip(acc) {
+                        let d_a = _mm512_set1_ps(a.add(128 + t * 4).cast::<f32>().read_unaligned());
+                        *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), _mm512_mul_ps(d_w, d_a), *acc);
+                        if MINIMA {
+                            let m_w = _mm512_loadu_ps(w.add(PANEL_VALUES + (SUBS + sub) * 64).cast());
+                            let sum = _mm512_cvtepi32_ps(start_sums(a.add(144 + t * 4), halves(1, sub)));
+                            *acc = _mm512_fmadd_ps(sum, _mm512_mul_ps(m_w, d_a), *acc);
+                        }
+                    }
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::activations::ActRow;
+use crate::activations::{ActRow, Sums, start};
 use crate::r16::R16_ROWS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -29,7 +29,7 @@ fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<
     let tokens = std::array::from_fn(|t| Token {
         q: acts[t].q.as_ptr(),
         d: acts[t].d.as_ptr(),
-        bias: acts[t].bias.as_ptr(),
+        sums: acts[t].sums.as_ptr(),
         out: out[t].as_mut_ptr(),
     });
     // SAFETY: the callers of a table's functions have the CPU features, and give activations of kb blocks; the outputs have 16 floats
@@ -46,7 +46,7 @@ fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<
 struct Token {
     q: *const i8,
     d: *const f32,
-    bias: *const i32,
+    sums: *const Sums,
     out: *mut f32,
 }
 
@@ -61,11 +61,23 @@ pub(super) unsafe fn broadcast_quad(q: *const i8) -> __m512i {
     _mm512_set1_epi32(unsafe { q.cast::<i32>().read_unaligned() })
 }
 
+/// What sums start from where weights have an offset, in every lane: `minus` it times the sum of a block, [`Sums`] at `sums`.
+///
+/// # Safety
+/// `sums` must be readable for 4 bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn start_sums(sums: *const i8, minus: __m512i) -> __m512i {
+    // SAFETY: the caller's promise.
+    _mm512_madd_epi16(unsafe { broadcast_quad(sums) }, minus)
+}
+
 /// # Safety
 /// `tiles` has `kb * 288` bytes for each group, each token kb blocks and 16 outputs for each group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
 unsafe fn gemv_q4<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], groups: usize) {
     let low = _mm512_set1_epi8(15);
+    let minus = _mm512_set1_epi16(-8);
     let mut tile = tiles.as_ptr();
     for group in 0..groups {
         let mut acc = [_mm512_setzero_ps(); N];
@@ -74,7 +86,7 @@ unsafe fn gemv_q4<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], g
             unsafe {
                 request_stream::<288>(tile);
                 let mut sums: [[__m512i; 2]; N] =
-                    std::array::from_fn(|t| [_mm512_set1_epi32(*tokens[t].bias.add(b)), _mm512_setzero_si512()]);
+                    std::array::from_fn(|t| [start_sums(tokens[t].sums.add(b).cast(), minus), _mm512_setzero_si512()]);
                 for g in 0..4 {
                     let w = _mm512_loadu_si512(tile.add(32 + g * 64).cast());
                     let (lo, hi) = (_mm512_and_si512(w, low), _mm512_and_si512(_mm512_srli_epi16::<4>(w), low));
@@ -98,6 +110,7 @@ unsafe fn gemv_q4<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], g
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
 unsafe fn gemv_q8<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], groups: usize) {
     let offset = _mm512_set1_epi8(-128);
+    let minus = _mm512_set1_epi16(-128);
     let mut tile = tiles.as_ptr();
     for group in 0..groups {
         let mut acc = [_mm512_setzero_ps(); N];
@@ -106,7 +119,7 @@ unsafe fn gemv_q8<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], g
             unsafe {
                 request_stream::<544>(tile);
                 let mut sums: [[__m512i; 2]; N] =
-                    std::array::from_fn(|t| [_mm512_set1_epi32(16 * *tokens[t].bias.add(b)), _mm512_setzero_si512()]);
+                    std::array::from_fn(|t| [start_sums(tokens[t].sums.add(b).cast(), minus), _mm512_setzero_si512()]);
                 for g in [0, 2, 4, 6] {
                     let w = [0, 64].map(|at| _mm512_loadu_si512(tile.add(32 + g * 64 + at).cast()));
                     let w = w.map(|w| _mm512_xor_si512(w, offset));
@@ -179,7 +192,7 @@ pub(super) fn q8_rows(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out
             let v = _mm_add_epi32(_mm256_castsi256_si128(dots), _mm256_extracti128_si256::<1>(dots));
             let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b01_00_11_10>(v));
             let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b10_11_00_01>(v));
-            let isum = _mm_add_epi32(v, _mm_set1_epi32(16 * a.bias[b]));
+            let isum = _mm_add_epi32(v, _mm_set1_epi32(start(128, a.sums[b])));
             let d_w = _mm_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes([block[0], block[1]])));
             let d = _mm_mul_ps(d_w, _mm_set1_ps(a.d[b]));
             acc = _mm_fmadd_ps(_mm_cvtepi32_ps(isum), d, acc);

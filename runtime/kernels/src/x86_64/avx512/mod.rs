@@ -1,7 +1,7 @@
 //! AVX-512 with VNNI. Every function computes the same bits as its namesake in [`crate::scalar`].
 //!
 //! `vpdpbusd` multiplies unsigned by signed bytes, so weights enter with their offset (nibble 0..=15, or value + 128 for Q8_0) and
-//! sums start at `bias = -offset * Σ a`; sums of integers are exact, so this changes nothing.
+//! sums start at `-offset * Σ a`; sums of integers are exact, so this changes nothing.
 
 mod attention;
 mod bf16;
@@ -33,6 +33,7 @@ const VNNI: Table = Table {
     panel_r16: gemm::panel_r16,
     panel_up: gemm::panel_up,
     panel_down: gemm::panel_down,
+    panel: gemm::LAYOUT,
     gemm: gemm::gemm,
     dots: float::dots,
     rms_norm: float::rms_norm,

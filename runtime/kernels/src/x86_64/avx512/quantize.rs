@@ -2,8 +2,10 @@
 
 use std::arch::x86_64::*;
 
+use crate::activations::Sums;
 use crate::search::{self, SquaredErrors};
 use crate::weight_type::BLOCK_LEN;
+use crate::x86_64::sums::half_sums;
 
 /// Largest |x| of 32, NaN ignored.
 #[inline]
@@ -24,9 +26,9 @@ fn round_half_away(v: __m512) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i32]) {
+pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
-    for ((x, q), (d, bias)) in blocks.zip(d.iter_mut().zip(bias)) {
+    for ((x, q), (d, sums)) in blocks.zip(d.iter_mut().zip(sums)) {
         // SAFETY: x has 32 floats.
         let (v0, v1) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
         let scale = abs_max(v0, v1) / 127.0;
@@ -41,8 +43,7 @@ pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], bias: &mut [i3
         }
         let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(scale));
         *d = _mm_cvtss_f32(_mm_cvtph_ps(half));
-        let sum = _mm512_add_epi32(_mm512_cvtepi8_epi32(q0), _mm512_cvtepi8_epi32(q1));
-        *bias = -8 * _mm512_reduce_add_epi32(sum);
+        *sums = half_sums(q0, q1);
     }
 }
 

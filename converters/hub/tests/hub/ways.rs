@@ -31,10 +31,10 @@ fn a_pointer_in_place_of_a_large_file_is_called_one() {
     let world = World::new();
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 300000\n";
     world.server.spoil(FIRST, Fault::Instead("text/plain", pointer));
-    let error = world.download().0.unwrap_err();
+    let error = world.download_with(&world.hub(), &request_for(&[FIRST])).0.unwrap_err();
     assert!(matches!(&error, HubError::LfsPointer { file, .. } if file == FIRST), "{error}");
     world.server.spoil(SECOND, Fault::Instead("text/plain", "of another length"));
-    let error = world.download().0.unwrap_err();
+    let error = world.download_with(&world.hub(), &request_for(&[SECOND])).0.unwrap_err();
     assert!(matches!(&error, HubError::Size { file, .. } if file == SECOND), "{error}");
     world.assert_complete(&world.download().0.unwrap());
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use st_convert::ConvertError;
 use st_experts::TraceError;
+use st_format::FormatError;
 use st_gguf::{GgufError, Placeholder};
 use st_hub::HubError;
 use st_model::{ModelError, StoreError};
@@ -173,6 +174,33 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
         GgufError::Placeholder { what, .. } => placeholder_hint(*what),
         GgufError::Damaged { .. } => DAMAGED.into(),
         GgufError::Truncated { .. } => "the file may not be complete: fetch or convert it again".into(),
+        GgufError::Cut { .. } => "fetch the file again, or convert it again".into(),
+        GgufError::SplitPart { number, count, .. } => format!(
+            "put all {count} parts into one folder under their own names, NAME-{number:05}-of-{count:05}.gguf; or \
+             `llama-gguf-split --merge` makes one file of them"
+        ),
+        GgufError::Type { .. } => OTHER_TYPES.into(),
+        GgufError::MissingTensor { .. } => INCOMPLETE.into(),
+        GgufError::Model { problem, .. } => return format_hint(problem),
+        _ => return None,
+    })
+}
+
+/// What to do about a file that lacks tensors.
+const INCOMPLETE: &str = "the file may not be complete: fetch or convert it again";
+
+/// What to do about weights of types that are not computed with.
+const OTHER_TYPES: &str = "take the Q8_0, BF16 or F16 file of the model, or a Q4_0 one that was made with `--pure`; \
+    `st-tool quantize MODEL --q4_0` makes one, of a checkpoint, BF16, F16 or Q8_0";
+
+fn format_hint(problem: &FormatError) -> Option<String> {
+    Some(match problem {
+        FormatError::MissingTensor { .. } => INCOMPLETE.into(),
+        FormatError::KeyNotComputed { .. } | FormatError::TensorNotComputed { .. } => {
+            "without it the answers would be wrong: take a file of the model as it was published, or run this one in \
+             the program that it was made for"
+                .into()
+        }
         _ => return None,
     })
 }
@@ -199,6 +227,7 @@ fn convert_hint(error: &ConvertError) -> Option<String> {
         ConvertError::Quantized { .. } => "take the checkpoint that it was made from, before it was quantized".into(),
         ConvertError::Placeholder { what, .. } => placeholder_hint(*what),
         ConvertError::PackedInput { .. } => "st-tool layout IN.gguf OUT.gguf --to gguf".into(),
+        ConvertError::SourceType { .. } | ConvertError::ComputedType { .. } => OTHER_TYPES.into(),
         ConvertError::TooLarge { .. } => "--bf16 and --f32 hold every weight".into(),
         ConvertError::Gguf(error) => return gguf_hint(error),
         _ => return None,
@@ -214,7 +243,8 @@ fn model_hint(error: &ModelError) -> Option<String> {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
-        ModelError::MissingTensor { .. } => "the file may not be complete: convert it again".into(),
+        ModelError::MissingTensor { .. } => INCOMPLETE.into(),
+        ModelError::TensorType { .. } => OTHER_TYPES.into(),
         ModelError::Gguf(error) => return gguf_hint(error),
         ModelError::Experts(StoreError::Corrupt { .. }) => DAMAGED.into(),
         _ => return None,

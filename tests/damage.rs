@@ -31,7 +31,7 @@ fn flipped(ty: WeightType, layout: Layout, offsets: &[u64]) -> (TempDir, PathBuf
 
 fn header(ty: WeightType, layout: Layout) -> (GgufFile, ExpertIndex) {
     let file = GgufFile::open(converted(&repo("models/tiny/checkpoint"), ty, layout)).expect("a model");
-    let index = ExpertIndex::from_header(&file.header).expect("experts");
+    let index = ExpertIndex::from_header(&file.header, &file.header.model_shape().expect("a shape")).expect("experts");
     (file, index)
 }
 

@@ -14,7 +14,7 @@ use crate::error::ConvertError;
 use crate::input::{Input, Slot, SourceTensor, SourceType};
 use crate::json::read_settings;
 use crate::shards::{self, Found, Shards};
-use crate::tensor_map::{TABLE, Tensor, is_derived, is_known, quantized_by, without_wrappers};
+use crate::tensor_map::{TABLE, Tensor, is_derived, is_known, quantized_by, rule_of, without_wrappers};
 use crate::tokenizer::{self, ID_KEYS};
 
 /// Opens and validates the checkpoint in `dir`.
@@ -29,8 +29,20 @@ pub(crate) fn open(dir: &Path) -> Result<Input, ConvertError> {
     unwrap_names(&mut shards, &mut warnings)?;
     let tensors = bind(dir, &mut config, &mut shards, &mut warnings)?;
     let mut carried = Metadata::new();
-    tokenizer::read(dir, &json, config.vocab_size, &mut warnings)?.write(&mut carried);
-    Ok(Input { path: dir.into(), config, carried, files: shards.files, gguf: None, tensors, warnings })
+    if let Some(name) = config.name {
+        carried.insert("general.name", name);
+    }
+    tokenizer::read(dir, &json, config.shape.n_vocab, &mut warnings)?.write(&mut carried);
+    Ok(Input {
+        path: dir.into(),
+        shape: config.shape,
+        tied: config.tied == Some(true),
+        carried,
+        files: shards.files,
+        gguf: None,
+        tensors,
+        warnings,
+    })
 }
 
 /// Takes from the tensors' names what programs that wrap models have added.
@@ -63,8 +75,8 @@ fn bind(
     if let Some((entry, method)) = found.values().find_map(|entry| Some((entry, quantized_by(&entry.name)?))) {
         return Err(ConvertError::Quantized { path: shards.path(entry.file), method: method.into() });
     }
-    let head = Tensor::Output.rule().hf_name(0, 0);
-    let embedding = Tensor::TokenEmbd.rule().hf_name(0, 0);
+    let head = rule_of(Tensor::Output).hf_name(0, 0);
+    let embedding = rule_of(Tensor::TokenEmbd).hf_name(0, 0);
     // Savers that drop one of two names of a matrix may drop the embedding's.
     if config.tied != Some(false)
         && !found.contains_key(&embedding)
@@ -79,8 +91,8 @@ fn bind(
         if rule.tensor == Tensor::Output && tied && !found.contains_key(&head) {
             continue;
         }
-        let expected = rule.hf_shape(config);
-        for (layer, expert) in rule.instances(config) {
+        let expected = rule.hf_shape(&config.shape);
+        for (layer, expert) in rule.instances(&config.shape) {
             let name = rule.hf_name(layer, expert);
             let Some(entry) = found.remove(&name) else { return Err(missing(dir, name, &found)) };
             let path = || shards.path(entry.file);
@@ -111,7 +123,7 @@ fn bind(
         return Err(ConvertError::UnexpectedTensor {
             path: shards.path(entry.file),
             tensor: entry.name,
-            why: format!("{} layers of {} experts", config.n_layers, config.n_experts),
+            why: format!("{} layers of {} experts", config.shape.n_layers, config.shape.n_experts),
         });
     }
     if let Some((name, _)) = foreign.first() {

@@ -6,54 +6,20 @@
 use std::path::Path;
 
 use serde_json::Value;
+use st_format::{Gating, Misfit, ModelShape};
 
 use crate::error::ConvertError;
 
-/// Shape and constants of one SmallThinker model.
+/// A checkpoint's configuration: the model's shape, and what only `config.json` says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// Shape and constants.
+    pub shape: ModelShape,
     /// Name for `general.name`, where the configuration gives one.
     pub name: Option<String>,
-    /// Decoder layers.
-    pub n_layers: usize,
-    /// Width of the residual stream.
-    pub n_embd: usize,
-    /// Query heads.
-    pub n_heads: usize,
-    /// Key/value heads; divides `n_heads`.
-    pub n_kv_heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
-    /// Experts of a layer.
-    pub n_experts: usize,
-    /// Experts chosen per token.
-    pub n_experts_used: usize,
-    /// Neurons of one expert.
-    pub n_ff: usize,
-    /// Rows of the embedding.
-    pub vocab_size: usize,
-    /// Positions that the model was trained on.
-    pub context_length: usize,
-    /// Epsilon of the norms.
-    pub rms_eps: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// Per layer: rotary positions or none.
-    pub rope_layers: Vec<bool>,
-    /// Per layer: whether attention is limited to the window.
-    pub window_layers: Vec<bool>,
-    /// Positions that a window layer sees, itself included; present where any layer slides.
-    pub window: Option<usize>,
-    /// Expert weights: softmax of the chosen logits, else normalised sigmoids.
-    pub softmax_router: bool,
     /// Whether the LM head is the embedding; `None` where the configuration is silent and the tensors decide.
     pub tied: Option<bool>,
 }
-
-/// The window that llama.cpp always uses for this architecture.
-const LLAMA_CPP_WINDOW: usize = 4096;
-/// With a window present, llama.cpp leaves rotary positions and the window out of every fourth layer, from the first.
-pub(crate) const LLAMA_CPP_PERIOD: usize = 4;
 
 /// The keys of `config.json` that are read here.
 pub(crate) const CONFIG_KEYS: [&str; 28] = [
@@ -112,8 +78,7 @@ impl ModelConfig {
         let window_layers = keys.layout("sliding_window_layout", n_layers)?.unwrap_or_else(|| vec![false; n_layers]);
         let window =
             if window_layers.contains(&true) { Some(keys.size("sliding_window_size", 1 << 30)?) } else { None };
-        let config = Self {
-            name: keys.get("model_name").and_then(Value::as_str).map(str::to_owned),
+        let shape = ModelShape {
             n_layers,
             n_embd,
             n_heads,
@@ -122,66 +87,46 @@ impl ModelConfig {
             n_experts: keys.size("moe_num_primary_experts", 1 << 16)?,
             n_experts_used: keys.size("moe_num_active_primary_experts", 1 << 16)?,
             n_ff: keys.size("moe_ffn_hidden_size", 1 << 20)?,
-            vocab_size: keys.size("vocab_size", 1 << 26)?,
+            n_vocab: keys.size("vocab_size", 1 << 26)?,
             context_length: keys.size("max_position_embeddings", 1 << 30)?,
             rms_eps: keys.positive("rms_norm_eps")?,
             rope_theta: keys.rope_theta()?,
             rope_layers: keys
                 .layout("rope_layout", n_layers)?
                 .ok_or_else(|| keys.bad("rope_layout", "nothing", "a list of one 0 or 1 per layer"))?,
-            window_layers,
-            window,
-            softmax_router: keys.flag("moe_primary_router_apply_softmax")?.unwrap_or(false),
+            windows: window_layers.into_iter().map(|slides| if slides { window } else { None }).collect(),
+            gating: match keys.flag("moe_primary_router_apply_softmax")? {
+                Some(true) => Gating::Softmax,
+                None | Some(false) => Gating::Sigmoid,
+            },
+        };
+        shape.check().map_err(|Misfit { key, expected, got }| keys.bad(json_key(key), got, expected))?;
+        Ok(Self {
+            shape,
+            name: keys.get("model_name").and_then(Value::as_str).map(str::to_owned),
             tied: keys.flag("tie_word_embeddings")?,
-        };
-        config.check(path)?;
-        Ok(config)
+        })
     }
+}
 
-    /// Relations between values that hold for every input form.
-    pub(crate) fn check(&self, path: &Path) -> Result<(), ConvertError> {
-        let bad = |key: &str, got: usize, expected: String| {
-            Err(ConvertError::Config { path: path.into(), key: key.into(), got: got.to_string(), expected })
-        };
-        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
-            return bad(
-                "number of key/value heads",
-                self.n_kv_heads,
-                format!("a divisor of {} query heads", self.n_heads),
-            );
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return bad("head_dim", self.head_dim, "an even number".into());
-        }
-        if self.n_experts_used > self.n_experts {
-            return bad("active experts", self.n_experts_used, format!("at most {} experts", self.n_experts));
-        }
-        Ok(())
-    }
-
-    /// What llama.cpp would read otherwise than this configuration says, one sentence each.
-    pub fn llama_cpp_differences(&self) -> Vec<String> {
-        let mut differences = Vec::new();
-        let standard: Vec<bool> =
-            (0..self.n_layers).map(|layer| self.window.is_none() || layer % LLAMA_CPP_PERIOD != 0).collect();
-        if let Some(window) = self.window {
-            if window != LLAMA_CPP_WINDOW {
-                differences.push(format!(
-                    "llama.cpp fixes the sliding window at {LLAMA_CPP_WINDOW} positions and would ignore this model's {window}"
-                ));
-            }
-            if self.window_layers != standard {
-                differences.push(
-                    "llama.cpp would put the sliding window on every layer but each fourth, unlike this model's layout"
-                        .into(),
-                );
-            }
-        }
-        if self.rope_layers != standard {
-            let rule = if self.window.is_some() { "on every layer but each fourth" } else { "on every layer" };
-            differences.push(format!("llama.cpp would use rotary positions {rule}, unlike this model's layout"));
-        }
-        differences
+/// What `config.json` calls a number of the shape that GGUF files keep under `key`.
+fn json_key(key: &'static str) -> &'static str {
+    match key {
+        "block_count" => "num_hidden_layers",
+        "embedding_length" => "hidden_size",
+        "attention.head_count" => "num_attention_heads",
+        "attention.head_count_kv" => "num_key_value_heads",
+        "attention.key_length" => "head_dim",
+        "expert_count" => "moe_num_primary_experts",
+        "expert_used_count" => "moe_num_active_primary_experts",
+        "expert_feed_forward_length" => "moe_ffn_hidden_size",
+        "context_length" => "max_position_embeddings",
+        "attention.layer_norm_rms_epsilon" => "rms_norm_eps",
+        "rope.freq_base" => "rope_theta",
+        "rope.layer_pattern" => "rope_layout",
+        "attention.sliding_window" => "sliding_window_size",
+        "attention.sliding_window_pattern" => "sliding_window_layout",
+        other => other,
     }
 }
 
@@ -367,11 +312,11 @@ mod tests {
     #[test]
     fn reads_the_published_form() {
         let config = parse(&minimal()).unwrap();
-        assert_eq!(config.window, Some(4096));
-        assert_eq!(config.rope_layers, [false, true, true, true]);
-        assert!(!config.softmax_router);
+        assert_eq!(config.shape.window(), Some(4096));
+        assert_eq!(config.shape.rope_layers, [false, true, true, true]);
+        assert_eq!(config.shape.gating, Gating::Sigmoid);
         assert_eq!(config.tied, Some(true));
-        assert!(config.llama_cpp_differences().is_empty());
+        assert!(config.shape.llama_cpp_differences().is_empty());
     }
 
     #[test]
@@ -408,7 +353,7 @@ mod tests {
             for (key, value) in edits {
                 json[*key] = value.clone();
             }
-            parse(&json).unwrap().llama_cpp_differences()
+            parse(&json).unwrap().shape.llama_cpp_differences()
         };
         assert!(with(&[("sliding_window_size", json!(64))])[0].contains("64"));
         assert_eq!(with(&[("rope_layout", json!([1, 1, 1, 1]))]).len(), 1);

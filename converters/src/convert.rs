@@ -191,9 +191,9 @@ impl<'a> Job<'a> {
         if options.search && !types.contains(&Some(WeightType::Q4_0)) {
             return Err(ConvertError::Options("a search for scales needs a Q4_0 output".into()));
         }
-        let config = input.config();
-        let layout = OutputLayout::new(config, input.has_output(options.keep_head), options)?;
-        let mut metadata = metadata::describe(config, &input.carried, options.ty);
+        let shape = input.shape();
+        let layout = OutputLayout::new(shape, input.has_output(options.keep_head), options)?;
+        let mut metadata = metadata::describe(shape, &input.carried, options.ty);
         if let Some(format) = &layout.packing {
             record::describe(format, &mut metadata);
         }
@@ -222,7 +222,7 @@ impl<'a> Job<'a> {
         let tensors = self.layout.tensors.iter().zip(places);
         let mut warnings = self.input.warnings.clone();
         warnings.extend(self.input.head_note(self.keep_head));
-        warnings.extend(self.input.config().llama_cpp_differences());
+        warnings.extend(self.input.shape().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());
         } else if !self.layout.expert_target.ty.is_quantized() {

@@ -151,6 +151,18 @@ pub enum ConvertError {
         /// The types that can be converted.
         expected: &'static str,
     },
+    /// A tensor of a type that no program here computes with.
+    #[error("{}: tensor {tensor} has type {got}, expected one of {expected}", path.display())]
+    ComputedType {
+        /// The file that holds it.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The type found.
+        got: String,
+        /// The types that would do.
+        expected: String,
+    },
     /// A weight is NaN or infinite.
     #[error("tensor {tensor}: weight {index} is {value}, expected finite weights")]
     NonFinite {

@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 
 use st_gguf::{GgufFile, Metadata};
 
-use crate::config::ModelConfig;
 use crate::error::ConvertError;
 use crate::mapped::MappedFile;
-use crate::tensor_map::Tensor;
+use crate::tensor_map::{ModelShape, Tensor, rule_of};
 use crate::{checkpoint, gguf_input};
 
 /// Types that weights may be stored as in an input.
@@ -62,7 +61,9 @@ pub(crate) type Slot = (Tensor, usize, usize);
 #[derive(Debug)]
 pub struct Input {
     pub(crate) path: PathBuf,
-    pub(crate) config: ModelConfig,
+    pub(crate) shape: ModelShape,
+    /// Whether the configuration says that the LM head is the embedding.
+    pub(crate) tied: bool,
     /// Tokenizer and general keys to carry into the output.
     pub(crate) carried: Metadata,
     pub(crate) files: Vec<MappedFile>,
@@ -105,14 +106,14 @@ impl Input {
     }
 
     /// The model's shape.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
     }
 
     /// Whether an output has an LM head of its own. A model that is tied, but stores a head with other weights than the
     /// embedding's, is run with the embedding by transformers: its head counts only where it is to be kept.
     pub fn has_output(&self, keep_head: bool) -> bool {
-        self.tensors.contains_key(&(Tensor::Output, 0, 0)) && (keep_head || self.config.tied != Some(true))
+        self.tensors.contains_key(&(Tensor::Output, 0, 0)) && (keep_head || !self.tied)
     }
 
     /// What there is to say about a head that is stored and not used, or asked for and not stored.
@@ -148,7 +149,7 @@ impl Input {
     pub(crate) fn tensor(&self, slot: Slot) -> Result<&SourceTensor, ConvertError> {
         self.tensors.get(&slot).ok_or_else(|| ConvertError::MissingTensor {
             path: self.path.clone(),
-            tensor: slot.0.rule().hf_name(slot.1, slot.2),
+            tensor: rule_of(slot.0).hf_name(slot.1, slot.2),
         })
     }
 }

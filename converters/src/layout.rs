@@ -7,11 +7,10 @@
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_kernels::{ExpertFormat, WeightType};
 
-use crate::config::ModelConfig;
 use crate::convert::ConvertOptions;
 use crate::error::ConvertError;
 use crate::quantize::Target;
-use crate::tensor_map::{Kind, Rule, Scope, TABLE, Tensor};
+use crate::tensor_map::{Kind, ModelShape, Rule, Scope, TABLE, Tensor, rule_of};
 
 /// Tensors start at multiples of this: a page, and the sector size of direct reads.
 pub(crate) const ALIGNMENT: u64 = 4096;
@@ -63,11 +62,11 @@ impl OutputLayout {
     ///
     /// # Errors
     /// [`ConvertError::RowLength`] where a matrix cannot be cut into blocks of its type.
-    pub(crate) fn new(config: &ModelConfig, has_output: bool, options: &ConvertOptions) -> Result<Self, ConvertError> {
+    pub(crate) fn new(model: &ModelShape, has_output: bool, options: &ConvertOptions) -> Result<Self, ConvertError> {
         let target = |ty| Target { ty, search: options.search && ty == WeightType::Q4_0 };
         let packing = match options.layout {
             Layout::Gguf => None,
-            Layout::Offload => Some(expert_format(config, options.ty)?),
+            Layout::Offload => Some(expert_format(model, options.ty)?),
         };
         let mut layout = Self {
             tensors: Vec::new(),
@@ -77,7 +76,7 @@ impl OutputLayout {
             expert_target: target(options.ty),
         };
         for scope in [Scope::Model, Scope::Layer] {
-            let layers = if scope == Scope::Model { 1 } else { config.n_layers };
+            let layers = if scope == Scope::Model { 1 } else { model.n_layers };
             for layer in 0..layers {
                 for rule in TABLE.iter().filter(|rule| rule.scope() == scope) {
                     let ty = match rule.kind {
@@ -86,23 +85,23 @@ impl OutputLayout {
                         Kind::Matrix | Kind::Expert => options.ty,
                     };
                     if rule.tensor != Tensor::Output || has_output {
-                        layout.push_tensor(config, rule, layer, target(ty))?;
+                        layout.push_tensor(model, rule, layer, target(ty))?;
                     }
                 }
             }
         }
-        for layer in 0..config.n_layers {
+        for layer in 0..model.n_layers {
             match &layout.packing {
                 None => {
                     for tensor in EXPERT_TENSORS {
-                        layout.push_tensor(config, tensor.rule(), layer, target(options.ty))?;
+                        layout.push_tensor(model, rule_of(tensor), layer, target(options.ty))?;
                     }
                 }
                 Some(format) => {
-                    let shape = vec![format.record_bytes() as u64, config.n_experts as u64];
+                    let shape = vec![format.record_bytes() as u64, model.n_experts as u64];
                     let name = st_gguf::tensor_names::packed(layer);
                     layout.tensors.push(TensorSpec { name, shape, ty: GgmlType::I8 });
-                    for expert in 0..config.n_experts {
+                    for expert in 0..model.n_experts {
                         layout.push_unit(Unit::Record { layer, expert });
                     }
                 }
@@ -114,20 +113,16 @@ impl OutputLayout {
     /// Adds a tensor and the work for it: its one matrix, or those of all experts of the layer.
     fn push_tensor(
         &mut self,
-        config: &ModelConfig,
+        model: &ModelShape,
         rule: &Rule,
         layer: usize,
         target: Target,
     ) -> Result<(), ConvertError> {
-        let (rows, cols) = (rule.rows(config), rule.cols(config));
+        let (rows, cols) = (rule.rows(model), rule.cols(model));
         let name = rule.gguf_name(layer);
         check_rows(&name, cols, target.ty)?;
-        self.tensors.push(TensorSpec {
-            name,
-            shape: rule.gguf_shape(config),
-            ty: GgmlType::from_id(target.ty.ggml_id()),
-        });
-        let experts = if rule.scope() == Scope::Expert { config.n_experts } else { 1 };
+        self.tensors.push(TensorSpec { name, shape: rule.tensor.ggml_shape(model), ty: target.ty.ggml() });
+        let experts = if rule.scope() == Scope::Expert { model.n_experts } else { 1 };
         // Parts of about equal size, so that no thread is left with a crumb while the others wait for the next tensor.
         let parts = (rows * cols).div_ceil(UNIT_WEIGHTS).clamp(1, rows);
         let rows_per_part = rows.div_ceil(parts);
@@ -163,10 +158,10 @@ fn check_rows(name: &str, columns: usize, ty: WeightType) -> Result<(), ConvertE
 }
 
 /// How records of this model's experts are packed.
-fn expert_format(config: &ModelConfig, ty: WeightType) -> Result<ExpertFormat, ConvertError> {
+fn expert_format(model: &ModelShape, ty: WeightType) -> Result<ExpertFormat, ConvertError> {
     for tensor in EXPERT_TENSORS {
-        check_rows(&tensor.rule().gguf_name(0), tensor.rule().cols(config), ty)?;
+        check_rows(&rule_of(tensor).gguf_name(0), rule_of(tensor).cols(model), ty)?;
     }
-    ExpertFormat::new(ty, config.n_embd, config.n_ff)
+    ExpertFormat::new(ty, model.n_embd, model.n_ff)
         .map_err(|error| ConvertError::Options(format!("experts cannot be packed as {ty}: {error}")))
 }

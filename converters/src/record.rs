@@ -1,13 +1,13 @@
 //! Records of the offload layout: the keys that describe them, and putting an expert's three matrices into one.
 
-use st_gguf::{GgmlType, Metadata, describe_records};
+use st_gguf::{Metadata, describe_records};
 use st_kernels::{ExpertFormat, Kernels, Matrix};
 
 use crate::error::ConvertError;
 
 /// States how `format` lays records out.
 pub(crate) fn describe(format: &ExpertFormat, metadata: &mut Metadata) {
-    let ty = GgmlType::from_id(format.ty().ggml_id());
+    let ty = format.ty().ggml();
     let starts = Matrix::ALL.map(|matrix| format.region(matrix).start as u64);
     describe_records(metadata, ty, format.record_bytes() as u64, starts);
 }

@@ -7,10 +7,10 @@
 use std::path::Path;
 
 use st_gguf::{
-    ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix as FileMatrix, Metadata,
-    TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
+    ByteRange, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix, Metadata, TensorSpec,
+    WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
 };
-use st_kernels::{ExpertFormat, Kernels, Matrix, WeightType};
+use st_kernels::{ExpertFormat, Kernels, UnsupportedType, WeightType};
 
 use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor};
 use crate::error::ConvertError;
@@ -43,7 +43,7 @@ enum Unit {
     /// The record of an expert, out of its three matrices.
     Pack { layer: usize, expert: usize },
     /// A matrix of an expert, out of its record.
-    Unpack { layer: usize, expert: usize, matrix: FileMatrix },
+    Unpack { layer: usize, expert: usize, matrix: Matrix },
 }
 
 /// The input, and everything that follows from it before a weight is read.
@@ -106,14 +106,7 @@ impl<'a> Job<'a> {
     fn new(path: &'a Path, to: Layout) -> Result<Self, ConvertError> {
         let file = GgufFile::open(path)?;
         let header = &file.header;
-        match header.metadata.str("general.architecture")? {
-            Some("smallthinker") => {}
-            other => {
-                let got = other.map_or_else(|| "a file that states none".into(), |name| format!("\"{name}\""));
-                return Err(ConvertError::Architecture { path: path.into(), got });
-            }
-        }
-        let index = ExpertIndex::from_header(header)?;
+        let index = ExpertIndex::from_header(header, &header.model_shape()?)?;
         if index.layout() == to {
             return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
         }
@@ -121,7 +114,7 @@ impl<'a> Job<'a> {
 
         let mut metadata = header.metadata.clone();
         // Those of the checksums come last, as where a file is made at once.
-        for key in layout_keys::ALL.into_iter().chain(checksum_keys::ALL) {
+        for key in layout_keys::ALL.into_iter().chain([layout_keys::UP_OFFSET_BEFORE]).chain(checksum_keys::ALL) {
             metadata.remove(key);
         }
         if to == Layout::Offload {
@@ -129,7 +122,7 @@ impl<'a> Job<'a> {
         }
         let kernels = Kernels::detect();
         let mut job = Self { path, file, index, format, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
-        job.push_resident();
+        job.push_resident()?;
         for layer in 0..job.index.n_layers() {
             match to {
                 Layout::Offload => job.push_packed(layer),
@@ -141,16 +134,25 @@ impl<'a> Job<'a> {
     }
 
     /// Adds the tensors that hold no experts.
-    fn push_resident(&mut self) {
+    fn push_resident(&mut self) -> Result<(), ConvertError> {
         let layers = 0..self.index.n_layers();
         let experts: std::collections::HashSet<String> = match self.index.layout() {
             Layout::Offload => layers.map(tensor_names::packed).collect(),
             Layout::Gguf => {
-                layers.flat_map(|layer| FileMatrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
+                layers.flat_map(|layer| Matrix::ALL.map(|matrix| tensor_names::stacked(layer, matrix))).collect()
             }
         };
         let tensors = self.file.header.tensors.iter().enumerate();
         for (i, tensor) in tensors.filter(|(_, tensor)| !experts.contains(&tensor.name)) {
+            // What could not be run afterwards is not worth hours of work.
+            if let Err(UnsupportedType(got)) = WeightType::try_from(tensor.ty) {
+                return Err(ConvertError::ComputedType {
+                    path: self.path.into(),
+                    tensor: tensor.name.clone(),
+                    got: got.to_string(),
+                    expected: WeightType::names(),
+                });
+            }
             let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
             self.tensors.push(TensorSpec { name, shape, ty: tensor.ty });
             for start in (0..tensor.n_bytes).step_by(COPY_BYTES as usize) {
@@ -158,6 +160,7 @@ impl<'a> Job<'a> {
                 self.units.push(Unit::Copy { tensor: i, start, len });
             }
         }
+        Ok(())
     }
 
     fn push_packed(&mut self, layer: usize) {
@@ -168,14 +171,11 @@ impl<'a> Job<'a> {
 
     fn push_stacked(&mut self, layer: usize) {
         let index = &self.index;
-        for matrix in FileMatrix::ALL {
-            let [columns, rows] = match matrix {
-                FileMatrix::Gate | FileMatrix::Up => [index.n_embd(), index.n_ff()],
-                FileMatrix::Down => [index.n_ff(), index.n_embd()],
-            };
+        for matrix in Matrix::ALL {
+            let (rows, columns) = self.format.shape(matrix);
             self.tensors.push(TensorSpec {
                 name: tensor_names::stacked(layer, matrix),
-                shape: vec![columns, rows, index.n_experts() as u64],
+                shape: [columns, rows, index.n_experts()].map(|n| n as u64).to_vec(),
                 ty: index.expert_type(),
             });
             self.units.extend((0..index.n_experts()).map(|expert| Unit::Unpack { layer, expert, matrix }));
@@ -201,7 +201,7 @@ impl<'a> Job<'a> {
         match unit {
             Unit::Copy { len, .. } => *len as usize,
             Unit::Pack { .. } => self.format.record_bytes(),
-            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(kernel_matrix(*matrix)),
+            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(*matrix),
         }
     }
 
@@ -210,7 +210,7 @@ impl<'a> Job<'a> {
         match *unit {
             Unit::Copy { len, .. } => len,
             Unit::Pack { layer, expert } => {
-                FileMatrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
+                Matrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
             }
             Unit::Unpack { layer, expert, matrix } => self.index.matrix(layer, expert, matrix).len,
         }
@@ -225,7 +225,6 @@ impl<'a> Job<'a> {
             }
             Unit::Pack { layer, expert } => {
                 record::pack(self.kernels, &self.format, scratch, out, |matrix, canonical| {
-                    let matrix = FileMatrix::ALL[matrix as usize];
                     let range = self.index.matrix(layer, expert, matrix);
                     self.read_expert(&tensor_names::stacked(layer, matrix), range, canonical)
                 })?;
@@ -233,7 +232,7 @@ impl<'a> Job<'a> {
             Unit::Unpack { layer, expert, matrix } => {
                 // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
                 // records need be read and checked only then.
-                let region = match self.index.record(layer, expert).filter(|_| matrix == FileMatrix::Gate) {
+                let region = match self.index.record(layer, expert).filter(|_| matrix == Matrix::Gate) {
                     Some(range) => {
                         scratch.resize(range.len as usize, 0);
                         self.read_expert(&tensor_names::packed(layer), range, scratch)?;
@@ -243,10 +242,10 @@ impl<'a> Job<'a> {
                         let range = self.index.matrix(layer, expert, matrix);
                         scratch.resize(range.len as usize, 0);
                         self.read(range, scratch)?;
-                        0..self.format.region(kernel_matrix(matrix)).len()
+                        0..self.format.region(matrix).len()
                     }
                 };
-                self.format.unpack(kernel_matrix(matrix), &scratch[region], out);
+                self.format.unpack(matrix, &scratch[region], out);
             }
         }
         Ok(())
@@ -266,14 +265,6 @@ impl<'a> Job<'a> {
     }
 }
 
-fn kernel_matrix(matrix: FileMatrix) -> Matrix {
-    match matrix {
-        FileMatrix::Gate => Matrix::Gate,
-        FileMatrix::Up => Matrix::Up,
-        FileMatrix::Down => Matrix::Down,
-    }
-}
-
 /// The record format of the file's experts; for a file in the offload layout, proved to be the one it has.
 fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, ConvertError> {
     let cannot = |why: String| {
@@ -283,8 +274,8 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, Conve
             index.expert_type()
         ))
     };
-    let ty = WeightType::from_ggml_id(index.expert_type().id())
-        .ok_or_else(|| cannot("only F32, F16, BF16, Q8_0 and Q4_0 can".into()))?;
+    let ty = WeightType::try_from(index.expert_type())
+        .map_err(|UnsupportedType(_)| cannot(format!("only {} can", WeightType::names())))?;
     let format = ExpertFormat::new(ty, index.n_embd() as usize, index.n_ff() as usize)
         .map_err(|error| cannot(error.to_string()))?;
     if let (Layout::Offload, Some(record)) = (index.layout(), index.record(0, 0)) {
@@ -296,9 +287,9 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, Conve
             Err(ConvertError::Config { path: path.into(), key: key.into(), got, expected })
         };
         check(layout_keys::RECORD_BYTES, record.len, format.record_bytes())?;
-        for (key, matrix) in layout_keys::OFFSETS.into_iter().zip(FileMatrix::ALL) {
+        for (key, matrix) in layout_keys::OFFSETS.into_iter().zip(Matrix::ALL) {
             let start = index.matrix(0, 0, matrix).offset - record.offset;
-            check(key, start, format.region(kernel_matrix(matrix)).start)?;
+            check(key, start, format.region(matrix).start)?;
         }
     }
     Ok(format)

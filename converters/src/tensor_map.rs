@@ -1,40 +1,10 @@
-//! One table: Hugging Face name <-> GGUF name, shape and kind of every tensor of the architecture.
+//! One table: the Hugging Face name and the kind of every tensor of the architecture; names and shapes in GGUF files
+//! are st-format's.
 //!
 //! Everything that has to know a tensor's name or shape asks here: reading checkpoints, reading and writing GGUF,
 //! planning the output. Knows no file and no type.
 
-use crate::config::ModelConfig;
-
-/// Every tensor of the architecture. Those of a layer exist once per layer, those of an expert once per expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Tensor {
-    /// Token embedding.
-    TokenEmbd,
-    /// Norm after the last layer.
-    OutputNorm,
-    /// LM head, where it is not the embedding.
-    Output,
-    /// Norm before attention.
-    AttnNorm,
-    /// Query projection.
-    AttnQ,
-    /// Key projection.
-    AttnK,
-    /// Value projection.
-    AttnV,
-    /// Projection of the heads back to the residual stream.
-    AttnOutput,
-    /// Norm before the experts.
-    FfnNorm,
-    /// Router.
-    FfnGateInp,
-    /// Gate matrix of an expert.
-    FfnGateExps,
-    /// Up matrix of an expert.
-    FfnUpExps,
-    /// Down matrix of an expert.
-    FfnDownExps,
-}
+pub use st_format::{ModelShape, Scope, Tensor};
 
 /// How a tensor is treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,44 +21,6 @@ pub enum Kind {
     Expert,
 }
 
-/// How often a tensor exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// Once.
-    Model,
-    /// Once per layer.
-    Layer,
-    /// Once per layer and expert.
-    Expert,
-}
-
-/// A length that the configuration states.
-#[derive(Clone, Copy, Debug)]
-enum Dim {
-    /// The tensor is a vector and has no rows.
-    None,
-    Vocab,
-    Embd,
-    Heads,
-    KvHeads,
-    Experts,
-    Ff,
-}
-
-impl Dim {
-    fn of(self, config: &ModelConfig) -> usize {
-        match self {
-            Self::None => 1,
-            Self::Vocab => config.vocab_size,
-            Self::Embd => config.n_embd,
-            Self::Heads => config.n_heads * config.head_dim,
-            Self::KvHeads => config.n_kv_heads * config.head_dim,
-            Self::Experts => config.n_experts,
-            Self::Ff => config.n_ff,
-        }
-    }
-}
-
 /// A line of the table.
 #[derive(Debug)]
 pub struct Rule {
@@ -98,32 +30,28 @@ pub struct Rule {
     pub kind: Kind,
     /// Name in a checkpoint, `{L}` for the layer and `{E}` for the expert.
     hf: &'static str,
-    /// Name in a GGUF file, `{L}` for the layer.
-    gguf: &'static str,
-    rows: Dim,
-    cols: Dim,
 }
 
-const fn rule(tensor: Tensor, kind: Kind, hf: &'static str, gguf: &'static str, rows: Dim, cols: Dim) -> Rule {
-    Rule { tensor, kind, hf, gguf, rows, cols }
+const fn rule(tensor: Tensor, kind: Kind, hf: &'static str) -> Rule {
+    Rule { tensor, kind, hf }
 }
 
 /// The table, in the order of the enum.
 #[rustfmt::skip]
 pub static TABLE: [Rule; 13] = [
-    rule(Tensor::TokenEmbd,   Kind::Embedding, "model.embed_tokens.weight", "token_embd.weight", Dim::Vocab, Dim::Embd),
-    rule(Tensor::OutputNorm,  Kind::Norm,      "model.norm.weight", "output_norm.weight", Dim::None, Dim::Embd),
-    rule(Tensor::Output,      Kind::Embedding, "lm_head.weight", "output.weight", Dim::Vocab, Dim::Embd),
-    rule(Tensor::AttnNorm,    Kind::Norm,      "model.layers.{L}.input_layernorm.weight", "blk.{L}.attn_norm.weight", Dim::None, Dim::Embd),
-    rule(Tensor::AttnQ,       Kind::Matrix,    "model.layers.{L}.self_attn.q_proj.weight", "blk.{L}.attn_q.weight", Dim::Heads, Dim::Embd),
-    rule(Tensor::AttnK,       Kind::Matrix,    "model.layers.{L}.self_attn.k_proj.weight", "blk.{L}.attn_k.weight", Dim::KvHeads, Dim::Embd),
-    rule(Tensor::AttnV,       Kind::Matrix,    "model.layers.{L}.self_attn.v_proj.weight", "blk.{L}.attn_v.weight", Dim::KvHeads, Dim::Embd),
-    rule(Tensor::AttnOutput,  Kind::Matrix,    "model.layers.{L}.self_attn.o_proj.weight", "blk.{L}.attn_output.weight", Dim::Embd, Dim::Heads),
-    rule(Tensor::FfnNorm,     Kind::Norm,      "model.layers.{L}.post_attention_layernorm.weight", "blk.{L}.ffn_norm.weight", Dim::None, Dim::Embd),
-    rule(Tensor::FfnGateInp,  Kind::Router,    "model.layers.{L}.block_sparse_moe.primary_router.weight", "blk.{L}.ffn_gate_inp.weight", Dim::Experts, Dim::Embd),
-    rule(Tensor::FfnGateExps, Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.gate.weight", "blk.{L}.ffn_gate_exps.weight", Dim::Ff, Dim::Embd),
-    rule(Tensor::FfnUpExps,   Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.up.weight", "blk.{L}.ffn_up_exps.weight", Dim::Ff, Dim::Embd),
-    rule(Tensor::FfnDownExps, Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.down.weight", "blk.{L}.ffn_down_exps.weight", Dim::Embd, Dim::Ff),
+    rule(Tensor::TokenEmbd,   Kind::Embedding, "model.embed_tokens.weight"),
+    rule(Tensor::OutputNorm,  Kind::Norm,      "model.norm.weight"),
+    rule(Tensor::Output,      Kind::Embedding, "lm_head.weight"),
+    rule(Tensor::AttnNorm,    Kind::Norm,      "model.layers.{L}.input_layernorm.weight"),
+    rule(Tensor::AttnQ,       Kind::Matrix,    "model.layers.{L}.self_attn.q_proj.weight"),
+    rule(Tensor::AttnK,       Kind::Matrix,    "model.layers.{L}.self_attn.k_proj.weight"),
+    rule(Tensor::AttnV,       Kind::Matrix,    "model.layers.{L}.self_attn.v_proj.weight"),
+    rule(Tensor::AttnOutput,  Kind::Matrix,    "model.layers.{L}.self_attn.o_proj.weight"),
+    rule(Tensor::FfnNorm,     Kind::Norm,      "model.layers.{L}.post_attention_layernorm.weight"),
+    rule(Tensor::FfnGateInp,  Kind::Router,    "model.layers.{L}.block_sparse_moe.primary_router.weight"),
+    rule(Tensor::FfnGateExps, Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.gate.weight"),
+    rule(Tensor::FfnUpExps,   Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.up.weight"),
+    rule(Tensor::FfnDownExps, Kind::Expert,    "model.layers.{L}.block_sparse_moe.experts.{E}.down.weight"),
 ];
 
 /// Names that checkpoints of this family may carry and that hold no weights.
@@ -177,23 +105,15 @@ pub fn quantized_by(hf_name: &str) -> Option<&'static str> {
     SUFFIXES.iter().find(|(suffix, _)| hf_name.ends_with(suffix)).map(|&(_, method)| method)
 }
 
-impl Tensor {
-    /// The tensor's line in the table.
-    pub fn rule(self) -> &'static Rule {
-        &TABLE[self as usize]
-    }
+/// The tensor's line in the table.
+pub fn rule_of(tensor: Tensor) -> &'static Rule {
+    &TABLE[tensor as usize]
 }
 
 impl Rule {
     /// How often the tensor exists.
     pub fn scope(&self) -> Scope {
-        if self.hf.contains("{E}") {
-            Scope::Expert
-        } else if self.hf.contains("{L}") {
-            Scope::Layer
-        } else {
-            Scope::Model
-        }
+        self.tensor.scope()
     }
 
     /// Name in a checkpoint; `layer` and `expert` are ignored where the scope has none.
@@ -203,49 +123,31 @@ impl Rule {
 
     /// Name in a GGUF file, where the experts of a layer share one tensor.
     pub fn gguf_name(&self, layer: usize) -> String {
-        self.gguf.replace("{L}", &layer.to_string())
-    }
-
-    /// The GGUF name without layer and suffix, such as `attn_q`.
-    pub fn kind_name(&self) -> &'static str {
-        self.gguf.trim_start_matches("blk.{L}.").trim_end_matches(".weight")
+        self.tensor.name(layer)
     }
 
     /// Rows of one matrix (1 for a vector).
-    pub fn rows(&self, config: &ModelConfig) -> usize {
-        self.rows.of(config)
+    pub fn rows(&self, shape: &ModelShape) -> usize {
+        self.tensor.dims(shape).1.unwrap_or(1)
     }
 
     /// Length of a row.
-    pub fn cols(&self, config: &ModelConfig) -> usize {
-        self.cols.of(config)
+    pub fn cols(&self, shape: &ModelShape) -> usize {
+        self.tensor.dims(shape).0
     }
 
     /// Shape in a checkpoint, slowest dimension first, of one expert where there are several.
-    pub fn hf_shape(&self, config: &ModelConfig) -> Vec<u64> {
-        let mut shape = vec![self.cols(config) as u64];
-        if !matches!(self.rows, Dim::None) {
-            shape.insert(0, self.rows(config) as u64);
-        }
-        shape
-    }
-
-    /// Shape in a GGUF file, fastest dimension first, all experts of a layer together.
-    pub fn gguf_shape(&self, config: &ModelConfig) -> Vec<u64> {
-        let mut shape = self.hf_shape(config);
-        shape.reverse();
-        if self.scope() == Scope::Expert {
-            shape.push(config.n_experts as u64);
-        }
-        shape
+    pub fn hf_shape(&self, shape: &ModelShape) -> Vec<u64> {
+        let (cols, rows) = self.tensor.dims(shape);
+        rows.into_iter().chain([cols]).map(|n| n as u64).collect()
     }
 
     /// Every (layer, expert) for which the tensor exists in a checkpoint; 0 stands for "none".
-    pub fn instances(&self, config: &ModelConfig) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub fn instances(&self, shape: &ModelShape) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (layers, experts) = match self.scope() {
             Scope::Model => (1, 1),
-            Scope::Layer => (config.n_layers, 1),
-            Scope::Expert => (config.n_layers, config.n_experts),
+            Scope::Layer => (shape.n_layers, 1),
+            Scope::Expert => (shape.n_layers, shape.n_experts),
         };
         (0..layers).flat_map(move |layer| (0..experts).map(move |expert| (layer, expert)))
     }
@@ -256,14 +158,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn table_is_in_the_order_of_the_enum_and_names_are_unique() {
+    fn table_is_in_the_order_of_the_enum_and_marks_what_its_scope_has() {
         for (index, rule) in TABLE.iter().enumerate() {
             assert_eq!(rule.tensor as usize, index);
         }
-        let mut names: Vec<_> = TABLE.iter().flat_map(|rule| [rule.hf_name(1, 2), rule.gguf_name(1)]).collect();
+        for rule in &TABLE {
+            assert_eq!(rule.hf.contains("{L}"), rule.scope() != Scope::Model, "{}", rule.hf);
+            assert_eq!(rule.hf.contains("{E}"), rule.scope() == Scope::Expert, "{}", rule.hf);
+        }
+        let mut names: Vec<_> = TABLE.iter().map(|rule| rule.hf_name(1, 2)).collect();
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), 2 * TABLE.len());
+        assert_eq!(names.len(), TABLE.len());
     }
 
     #[test]
@@ -298,11 +204,10 @@ mod tests {
 
     #[test]
     fn names_and_scopes() {
-        let down = Tensor::FfnDownExps.rule();
+        let down = rule_of(Tensor::FfnDownExps);
         assert_eq!(down.hf_name(3, 17), "model.layers.3.block_sparse_moe.experts.17.down.weight");
-        assert_eq!(down.gguf_name(3), "blk.3.ffn_down_exps.weight");
         assert_eq!(down.scope(), Scope::Expert);
-        assert_eq!(Tensor::AttnQ.rule().scope(), Scope::Layer);
-        assert_eq!(Tensor::Output.rule().scope(), Scope::Model);
+        assert_eq!(rule_of(Tensor::AttnQ).scope(), Scope::Layer);
+        assert_eq!(rule_of(Tensor::Output).scope(), Scope::Model);
     }
 }

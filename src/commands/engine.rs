@@ -42,6 +42,10 @@ pub(crate) fn load_file(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Engine> {
+    // What makes no model is refused by the engine.
+    for note in file.header.model_shape().iter().flat_map(|shape| shape.ignored(&file.header)) {
+        context.ui.note(format_args!("note: {note}"));
+    }
     let options = LoadOptions {
         threads: threads(args),
         ctx,

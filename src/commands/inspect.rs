@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use serde_json::json;
-use st_gguf::{Array, ExpertIndex, GgufFile, Header, Layout, Value};
+use st_gguf::{Array, ExpertIndex, GgufError, GgufFile, Header, Layout, Value};
 
 use super::check::{self, Checked};
 use crate::cli::InspectArgs;
@@ -49,6 +49,11 @@ fn by_type(header: &Header) -> Vec<(&'static str, usize, u64)> {
     list
 }
 
+/// Where the experts of a model that can be run lie.
+fn experts(header: &Header) -> Result<ExpertIndex, GgufError> {
+    ExpertIndex::from_header(header, &header.model_shape()?)
+}
+
 fn table(file: &GgufFile, tensors: bool) -> String {
     let header = &file.header;
     let mut out = format!(
@@ -62,7 +67,7 @@ fn table(file: &GgufFile, tensors: bool) -> String {
     for (key, value) in header.metadata.iter() {
         let _ = writeln!(out, "  {:width$}  {}", escaped(key), show(value));
     }
-    match ExpertIndex::from_header(header) {
+    match experts(header) {
         Ok(index) => {
             let (layers, experts) = (index.n_layers(), index.n_experts());
             let place = match index.layout() {
@@ -134,7 +139,7 @@ fn json(file: &GgufFile, tensors: bool) -> serde_json::Value {
         .into_iter()
         .map(|(name, count, bytes)| json!({"type": name, "tensors": count, "bytes": bytes}))
         .collect();
-    let layout = ExpertIndex::from_header(header).ok().map(|index| index.layout().name());
+    let layout = experts(header).ok().map(|index| index.layout().name());
     let mut object = json!({
         "file": header.file_name(),
         "version": header.version,

@@ -23,7 +23,7 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
     }
     check_output(&args.output, LOGITS, args.force)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    let config = ModelConfig::from_metadata(&file.header.metadata)?;
+    let config = file.header.model_shape()?;
     if ids.len() > config.context_length {
         return Err(ModelError::ContextFull { needed: ids.len(), ctx: config.context_length }.into());
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use st_model::sampler::SamplerError;
-use st_model::{ModelConfig, ModelError, Session};
+use st_model::{ModelError, Session};
 
 use super::engine;
 use super::run::no_tokenizer;
@@ -22,7 +22,7 @@ const DEFAULT_WINDOW: usize = 512;
 pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let text = input::text(&args.file, u64::MAX, &context.interrupt)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    let limit = ModelConfig::from_metadata(&file.header.metadata)?.context_length;
+    let limit = file.header.model_shape()?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));
     let engine = engine::load_file(file, &args.engine, Some(window), None, context)?;
     let ids = engine.tokenizer().ok_or_else(no_tokenizer)?.encode(&text, true)?;

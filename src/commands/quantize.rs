@@ -116,7 +116,7 @@ fn gains_table(gains: &[SearchGain]) -> String {
         out.push_str(&format!("{name:14}  {before:>9.3e}  {after:>9.3e}  {change:+.1} %\n"));
     };
     for gain in gains {
-        row(gain.tensor.rule().kind_name(), gain.weights, gain.errors);
+        row(gain.tensor.part(), gain.weights, gain.errors);
         weights += gain.weights;
         errors += gain.errors;
     }

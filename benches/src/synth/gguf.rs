@@ -9,7 +9,6 @@ use st_gguf::{
     GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, describe_records,
     reserve_checksums, tensor_names,
 };
-use st_kernels::expert_format::Matrix as Region;
 use st_kernels::{ExpertFormat, WeightType};
 
 use super::recipe::{Kind, Recipe, Tensor};
@@ -54,7 +53,7 @@ pub fn write_gguf(
         Layout::Gguf => plan_stacked(shape, &tensors, &mut specs, &mut items),
         Layout::Offload => {
             plan_records(shape, &tensors, &format, &mut specs, &mut items);
-            let starts = Region::ALL.map(|matrix| format.region(matrix).start as u64);
+            let starts = Matrix::ALL.map(|matrix| format.region(matrix).start as u64);
             describe_records(&mut metadata, GgmlType::Q4_0, format.record_bytes() as u64, starts);
         }
     }

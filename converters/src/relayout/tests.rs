@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use proptest::prelude::*;
+use st_format::{ModelShape, Scope, Tensor};
 use tempfile::TempDir;
 
 use super::*;
@@ -10,6 +11,24 @@ use crate::progress::NoProgress;
 
 const N_LAYERS: usize = 2;
 const N_EXPERTS: usize = 3;
+
+/// A model of the smallest size.
+fn shape(n_embd: u64, n_ff: u64) -> ModelShape {
+    ModelShape {
+        n_layers: N_LAYERS,
+        n_embd: n_embd as usize,
+        n_heads: 1,
+        n_kv_heads: 1,
+        head_dim: 2,
+        n_experts: N_EXPERTS,
+        n_experts_used: 1,
+        n_ff: n_ff as usize,
+        n_vocab: 7,
+        rope_layers: vec![true; N_LAYERS],
+        windows: vec![None; N_LAYERS],
+        ..ModelShape::published_4b()
+    }
+}
 
 /// A file in the `gguf` layout with arbitrary weights, as this tool orders it.
 struct Sample {
@@ -24,20 +43,19 @@ impl Sample {
         let mut metadata = Metadata::new();
         metadata.insert("general.architecture", "smallthinker");
         metadata.insert("general.alignment", ALIGNMENT as u32);
-        metadata.insert("smallthinker.block_count", N_LAYERS as u32);
-        metadata.insert("smallthinker.expert_count", N_EXPERTS as u32);
-        metadata.insert("smallthinker.embedding_length", n_embd as u32);
-        metadata.insert("smallthinker.expert_feed_forward_length", n_ff as u32);
-        let spec = |name: String, shape: &[u64], ty| TensorSpec { name, shape: shape.to_vec(), ty };
-        let mut tensors = vec![spec("token_embd.weight".into(), &[n_embd, 7], ty)];
+        let shape = shape(n_embd, n_ff);
+        for (key, value) in shape.to_metadata() {
+            metadata.insert(key, value);
+        }
+        let spec =
+            |tensor: Tensor, layer, ty| TensorSpec { name: tensor.name(layer), shape: tensor.ggml_shape(&shape), ty };
+        let mut tensors = vec![spec(Tensor::TokenEmbd, 0, ty), spec(Tensor::OutputNorm, 0, GgmlType::F32)];
         for layer in 0..N_LAYERS {
-            tensors.push(spec(format!("blk.{layer}.attn_norm.weight"), &[n_embd], GgmlType::F32));
+            let layers = Tensor::ALL.iter().filter(|tensor| tensor.scope() == Scope::Layer);
+            tensors.extend(layers.map(|&tensor| spec(tensor, layer, GgmlType::F32)));
         }
         for layer in 0..N_LAYERS {
-            for matrix in FileMatrix::ALL {
-                let [cols, rows] = if matrix == FileMatrix::Down { [n_ff, n_embd] } else { [n_embd, n_ff] };
-                tensors.push(spec(tensor_names::stacked(layer, matrix), &[cols, rows, N_EXPERTS as u64], ty));
-            }
+            tensors.extend(Matrix::ALL.map(|matrix| spec(Tensor::experts(matrix), layer, ty)));
         }
         Self { dir: tempfile::tempdir().unwrap(), metadata, tensors, alignment: ALIGNMENT }
     }
@@ -141,7 +159,7 @@ fn records_are_page_aligned_and_carry_their_checksums() {
     let plan = run(&sample.write(1), Layout::Offload, 2, &packed).unwrap();
     assert!(plan.warnings.iter().any(|warning| warning.contains("llama.cpp")));
     let file = GgufFile::open(&packed).unwrap();
-    let index = ExpertIndex::from_header(&file.header).unwrap();
+    let index = ExpertIndex::from_header(&file.header, &file.header.model_shape().unwrap()).unwrap();
     assert_eq!(index.layout(), Layout::Offload);
     for layer in 0..N_LAYERS {
         for expert in 0..N_EXPERTS {
@@ -186,7 +204,7 @@ fn a_damaged_record_ends_the_work_and_names_the_expert() {
     let packed = sample.path("offload.gguf");
     run(&sample.write(2), Layout::Offload, 2, &packed).unwrap();
     let header = GgufFile::open(&packed).unwrap().header;
-    damage(&packed, ExpertIndex::from_header(&header).unwrap().record(1, 2).unwrap());
+    damage(&packed, ExpertIndex::from_header(&header, &header.model_shape().unwrap()).unwrap().record(1, 2).unwrap());
     for threads in [1, 3] {
         let error = run(&packed, Layout::Gguf, threads, &sample.path("back.gguf")).unwrap_err();
         assert!(matches!(error, ConvertError::Gguf(GgufError::Damaged { expert: Some(2), .. })), "{error}");
@@ -202,9 +220,9 @@ fn so_do_a_damaged_matrix_and_a_damaged_dense_tensor() {
     sample.tensors[0].shape[1] = 140_000;
     let input = sample.write(2);
     let header = GgufFile::open(&input).unwrap().header;
-    let index = ExpertIndex::from_header(&header).unwrap();
+    let index = ExpertIndex::from_header(&header, &header.model_shape().unwrap()).unwrap();
     let good = fs::read(&input).unwrap();
-    let matrices = FileMatrix::ALL.map(|m| (tensor_names::stacked(1, m), Some(2), index.matrix(1, 2, m)));
+    let matrices = Matrix::ALL.map(|m| (tensor_names::stacked(1, m), Some(2), index.matrix(1, 2, m)));
     let dense = ["token_embd.weight", "blk.1.attn_norm.weight"].map(|name| {
         let tensor = header.tensor(name).unwrap();
         (name.to_owned(), None, ByteRange { offset: tensor.offset, len: tensor.n_bytes })
@@ -233,7 +251,7 @@ fn what_is_refused_before_anything_is_written() {
 
     sample.metadata.insert("general.architecture", "llama");
     let error = run(&sample.write(3), Layout::Offload, 1, &out).unwrap_err();
-    assert!(error.to_string().contains("expected a SmallThinker model, got \"llama\""), "{error}");
+    assert!(error.to_string().contains("expected a SmallThinker model, got `llama`"), "{error}");
 
     let q5 = Sample::new(GgmlType::Q5_0, 64, 32);
     let error = run(&q5.write(3), Layout::Offload, 1, &out).unwrap_err();
@@ -257,8 +275,8 @@ fn other_offsets_than_the_format_has_are_refused() {
     run(&sample.write(4), Layout::Offload, 1, &packed).unwrap();
     let file = GgufFile::open(&packed).unwrap();
     let mut metadata = file.header.metadata.clone();
-    let up = metadata.u64(layout_keys::NEURON_OFFSET).unwrap().unwrap();
-    metadata.insert(layout_keys::NEURON_OFFSET, up + 64);
+    let up = metadata.u64(layout_keys::UP_OFFSET).unwrap().unwrap();
+    metadata.insert(layout_keys::UP_OFFSET, up + 64);
     let tensors: Vec<TensorSpec> = file
         .header
         .tensors
@@ -272,7 +290,7 @@ fn other_offsets_than_the_format_has_are_refused() {
     }
     writer.finish().unwrap();
     let error = run(&packed, Layout::Gguf, 1, &sample.path("back.gguf")).unwrap_err();
-    assert!(error.to_string().contains(layout_keys::NEURON_OFFSET), "{error}");
+    assert!(error.to_string().contains(layout_keys::UP_OFFSET), "{error}");
 }
 
 #[test]

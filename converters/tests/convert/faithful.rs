@@ -45,7 +45,7 @@ fn every_tensor_holds_the_weights_of_its_source() {
                 let got = file.read_tensor(info).unwrap();
                 let small = info.name.contains("norm") || info.name.contains("ffn_gate_inp");
                 let ty = if small { WeightType::F32 } else { ty };
-                assert_eq!(info.ty, GgmlType::from_id(ty.ggml_id()), "{}", info.name);
+                assert_eq!(info.ty, ty.ggml(), "{}", info.name);
                 let wanted: Vec<u8> =
                     sources(&info.name).iter().flat_map(|name| expected(&source.tensor(name).data, ty)).collect();
                 assert!(got == wanted, "{name}: {} as {ty}", info.name);
@@ -146,13 +146,13 @@ fn what_a_search_gains_is_told_for_each_kind_of_matrix() {
     for layout in LAYOUTS {
         let gains = [1, 2, 5].map(|threads| gains(layout, threads, true));
         assert!(gains[0] == gains[1] && gains[0] == gains[2], "{gains:?}");
-        let names: Vec<&str> = gains[0].iter().map(|gain| gain.tensor.rule().kind_name()).collect();
+        let names: Vec<&str> = gains[0].iter().map(|gain| gain.tensor.part()).collect();
         let expected = "token_embd output attn_q attn_k attn_v attn_output ffn_gate_exps ffn_up_exps ffn_down_exps";
         assert_eq!(names.join(" "), expected);
         for gain in &gains[0] {
-            let rule = gain.tensor.rule();
-            let instances = rule.instances(input.config()).count();
-            assert_eq!(gain.weights as usize, instances * rule.rows(input.config()) * rule.cols(input.config()));
+            let rule = st_convert::tensor_map::rule_of(gain.tensor);
+            let instances = rule.instances(input.shape()).count();
+            assert_eq!(gain.weights as usize, instances * rule.rows(input.shape()) * rule.cols(input.shape()));
             assert!(0.0 < gain.errors.chosen && gain.errors.chosen < 0.95 * gain.errors.reference, "{gain:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! Small model files in both layouts for the tests of this crate, with bytes that tell every expert and matrix apart.
 
 use crate::{Matrix, SlotFormat};
+use st_format::{ModelShape, Tensor};
 use st_gguf::{
     ExpertIndex, FileSource, GgmlType, GgufFile, GgufWriter, Layout, Metadata, ReadAt, TensorSpec, Value, WriteOptions,
     layout_keys, reserve_checksums, tensor_names,
@@ -50,6 +51,7 @@ pub(crate) struct Fixture {
     pub(crate) path: PathBuf,
     pub(crate) source: Arc<dyn ReadAt>,
     pub(crate) index: ExpertIndex,
+    pub(crate) shape: ModelShape,
     pub(crate) format: TestFormat,
     pub(crate) n_experts: usize,
 }
@@ -73,20 +75,22 @@ impl Fixture {
         let matrix_bytes = (n_embd * n_ff * 4) as usize;
         let format = TestFormat { canonical: [matrix_bytes; 3] };
         let mut metadata = Metadata::new();
-        metadata.insert("general.architecture", "test");
-        metadata.insert("test.block_count", Value::U32(n_layers as u32));
-        metadata.insert("test.expert_count", Value::U32(n_experts as u32));
-        metadata.insert("test.embedding_length", Value::U32(n_embd as u32));
-        metadata.insert("test.expert_feed_forward_length", Value::U32(n_ff as u32));
+        let shape = ModelShape {
+            n_layers,
+            n_experts,
+            n_embd: n_embd as usize,
+            n_ff: n_ff as usize,
+            ..ModelShape::published_4b()
+        };
         let (mut tensors, mut data) = (Vec::new(), Vec::new());
         match layout {
             Layout::Gguf => {
                 for layer in 0..n_layers {
                     for matrix in Matrix::ALL {
-                        let [columns, rows] = if matrix == Matrix::Down { [n_ff, n_embd] } else { [n_embd, n_ff] };
+                        let tensor = Tensor::experts(matrix);
                         tensors.push(TensorSpec {
-                            name: tensor_names::stacked(layer, matrix),
-                            shape: vec![columns, rows, n_experts as u64],
+                            name: tensor.name(layer),
+                            shape: tensor.ggml_shape(&shape),
                             ty: GgmlType::F32,
                         });
                         data.push((0..n_experts).flat_map(|e| canonical(layer, e, matrix, matrix_bytes)).collect());
@@ -100,7 +104,7 @@ impl Fixture {
                 metadata.insert(layout_keys::VERSION, Value::U32(layout_keys::VERSION_NUMBER));
                 metadata.insert(layout_keys::EXPERT_TYPE, Value::U32(GgmlType::F32.id()));
                 metadata.insert(layout_keys::RECORD_BYTES, Value::U64(format.slot_bytes() as u64));
-                let keys = [layout_keys::GATE_OFFSET, layout_keys::NEURON_OFFSET, layout_keys::DOWN_OFFSET];
+                let keys = [layout_keys::GATE_OFFSET, layout_keys::UP_OFFSET, layout_keys::DOWN_OFFSET];
                 for (key, matrix) in keys.into_iter().zip(Matrix::ALL) {
                     metadata.insert(key, Value::U64(format.region(matrix).start as u64));
                 }
@@ -122,9 +126,9 @@ impl Fixture {
         data.iter().for_each(|tensor: &Vec<u8>| writer.write(tensor).unwrap());
         writer.state_checksums(metadata).unwrap();
         writer.finish().unwrap();
-        let index = ExpertIndex::from_header(&GgufFile::open(&path).unwrap().header).unwrap();
+        let index = ExpertIndex::from_header(&GgufFile::open(&path).unwrap().header, &shape).unwrap();
         let source = Arc::new(FileSource::open(&path).unwrap());
-        Self { _dir: dir, path, source, index, format, n_experts }
+        Self { _dir: dir, path, source, index, shape, format, n_experts }
     }
 
     /// What the slot must hold for a matrix.

@@ -357,7 +357,7 @@ fn without_checksums_nothing_is_verified() {
     let fixture = Fixture::new(Layout::Gguf, 2, 4, ODD);
     let mut header = GgufFile::open(&fixture.path).unwrap().header;
     header.metadata.remove(checksum_keys::CRC32C);
-    let index = ExpertIndex::from_header(&header).unwrap();
+    let index = ExpertIndex::from_header(&header, &fixture.shape).unwrap();
     assert_eq!(index.checksums(1, 3), []);
     let options = StoreOptions { n_slots: 4, ..Default::default() };
     let store = ExpertStore::new(Arc::clone(&fixture.source), index, fixture.format(), options).unwrap();

@@ -3,8 +3,7 @@
 use std::collections::HashSet;
 
 use crate::error::{GgufError, Result};
-use crate::value::{Array, Value};
-use crate::{GgmlType, Metadata, limits};
+use crate::{Array, GgmlType, Metadata, Value, limits};
 
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 pub(crate) const ALIGNMENT_KEY: &str = "general.alignment";

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use st_format::FormatError;
+
 use crate::{GgmlType, Placeholder};
 
 /// The result of every fallible function here.
@@ -74,6 +76,37 @@ pub enum GgufError {
         needed: u64,
         /// Bytes left in the file from there.
         left: u64,
+    },
+    /// The file ends before its last tensor does.
+    #[error(
+        "{file}: tensor `{tensor}` lies at bytes {start}..{end}, but the file has only {len}: it is truncated or \
+         damaged ({} of {needed} bytes are missing)", needed.saturating_sub(*len)
+    )]
+    Cut {
+        /// The file.
+        file: String,
+        /// The first tensor that is not whole.
+        tensor: String,
+        /// Where it starts.
+        start: u64,
+        /// Where it would end.
+        end: u64,
+        /// Bytes that the file needs at least.
+        needed: u64,
+        /// Bytes that it has.
+        len: u64,
+    },
+    /// One part of a split file whose other parts are not where their names say.
+    #[error("{file}: this is part {number} of {count} of a split file{}", missing_clause(missing.as_deref()))]
+    SplitPart {
+        /// The file.
+        file: String,
+        /// Which part it is, from 1.
+        number: u64,
+        /// How many there are.
+        count: u64,
+        /// The part that is missing, where the name of this one says how it is called.
+        missing: Option<String>,
     },
     /// A count or length above the cap of [`limits`](crate::limits).
     #[error("{file}: {what} is {got}, more than the {limit} allowed: the file is damaged")]
@@ -194,6 +227,14 @@ pub enum GgufError {
         /// CRC-32C that the file states.
         expected: u32,
     },
+    /// The file holds no SmallThinker model that is computed here.
+    #[error("{file}: {problem}")]
+    Model {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        problem: Box<FormatError>,
+    },
     /// The output exists and replacing it was not allowed.
     #[error("{}: the file exists already", path.display())]
     Exists {
@@ -263,6 +304,10 @@ pub enum GgufError {
 
 fn available_clause(available: Option<u64>) -> String {
     available.map_or_else(String::new, |bytes| format!(", {bytes} are free"))
+}
+
+fn missing_clause(missing: Option<&str>) -> String {
+    missing.map_or_else(String::new, |path| format!(", and {path} is not there"))
 }
 
 impl GgufError {

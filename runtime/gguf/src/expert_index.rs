@@ -5,10 +5,12 @@
 //! a checksum, in which the three matrices lie one after the other. Building the index proves the shapes;
 //! nothing here reads weights.
 
+use st_format::Tensor;
+
 use crate::checksums::Checksums;
 use crate::error::{GgufError, Result};
 use crate::header::{Header, TensorInfo};
-use crate::{GgmlType, Metadata, limits};
+use crate::{GgmlType, Matrix, Metadata, ModelShape};
 
 /// Metadata keys of the `offload` layout.
 pub mod layout_keys {
@@ -21,7 +23,9 @@ pub mod layout_keys {
     /// Where the gate matrix starts in a record.
     pub const GATE_OFFSET: &str = "st.layout.gate_offset";
     /// Where the up matrix starts in a record.
-    pub const NEURON_OFFSET: &str = "st.layout.neuron_offset";
+    pub const UP_OFFSET: &str = "st.layout.up_offset";
+    /// What [`UP_OFFSET`] was called in the first files; still read.
+    pub const UP_OFFSET_BEFORE: &str = "st.layout.neuron_offset";
     /// Where the down matrix starts in a record.
     pub const DOWN_OFFSET: &str = "st.layout.down_offset";
     /// CRC-32C of every record, layer by layer.
@@ -29,10 +33,9 @@ pub mod layout_keys {
     /// ggml's number for the type of the experts' weights.
     pub const EXPERT_TYPE: &str = "st.layout.expert_type";
     /// All of them, in the order they are written.
-    pub const ALL: [&str; 8] =
-        [KIND, VERSION, EXPERT_TYPE, RECORD_BYTES, GATE_OFFSET, NEURON_OFFSET, DOWN_OFFSET, CRC32C];
+    pub const ALL: [&str; 8] = [KIND, VERSION, EXPERT_TYPE, RECORD_BYTES, GATE_OFFSET, UP_OFFSET, DOWN_OFFSET, CRC32C];
     /// Where gate, up and down start.
-    pub const OFFSETS: [&str; 3] = [GATE_OFFSET, NEURON_OFFSET, DOWN_OFFSET];
+    pub const OFFSETS: [&str; 3] = [GATE_OFFSET, UP_OFFSET, DOWN_OFFSET];
     /// The value of [`KIND`].
     pub const KIND_OFFLOAD: &str = "offload";
     /// The record format this crate knows.
@@ -57,17 +60,9 @@ pub fn describe_records(metadata: &mut Metadata, expert_type: GgmlType, record_b
 
 /// Names of the tensors that hold experts.
 pub mod tensor_names {
-    use super::{Layout, Matrix};
+    pub use st_format::tensor_names::{packed, stacked};
 
-    /// The stacked matrices of one kind in layer `layer` (`gguf` layout).
-    pub fn stacked(layer: usize, matrix: Matrix) -> String {
-        format!("blk.{layer}.ffn_{}_exps.weight", matrix.name())
-    }
-
-    /// The records of layer `layer` (`offload` layout).
-    pub fn packed(layer: usize) -> String {
-        format!("blk.{layer}.ffn_exps.packed")
-    }
+    use super::Layout;
 
     /// The layout in which a tensor of this name holds experts, and their layer; `None` for any other tensor.
     pub fn experts_in(name: &str) -> Option<(Layout, usize)> {
@@ -96,31 +91,6 @@ impl Layout {
         match self {
             Self::Gguf => "gguf",
             Self::Offload => layout_keys::KIND_OFFLOAD,
-        }
-    }
-}
-
-/// One of an expert's three matrices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Matrix {
-    /// `n_ff` rows of `n_embd`: what decides which neurons live.
-    Gate,
-    /// `n_ff` rows of `n_embd`.
-    Up,
-    /// `n_embd` rows of `n_ff`.
-    Down,
-}
-
-impl Matrix {
-    /// All three, in the order in which they are needed and stored.
-    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
-
-    /// `gate`, `up` or `down`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Gate => "gate",
-            Self::Up => "up",
-            Self::Down => "down",
         }
     }
 }
@@ -161,15 +131,13 @@ pub struct ExpertIndex {
 }
 
 impl ExpertIndex {
-    /// Finds the experts in `header` by the counts its metadata states (`ARCH.block_count`,
-    /// `ARCH.expert_count`, `ARCH.embedding_length`, `ARCH.expert_feed_forward_length`, where `ARCH` is
-    /// `general.architecture`), and proves that every tensor has the shape and type these imply.
+    /// Finds the experts of a model of this shape in `header`, and proves that every tensor has the shape and type
+    /// that it implies.
     ///
     /// # Errors
     /// A missing or mistyped key, a missing tensor, a tensor of another shape or type, experts of more than
     /// one type, or an `offload` layout of another version or with offsets that cannot be.
-    pub fn from_header(header: &Header) -> Result<Self> {
-        let shape = ExpertShape::from_header(header)?;
+    pub fn from_header(header: &Header, shape: &ModelShape) -> Result<Self> {
         match header.metadata.str(layout_keys::KIND)? {
             None => Self::stacked(header, shape),
             Some(layout_keys::KIND_OFFLOAD) => Self::packed(header, shape),
@@ -181,13 +149,13 @@ impl ExpertIndex {
         }
     }
 
-    fn stacked(header: &Header, shape: ExpertShape) -> Result<Self> {
+    fn stacked(header: &Header, shape: &ModelShape) -> Result<Self> {
         let first = header.require_tensor(&tensor_names::stacked(0, Matrix::Gate))?;
         let expert_type = first.ty;
         let mut index = Self::empty(Layout::Gguf, shape, expert_type);
         for matrix in Matrix::ALL {
             let i = matrix as usize;
-            let len = shape.matrix_bytes(header, first, matrix, expert_type)?;
+            let len = matrix_bytes(shape, header, first, matrix, expert_type)?;
             index.strides[i] = len;
             index.regions[i] = ByteRange { offset: 0, len };
         }
@@ -195,7 +163,7 @@ impl ExpertIndex {
             let mut starts = [0; 3];
             for matrix in Matrix::ALL {
                 let tensor = header.require_tensor(&tensor_names::stacked(layer, matrix))?;
-                header.expect_shape(tensor, &shape.stacked(matrix))?;
+                header.expect_shape(tensor, &Tensor::experts(matrix).ggml_shape(shape))?;
                 header.expect_type(tensor, expert_type)?;
                 starts[matrix as usize] = tensor.offset;
             }
@@ -215,7 +183,7 @@ impl ExpertIndex {
         Ok(index)
     }
 
-    fn packed(header: &Header, shape: ExpertShape) -> Result<Self> {
+    fn packed(header: &Header, shape: &ModelShape) -> Result<Self> {
         let metadata = &header.metadata;
         let required_u64 = |key| metadata.u64(key)?.ok_or_else(|| metadata.missing(key));
         let malformed = |key: &str, problem: String| {
@@ -241,7 +209,10 @@ impl ExpertIndex {
         }
         let mut index = Self::empty(Layout::Offload, shape, expert_type);
         index.strides = [record_bytes; 3];
-        let keys = layout_keys::OFFSETS;
+        let mut keys = layout_keys::OFFSETS;
+        if metadata.get(layout_keys::UP_OFFSET).is_none() && metadata.get(layout_keys::UP_OFFSET_BEFORE).is_some() {
+            keys[1] = layout_keys::UP_OFFSET_BEFORE;
+        }
         let mut bounds = [record_bytes; 4];
         for (bound, key) in bounds.iter_mut().zip(keys) {
             *bound = required_u64(key)?;
@@ -252,7 +223,7 @@ impl ExpertIndex {
         }
         for matrix in Matrix::ALL {
             let i = matrix as usize;
-            let needed = shape.matrix_bytes(header, first, matrix, expert_type)?;
+            let needed = matrix_bytes(shape, header, first, matrix, expert_type)?;
             let len = bounds[i + 1].checked_sub(bounds[i]).filter(|&len| len >= needed);
             let len = len.ok_or_else(|| {
                 let (name, start, end) = (matrix.name(), bounds[i], bounds[i + 1]);
@@ -278,13 +249,13 @@ impl ExpertIndex {
         Ok(index)
     }
 
-    fn empty(layout: Layout, shape: ExpertShape, expert_type: GgmlType) -> Self {
+    fn empty(layout: Layout, shape: &ModelShape, expert_type: GgmlType) -> Self {
         Self {
             layout,
             n_layers: shape.n_layers,
             n_experts: shape.n_experts,
-            n_embd: shape.n_embd,
-            n_ff: shape.n_ff,
+            n_embd: shape.n_embd as u64,
+            n_ff: shape.n_ff as u64,
             expert_type,
             starts: Vec::with_capacity(shape.n_layers),
             strides: [0; 3],
@@ -359,59 +330,15 @@ impl ExpertIndex {
     }
 }
 
-/// The counts that the metadata states.
-#[derive(Clone, Copy)]
-struct ExpertShape {
-    n_layers: usize,
-    n_experts: usize,
-    n_embd: u64,
-    n_ff: u64,
-}
-
-impl ExpertShape {
-    fn from_header(header: &Header) -> Result<Self> {
-        let metadata = &header.metadata;
-        const ARCHITECTURE: &str = "general.architecture";
-        let architecture = metadata.str(ARCHITECTURE)?.ok_or_else(|| metadata.missing(ARCHITECTURE))?;
-        let count = |name: &str, limit: u64| {
-            let key = format!("{architecture}.{name}");
-            let got = metadata.u64(&key)?.ok_or_else(|| metadata.missing(&key))?;
-            if (1..=limit).contains(&got) {
-                return Ok(got);
-            }
-            let problem = format!("must be between 1 and {limit}, got {got}");
-            Err(GgufError::malformed(header.file_name(), format!("metadata key `{key}`"), problem))
-        };
-        Ok(Self {
-            n_layers: count("block_count", limits::MAX_TENSORS)? as usize,
-            n_experts: count("expert_count", 1 << 16)? as usize,
-            n_embd: count("embedding_length", 1 << 24)?,
-            n_ff: count("expert_feed_forward_length", 1 << 24)?,
-        })
-    }
-
-    fn matrix(&self, matrix: Matrix) -> [u64; 2] {
-        match matrix {
-            Matrix::Gate | Matrix::Up => [self.n_embd, self.n_ff],
-            Matrix::Down => [self.n_ff, self.n_embd],
-        }
-    }
-
-    fn stacked(&self, matrix: Matrix) -> [u64; 3] {
-        let [columns, rows] = self.matrix(matrix);
-        [columns, rows, self.n_experts as u64]
-    }
-
-    /// Bytes of one expert's `matrix` in canonical form; `tensor` is who to blame where there is no such
-    /// size.
-    fn matrix_bytes(&self, header: &Header, tensor: &TensorInfo, matrix: Matrix, ty: GgmlType) -> Result<u64> {
-        let shape = self.matrix(matrix);
-        ty.bytes_for_shape(&shape).ok_or_else(|| {
-            let problem = format!(
-                "holds experts of type {ty}, whose {} matrix of shape {shape:?} is no whole number of blocks",
-                matrix.name()
-            );
-            GgufError::tensor(header.file_name(), &tensor.name, problem)
-        })
-    }
+/// Bytes of one expert's `matrix` in canonical form; `tensor` is who to blame where there is no such size.
+fn matrix_bytes(shape: &ModelShape, header: &Header, tensor: &TensorInfo, matrix: Matrix, ty: GgmlType) -> Result<u64> {
+    let (columns, rows) = Tensor::experts(matrix).dims(shape);
+    let shape = [columns as u64, rows.unwrap_or(1) as u64];
+    ty.bytes_for_shape(&shape).ok_or_else(|| {
+        let problem = format!(
+            "holds experts of type {ty}, whose {} matrix of shape {shape:?} is no whole number of blocks",
+            matrix.name()
+        );
+        GgufError::tensor(header.file_name(), &tensor.name, problem)
+    })
 }

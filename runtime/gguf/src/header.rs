@@ -3,11 +3,14 @@
 
 use std::collections::HashMap;
 
+use st_format::{Described, ModelShape, same_shape};
+
 use crate::encode::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC};
 use crate::error::{GgufError, Result};
 use crate::parse::{Context, Cursor};
 use crate::source::{ReadAt, name_of};
-use crate::{GgmlType, Metadata, Placeholder, limits};
+use crate::split;
+use crate::{GgmlType, Metadata, Placeholder, Value, limits};
 
 /// Where a tensor lies and what it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +103,25 @@ impl Header {
         Ok(Self { version, metadata, tensors, alignment, data_offset, file_len, index, file })
     }
 
+    /// The header of a file in parts: the first one's, with the tensors of all, each part starting at its offset.
+    pub(crate) fn joined(parts: Vec<(u64, Self)>, file_len: u64) -> Result<Self> {
+        let mut parts = parts.into_iter();
+        let Some((_, mut joined)) = parts.next() else {
+            return Err(GgufError::malformed("a split file", "the number of parts", "is 0"));
+        };
+        for (start, part) in parts {
+            for mut tensor in part.tensors {
+                if joined.index.insert(tensor.name.clone(), joined.tensors.len()).is_some() {
+                    return Err(GgufError::DuplicateTensor { file: part.file, tensor: tensor.name });
+                }
+                tensor.offset += start;
+                joined.tensors.push(tensor);
+            }
+        }
+        joined.file_len = file_len;
+        Ok(joined)
+    }
+
     /// The tensor called `name`.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.index.get(name).map(|&i| &self.tensors[i])
@@ -118,12 +140,24 @@ impl Header {
         &self.file
     }
 
-    /// Fails unless `tensor` has exactly `expected` as its shape (ggml order).
+    /// The shape of the SmallThinker model in the file; see [`ModelShape::from_metadata`].
+    ///
+    /// # Errors
+    /// [`GgufError::Model`]; [`GgufError::SplitPart`] for one part of a model.
+    pub fn model_shape(&self) -> Result<ModelShape> {
+        if let Some((number, count)) = split::part_of(&self.metadata)? {
+            return Err(GgufError::SplitPart { file: self.file.clone(), number, count, missing: None });
+        }
+        ModelShape::from_metadata(self)
+            .map_err(|problem| GgufError::Model { file: self.file.clone(), problem: Box::new(problem) })
+    }
+
+    /// Fails unless `tensor` has `expected` as its shape (ggml order); trailing dimensions of one do not count.
     ///
     /// # Errors
     /// [`GgufError::Shape`].
     pub fn expect_shape(&self, tensor: &TensorInfo, expected: &[u64]) -> Result<()> {
-        if tensor.shape == expected {
+        if same_shape(&tensor.shape, expected) {
             return Ok(());
         }
         Err(GgufError::Shape {
@@ -144,6 +178,24 @@ impl Header {
         }
         let (file, name) = (self.file.clone(), tensor.name.clone());
         Err(GgufError::Type { file, tensor: name, expected, got: tensor.ty })
+    }
+}
+
+impl Described for Header {
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.metadata.get(key)
+    }
+
+    fn keys(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.metadata.iter().map(|(key, _)| key))
+    }
+
+    fn tensor_shape(&self, name: &str) -> Option<&[u64]> {
+        self.tensor(name).map(|tensor| &*tensor.shape)
+    }
+
+    fn tensor_names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.tensors.iter().map(|tensor| &*tensor.name))
     }
 }
 
@@ -201,6 +253,8 @@ fn read_tensor_info(cursor: &mut Cursor<'_>, i: u64) -> Result<TensorInfo> {
 /// Turns relative offsets into absolute ones, computes sizes, and proves that the tensors are aligned, lie
 /// inside the file and do not overlap.
 fn place(tensors: &mut [TensorInfo], file: &str, alignment: u64, data_offset: u64, file_len: u64) -> Result<()> {
+    let sized = tensors.iter().map(|tensor| (tensor.offset, tensor.ty.bytes_for_shape(&tensor.shape).unwrap_or(0)));
+    let needed = sized.map(|(offset, bytes)| data_offset.saturating_add(offset).saturating_add(bytes)).max();
     for tensor in &mut *tensors {
         let invalid = |problem: String| GgufError::tensor(file, &tensor.name, problem);
         let elements = tensor.shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim));
@@ -220,9 +274,15 @@ fn place(tensors: &mut [TensorInfo], file: &str, alignment: u64, data_offset: u6
         let start = data_offset.saturating_add(tensor.offset);
         let end = start.saturating_add(tensor.n_bytes);
         if end > file_len {
-            return Err(invalid(format!(
-                "lies at bytes {start}..{end}, but the file has only {file_len}: it is truncated or damaged"
-            )));
+            let needed = needed.unwrap_or(end).max(end);
+            return Err(GgufError::Cut {
+                file: file.to_owned(),
+                tensor: tensor.name.clone(),
+                start,
+                end,
+                needed,
+                len: file_len,
+            });
         }
         tensor.offset = start;
     }

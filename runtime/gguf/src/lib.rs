@@ -2,8 +2,25 @@
 //! that says where each expert's weights lie.
 //!
 //! This crate owns the file format and nothing else: it moves bytes and checks that they are where the
-//! header says. It knows no arithmetic on weights and imports no other crate of the workspace. How an output comes to its
-//! name ([`OutputFile`]) is the same for files of other kinds, and is theirs too.
+//! header says. It knows no arithmetic on weights; what a model's metadata mean is st-format's to say, and
+//! this crate hands it the file ([`Header::model_shape`]). How an output comes to its name
+//! ([`OutputFile`]) is the same for files of other kinds, and is theirs too.
+//!
+//! ```
+//! use st_gguf::{ExpertIndex, GgufFile, Matrix};
+//!
+//! let file = GgufFile::open("../../models/tiny/tiny-q4_0.gguf")?;
+//! let shape = file.header.model_shape()?;
+//! println!("{} layers of {} experts", shape.n_layers, shape.n_experts);
+//! for tensor in &file.header.tensors {
+//!     println!("{}: {} {:?}, {} bytes", tensor.name, tensor.ty, tensor.shape, tensor.n_bytes);
+//! }
+//! let experts = ExpertIndex::from_header(&file.header, &shape)?;
+//! let range = experts.matrix(0, 5, Matrix::Gate);
+//! let mut gate = vec![0; range.len as usize];
+//! file.source.read_exact_at(&mut gate, range.offset)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! Input is not trusted. Every count and length is compared with what is left of the file *and* with a
 //! fixed cap ([`limits`]) before anything is allocated, so that a damaged or hostile file costs an error
@@ -14,7 +31,6 @@ mod checksums;
 mod encode;
 mod error;
 mod expert_index;
-mod ggml_type;
 mod header;
 mod metadata;
 mod output;
@@ -22,21 +38,20 @@ mod parse;
 mod placeholder;
 mod reader;
 mod source;
-mod value;
+mod split;
 mod writer;
 
 pub use checksums::{CheckReport, Checksums, checksum_keys, reserve_checksums};
 pub use encode::{Plan, TensorSpec, plan};
 pub use error::{GgufError, Result};
-pub use expert_index::{ByteRange, ExpertIndex, Layout, Matrix, describe_records, layout_keys, tensor_names};
-pub use ggml_type::GgmlType;
+pub use expert_index::{ByteRange, ExpertIndex, Layout, describe_records, layout_keys, tensor_names};
 pub use header::{Header, TensorInfo};
 pub use metadata::Metadata;
 pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};
 pub use placeholder::Placeholder;
 pub use reader::GgufFile;
-pub use source::{FileSource, ReadAt, StaticSource};
-pub use value::{Array, StringArray, Value};
+pub use source::{FileSource, Part, ReadAt, StaticSource};
+pub use st_format::{Array, GgmlType, Matrix, ModelShape, StringArray, Value};
 pub use writer::{GgufWriter, WriteOptions, available_space};
 
 /// Caps on what a header may claim, far above any real file, far below what would hurt.

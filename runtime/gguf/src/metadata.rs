@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::error::{GgufError, Result};
-use crate::value::{Array, StringArray, Value};
+use crate::{Array, StringArray, Value};
 
 /// Metadata in file order. The typed getters tell an absent key (`Ok(None)`) from one of the wrong type
 /// (an error that names the key, what was expected and what was found). Integers convert between widths
@@ -98,12 +98,8 @@ impl Metadata {
     /// # Errors
     /// [`GgufError::KeyType`] for another type.
     pub fn f32(&self, key: &str) -> Result<Option<f32>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(&Value::F32(v)) => Ok(Some(v)),
-            Some(&Value::F64(v)) if f64::from(v as f32) == v => Ok(Some(v as f32)),
-            Some(other) => Err(self.wrong_type(key, "f32", other)),
-        }
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_f32().map(Some).ok_or_else(|| self.wrong_type(key, "f32", value))
     }
 
     /// A string.

@@ -5,7 +5,7 @@ use crate::encode::value_type;
 use crate::error::{GgufError, Result};
 use crate::limits;
 use crate::source::ReadAt;
-use crate::value::{Array, StringArray, Value};
+use crate::{Array, StringArray, Value};
 
 /// Bytes fetched from the source at a time. Longer strings are read around the window.
 const WINDOW: usize = 128 << 10;

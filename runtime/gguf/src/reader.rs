@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::checksums::{Checksums, Verifier};
 use crate::error::{GgufError, Result};
 use crate::source::name_of;
+use crate::split;
 use crate::{FileSource, Header, ReadAt, StaticSource, TensorInfo};
 
 /// A GGUF file whose header has been read and checked. Cloning shares the source.
@@ -20,12 +21,17 @@ pub struct GgufFile {
 }
 
 impl GgufFile {
-    /// Opens the file `path` and reads its header.
+    /// Opens the file `path` and reads its header; of a split file all parts, whichever is named.
     ///
     /// # Errors
-    /// As [`FileSource::open`] and [`Header::parse`].
+    /// As [`FileSource::open`] and [`Header::parse`]; [`GgufError::SplitPart`] where other parts are not beside it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::from_source(Arc::new(FileSource::open(path)?))
+        let path = path.as_ref();
+        let file = Self::from_source(Arc::new(FileSource::open(path)?))?;
+        Ok(match split::join(path, &file.header)? {
+            Some((header, source)) => Self::with(header, Arc::from(source)),
+            None => file,
+        })
     }
 
     /// Reads the header of a file that is embedded in the binary.
@@ -41,9 +47,12 @@ impl GgufFile {
     /// # Errors
     /// As [`Header::parse`].
     pub fn from_source(source: Arc<dyn ReadAt>) -> Result<Self> {
-        let header = Header::parse(&*source)?;
+        Ok(Self::with(Header::parse(&*source)?, source))
+    }
+
+    fn with(header: Header, source: Arc<dyn ReadAt>) -> Self {
         let verifier = Arc::new(Verifier::new(Checksums::from_header(&header)));
-        Ok(Self { header, source, verifier })
+        Self { header, source, verifier }
     }
 
     /// All bytes of `tensor`.

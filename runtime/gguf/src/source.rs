@@ -28,11 +28,25 @@ pub trait ReadAt: Send + Sync + fmt::Debug {
     fn path(&self) -> Option<&Path> {
         None
     }
+
+    /// The files behind it: one, or all parts of a split file in order.
+    fn parts(&self) -> Vec<Part<'_>> {
+        self.path().map(|path| Part { path, start: 0 }).into_iter().collect()
+    }
+}
+
+/// A file that a source consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part<'a> {
+    /// Its path.
+    pub path: &'a Path,
+    /// Where it starts among the offsets of the source.
+    pub start: u64,
 }
 
 /// What to call `source` in a message: its path, or that it is in memory.
 pub(crate) fn name_of(source: &dyn ReadAt) -> String {
-    source.path().map_or_else(|| "GGUF data in memory".to_owned(), |path| path.display().to_string())
+    source.parts().first().map_or_else(|| "GGUF data in memory".to_owned(), |part| part.path.display().to_string())
 }
 
 /// A regular file, read with `pread`.

@@ -19,6 +19,7 @@
 
 use std::ops::Range;
 
+pub use st_format::Matrix;
 use thiserror::Error;
 
 use crate::r16;
@@ -30,22 +31,6 @@ pub const OUTPUT_CHUNK: usize = 128;
 /// Records are padded to a multiple of this.
 pub const RECORD_ALIGN: usize = 4096;
 const REGION_ALIGN: usize = 64;
-
-/// One of an expert's three matrices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Matrix {
-    /// `n_ff × n_embd`; its ReLU decides which neurons live.
-    Gate,
-    /// `n_ff × n_embd`.
-    Up,
-    /// `n_embd × n_ff`.
-    Down,
-}
-
-impl Matrix {
-    /// All three in the order in which a record holds them.
-    pub const ALL: [Matrix; 3] = [Self::Gate, Self::Up, Self::Down];
-}
 
 /// Why a shape has no expert format.
 #[derive(Debug, Error, PartialEq, Eq)]

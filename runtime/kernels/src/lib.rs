@@ -58,4 +58,4 @@ pub use pool::Pool;
 pub use r16::{R16, R16_ROWS};
 pub use search::SquaredErrors;
 pub use table::Isa;
-pub use weight_type::{BLOCK_LEN, WeightType};
+pub use weight_type::{BLOCK_LEN, UnsupportedType, WeightType};

@@ -1,5 +1,7 @@
 //! The weight types that the kernels compute with, and how many bytes a row of each takes.
 
+use st_format::GgmlType;
+
 /// Values per quantized block.
 pub const BLOCK_LEN: usize = 32;
 
@@ -18,50 +20,44 @@ pub enum WeightType {
     Q8_0,
 }
 
+/// A ggml type that the kernels do not compute with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("weights of type {0} are not computed; those of {known} are", known = WeightType::names())]
+pub struct UnsupportedType(pub GgmlType);
+
 impl WeightType {
     /// Every type, in the order of their ggml ids.
     pub const ALL: [WeightType; 5] = [Self::F32, Self::F16, Self::Q4_0, Self::Q8_0, Self::BF16];
 
-    /// The type with this ggml id, if the kernels know it.
-    pub fn from_ggml_id(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|ty| ty.ggml_id() == id)
-    }
-
-    /// The id that GGUF files use for this type.
-    pub fn ggml_id(self) -> u32 {
+    /// The ggml type that it is.
+    pub const fn ggml(self) -> GgmlType {
         match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q8_0 => 8,
-            Self::BF16 => 30,
+            Self::F32 => GgmlType::F32,
+            Self::F16 => GgmlType::F16,
+            Self::BF16 => GgmlType::BF16,
+            Self::Q4_0 => GgmlType::Q4_0,
+            Self::Q8_0 => GgmlType::Q8_0,
         }
     }
 
     /// The name that ggml prints.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "F32",
-            Self::F16 => "F16",
-            Self::Q4_0 => "Q4_0",
-            Self::Q8_0 => "Q8_0",
-            Self::BF16 => "BF16",
-        }
+    pub const fn name(self) -> &'static str {
+        self.ggml().name()
+    }
+
+    /// The names of all, as a list in a sentence.
+    pub fn names() -> String {
+        Self::ALL.map(Self::name).join(", ")
     }
 
     /// Values per block: 32 for the quantized types, 1 for floats.
-    pub fn block_len(self) -> usize {
-        if self.is_quantized() { BLOCK_LEN } else { 1 }
+    pub const fn block_len(self) -> usize {
+        self.ggml().block_len() as usize
     }
 
     /// Bytes per block of [`Self::block_len`] values.
-    pub fn block_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-            Self::Q4_0 => 18,
-            Self::Q8_0 => 34,
-        }
+    pub const fn block_bytes(self) -> usize {
+        self.ggml().block_bytes() as usize
     }
 
     /// Whether values come in scaled integer blocks, multiplied by int8 activations.
@@ -78,6 +74,20 @@ impl WeightType {
     }
 }
 
+impl From<WeightType> for GgmlType {
+    fn from(ty: WeightType) -> Self {
+        ty.ggml()
+    }
+}
+
+impl TryFrom<GgmlType> for WeightType {
+    type Error = UnsupportedType;
+
+    fn try_from(ty: GgmlType) -> Result<Self, UnsupportedType> {
+        Self::ALL.into_iter().find(|known| known.ggml() == ty).ok_or(UnsupportedType(ty))
+    }
+}
+
 impl std::fmt::Display for WeightType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
@@ -89,11 +99,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_round_trip_and_unknown_ids_are_refused() {
+    fn the_types_are_ggmls_and_others_are_refused_by_name() {
         for ty in WeightType::ALL {
-            assert_eq!(WeightType::from_ggml_id(ty.ggml_id()), Some(ty));
+            assert_eq!(WeightType::try_from(ty.ggml()), Ok(ty));
         }
-        assert_eq!(WeightType::from_ggml_id(3), None);
+        assert_eq!(WeightType::Q4_0.block_bytes(), size_of::<crate::block::BlockQ4_0>());
+        assert_eq!(WeightType::Q8_0.block_bytes(), size_of::<crate::block::BlockQ8_0>());
+        assert_eq!(WeightType::Q4_0.block_len(), BLOCK_LEN);
+        let error = WeightType::try_from(GgmlType::Q6_K).unwrap_err().to_string();
+        assert_eq!(error, "weights of type Q6_K are not computed; those of F32, F16, Q4_0, Q8_0, BF16 are");
     }
 
     #[test]

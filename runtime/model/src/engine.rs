@@ -127,7 +127,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::load`].
     pub fn plan_for(file: &GgufFile, options: &LoadOptions) -> Result<MemoryPlan, ModelError> {
-        let config = ModelConfig::from_metadata(&file.header.metadata)?;
+        let config = file.header.model_shape()?;
         let source = TensorSource::new(file, &config, &NoProgress)?;
         sizes::plan(&source, &config, options)
     }
@@ -149,7 +149,7 @@ impl Engine {
         options: &LoadOptions,
         progress: &dyn LoadProgress,
     ) -> Result<Self, ModelError> {
-        let config = ModelConfig::from_metadata(&file.header.metadata)?;
+        let config = file.header.model_shape()?;
         let tokenizer = Tokenizer::from_metadata_with(&file.header.metadata, progress)?;
         let chat_template = ChatTemplate::unchecked(&file.header.metadata);
         let end_ids = match &tokenizer {

@@ -12,18 +12,6 @@ pub enum ModelError {
     /// The file itself is broken or cannot be read.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// The file is a GGUF of another architecture.
-    #[error("the file holds a `{got}` model, this program runs `smallthinker` only")]
-    Architecture {
-        /// `general.architecture` as found.
-        got: String,
-    },
-    /// A metadata key that the model cannot do without.
-    #[error("metadata key `{key}` is missing")]
-    MissingKey {
-        /// Full key.
-        key: String,
-    },
     /// A metadata value that makes no model.
     #[error("metadata key `{key}`: got {got}, expected {expected}")]
     BadKey {
@@ -40,16 +28,6 @@ pub enum ModelError {
         /// GGUF name.
         name: String,
     },
-    /// A tensor of another shape than the configuration asks for.
-    #[error("tensor `{name}` has shape {got:?}, expected {expected:?}")]
-    TensorShape {
-        /// GGUF name.
-        name: String,
-        /// Shape in the file, fastest dimension first.
-        got: Vec<u64>,
-        /// Shape by the configuration.
-        expected: Vec<u64>,
-    },
     /// A tensor in a type that this program has no kernel for.
     #[error("tensor `{name}` has type {got}, expected one of {expected}")]
     TensorType {
@@ -58,7 +36,7 @@ pub enum ModelError {
         /// Type name in the file.
         got: String,
         /// The types that would do.
-        expected: &'static str,
+        expected: String,
     },
     /// A token id outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {n_vocab}")]

@@ -301,7 +301,7 @@ impl Moe {
     }
 
     fn canonical_bytes(&self, matrix: Matrix) -> u64 {
-        self.format.canonical_bytes(crate::sizes::of(matrix)) as u64
+        self.format.canonical_bytes(matrix) as u64
     }
 
     /// What one token touched: gates whole, up and down only where a neuron lives (the scales of down always).

@@ -68,7 +68,7 @@ impl Reference {
     /// # Errors
     /// As [`Reference::load`]; [`ModelError::Cancelled`] where `progress` breaks.
     pub fn load_with(file: &GgufFile, progress: &dyn LoadProgress) -> Result<Self, ModelError> {
-        let config = ModelConfig::from_metadata(&file.header.metadata)?;
+        let config = file.header.model_shape()?;
         let source = TensorSource::new(file, &config, progress)?;
         let matrix = |name: &str, rows: usize, cols: usize| -> Result<Tensor, ModelError> {
             let data = source.matrix_f32(name, rows, cols)?;

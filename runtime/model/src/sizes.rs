@@ -27,25 +27,16 @@ impl SlotFormat for Slots {
         self.format.record_bytes()
     }
 
-    fn region(&self, matrix: st_gguf::Matrix) -> std::ops::Range<usize> {
-        self.format.region(of(matrix))
+    fn region(&self, matrix: Matrix) -> std::ops::Range<usize> {
+        self.format.region(matrix)
     }
 
-    fn canonical_bytes(&self, matrix: st_gguf::Matrix) -> usize {
-        self.format.canonical_bytes(of(matrix))
+    fn canonical_bytes(&self, matrix: Matrix) -> usize {
+        self.format.canonical_bytes(matrix)
     }
 
-    fn fill(&self, matrix: st_gguf::Matrix, canonical: &[u8], region: &mut [u8]) {
-        self.kernels.pack_expert(&self.format, of(matrix), canonical, region);
-    }
-}
-
-/// The file's name of a matrix to the kernels'.
-pub(crate) fn of(matrix: st_gguf::Matrix) -> Matrix {
-    match matrix {
-        st_gguf::Matrix::Gate => Matrix::Gate,
-        st_gguf::Matrix::Up => Matrix::Up,
-        st_gguf::Matrix::Down => Matrix::Down,
+    fn fill(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
+        self.kernels.pack_expert(&self.format, matrix, canonical, region);
     }
 }
 

@@ -469,6 +469,10 @@ pub(crate) fn control_texts(metadata: &Metadata) -> Result<Vec<&str>, TokenizerE
 }
 
 fn read_id(metadata: &Metadata, key: &'static str, vocab: usize) -> Result<Option<u32>, TokenizerError> {
+    // -1, in whatever width, is how writers say that there is none.
+    if metadata.get(key).is_some_and(st_format::is_no_token) {
+        return Ok(None);
+    }
     let id = metadata.u32(key)?;
     id.map(|id| in_vocabulary(key, id, vocab)).transpose()
 }

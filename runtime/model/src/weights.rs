@@ -1,12 +1,13 @@
 //! Tensors of a GGUF file by the names and shapes that a SmallThinker model must have.
 //!
-//! Owns the list of tensors a complete model consists of, checked once when the source is made: what is missing or
-//! of another shape is refused before any weight is read. Nothing above this module looks a tensor up by name.
+//! Owns which of the file's types are computed with, checked once when the source is made; that every tensor is there
+//! and has its shape, the file's own description has proved. Nothing above this module looks a tensor up by name.
 
 use std::ops::ControlFlow;
 
-use st_gguf::{ExpertIndex, GgufFile, Matrix, TensorInfo, tensor_names};
-use st_kernels::{ExpertFormat, WeightType, dequantize_row};
+use st_format::{Matrix, Scope, Tensor, tensor_names};
+use st_gguf::{ExpertIndex, GgufFile, TensorInfo};
+use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -18,8 +19,6 @@ pub(crate) const TOKEN_EMBD: &str = "token_embd.weight";
 pub(crate) const OUTPUT: &str = "output.weight";
 /// The norm before the LM head; `[n_embd]`.
 pub(crate) const OUTPUT_NORM: &str = "output_norm.weight";
-
-const SUPPORTED: &str = "F32, F16, BF16, Q8_0, Q4_0";
 
 /// GGUF name of a layer's tensor, as `blk.3.attn_q.weight`.
 pub(crate) fn layer_tensor(layer: usize, part: &str) -> String {
@@ -38,57 +37,33 @@ pub(crate) struct TensorSource<'a> {
 }
 
 impl<'a> TensorSource<'a> {
-    /// Checks that `file` holds every tensor that `config` asks for. `progress` is asked before anything is read.
+    /// Checks that the tensors of `file`, whose shape `config` is, are of types that are computed with. `progress` is
+    /// asked before anything is read.
     ///
     /// # Errors
-    /// [`ModelError::MissingTensor`], [`ModelError::TensorShape`], [`ModelError::TensorType`].
+    /// [`ModelError::TensorType`]; where the experts are not all there, of [`ModelError::Gguf`].
     pub(crate) fn new(
         file: &'a GgufFile,
         config: &ModelConfig,
         progress: &'a dyn LoadProgress,
     ) -> Result<Self, ModelError> {
-        let embedding = find(file, TOKEN_EMBD)?;
-        let n_vocab = embedding.shape.get(1).copied().unwrap_or(0) as usize;
-        let (n_embd, q_dim, kv_dim) = (config.n_embd, config.q_dim(), config.kv_dim());
         let has_head = file.header.tensor(OUTPUT).is_some();
-        expect(file, TOKEN_EMBD, &[n_embd, n_vocab.max(1)])?;
-        expect(file, OUTPUT_NORM, &[n_embd])?;
-        if has_head {
-            expect(file, OUTPUT, &[n_embd, n_vocab])?;
-        }
-        for layer in 0..config.n_layers {
-            for (part, shape) in [
-                ("attn_norm", &[n_embd][..]),
-                ("attn_q", &[n_embd, q_dim]),
-                ("attn_k", &[n_embd, kv_dim]),
-                ("attn_v", &[n_embd, kv_dim]),
-                ("attn_output", &[q_dim, n_embd]),
-                ("ffn_gate_inp", &[n_embd, config.n_experts]),
-                ("ffn_norm", &[n_embd]),
-            ] {
-                expect(file, &layer_tensor(layer, part), shape)?;
+        for tensor in Tensor::ALL.into_iter().filter(|&tensor| tensor != Tensor::Output || has_head) {
+            let layers = match tensor.scope() {
+                Scope::Model => 1,
+                Scope::Layer => config.n_layers,
+                Scope::Expert => 0,
+            };
+            for layer in 0..layers {
+                weight_type(find(file, &tensor.name(layer))?)?;
             }
         }
-        let experts = ExpertIndex::from_header(&file.header)?;
-        for (key, got, expected) in [
-            ("block_count", experts.n_layers(), config.n_layers),
-            ("expert_count", experts.n_experts(), config.n_experts),
-            ("embedding_length", experts.n_embd() as usize, config.n_embd),
-            ("expert_feed_forward_length", experts.n_ff() as usize, config.n_ff),
-        ] {
-            if got != expected {
-                return Err(ModelError::BadKey {
-                    key: format!("smallthinker.{key}"),
-                    got: expected.to_string(),
-                    expected: format!("{got}, as the expert tensors have it"),
-                });
-            }
-        }
+        let experts = ExpertIndex::from_header(&file.header, config)?;
         let expert_type =
-            WeightType::from_ggml_id(experts.expert_type().id()).ok_or_else(|| ModelError::TensorType {
-                name: "blk.0.ffn_gate_exps.weight".into(),
-                got: experts.expert_type().name().to_string(),
-                expected: SUPPORTED,
+            WeightType::try_from(experts.expert_type()).map_err(|UnsupportedType(got)| ModelError::TensorType {
+                name: Tensor::FfnGateExps.name(0),
+                got: got.to_string(),
+                expected: WeightType::names(),
             })?;
         let format =
             ExpertFormat::new(expert_type, config.n_embd, config.n_ff).map_err(|cause| ModelError::BadKey {
@@ -96,7 +71,7 @@ impl<'a> TensorSource<'a> {
                 got: config.n_ff.to_string(),
                 expected: cause.to_string(),
             })?;
-        Ok(Self { file, progress, experts, format, expert_type, n_vocab, has_head })
+        Ok(Self { file, progress, experts, format, expert_type, n_vocab: config.n_vocab, has_head })
     }
 
     /// Rows of the embedding.
@@ -170,15 +145,14 @@ impl<'a> TensorSource<'a> {
         };
         let matrix = |matrix: Matrix, rows, cols| {
             self.go_on()?;
-            let in_slot = crate::sizes::of(matrix);
-            let mut canonical = vec![0; self.format.canonical_bytes(in_slot)];
+            let mut canonical = vec![0; self.format.canonical_bytes(matrix)];
             match &packed {
                 None => {
                     let info = find(self.file, &tensor_names::stacked(layer, matrix))?;
                     let start = self.experts.matrix(layer, expert, matrix).offset - info.offset;
                     self.file.read_range(info, start, &mut canonical)?;
                 }
-                Some(packed) => self.format.unpack(in_slot, &packed[self.format.region(in_slot)], &mut canonical),
+                Some(packed) => self.format.unpack(matrix, &packed[self.format.region(matrix)], &mut canonical),
             }
             Ok::<_, ModelError>(dequantize(self.expert_type, &canonical, rows, cols))
         };
@@ -203,22 +177,11 @@ fn find<'a>(file: &'a GgufFile, name: &str) -> Result<&'a TensorInfo, ModelError
 }
 
 fn weight_type(info: &TensorInfo) -> Result<WeightType, ModelError> {
-    WeightType::from_ggml_id(info.ty.id()).ok_or_else(|| ModelError::TensorType {
+    WeightType::try_from(info.ty).map_err(|UnsupportedType(got)| ModelError::TensorType {
         name: info.name.clone(),
-        got: info.ty.name().to_string(),
-        expected: SUPPORTED,
+        got: got.to_string(),
+        expected: WeightType::names(),
     })
-}
-
-fn expect(file: &GgufFile, name: &str, shape: &[usize]) -> Result<(), ModelError> {
-    let info = find(file, name)?;
-    let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
-    // Writers differ in whether they state trailing dimensions of one.
-    let significant = |shape: &[u64]| shape.len() - shape.iter().rev().take_while(|&&n| n == 1).count();
-    if info.shape[..significant(&info.shape)] != expected[..significant(&expected)] {
-        return Err(ModelError::TensorShape { name: name.to_owned(), got: info.shape.clone(), expected });
-    }
-    weight_type(info).map(|_| ())
 }
 
 fn dequantize(ty: WeightType, bytes: &[u8], rows: usize, cols: usize) -> Vec<f32> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use st_gguf::{
     CheckReport, Checksums, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix, Metadata,
-    TensorInfo, TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
+    ModelShape, TensorInfo, TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,
 };
 
 use crate::common::{counting, spec};
@@ -38,7 +38,7 @@ fn model(layout: Layout) -> (Metadata, Vec<TensorSpec>) {
             metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
             metadata.insert(layout_keys::RECORD_BYTES, 4096u64);
             metadata.insert(layout_keys::GATE_OFFSET, 0u64);
-            metadata.insert(layout_keys::NEURON_OFFSET, 1152u64);
+            metadata.insert(layout_keys::UP_OFFSET, 1152u64);
             metadata.insert(layout_keys::DOWN_OFFSET, 2304u64);
             for layer in 0..N_LAYERS {
                 tensors.push(spec(&tensor_names::packed(layer), &[4096, N_EXPERTS], GgmlType::I8));
@@ -46,6 +46,11 @@ fn model(layout: Layout) -> (Metadata, Vec<TensorSpec>) {
         }
     }
     (metadata, tensors)
+}
+
+/// The shape of its experts.
+fn shape() -> ModelShape {
+    ModelShape { n_layers: N_LAYERS, n_embd: 64, n_ff: 32, n_experts: N_EXPERTS as usize, ..ModelShape::published_4b() }
 }
 
 /// Writes it with checksums, the data cut into pieces of `cut` bytes.
@@ -74,7 +79,7 @@ fn every_part_has_a_sum_however_the_data_is_cut() {
         let path = write(dir.path(), layout, 1000);
         assert!(std::fs::read(&path).unwrap() == whole);
         let file = GgufFile::open(&path).unwrap();
-        let index = ExpertIndex::from_header(&file.header).unwrap();
+        let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
         let sum = |offset: u64, len: u64| crc32c::crc32c(&whole[offset as usize..(offset + len) as usize]);
         for tensor in &file.header.tensors {
             let sums = file.checksums().of(&tensor.name);

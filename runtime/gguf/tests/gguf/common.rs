@@ -87,13 +87,18 @@ pub(crate) fn spec(name: &str, shape: &[u64], ty: GgmlType) -> TensorSpec {
 
 /// Writes a file in which every tensor's bytes count upwards.
 pub(crate) fn write_file(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) -> GgufFile {
+    write(path, metadata, tensors, alignment);
+    GgufFile::open(path).unwrap()
+}
+
+/// [`write_file`] without opening it.
+pub(crate) fn write(path: &Path, metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) {
     let options = WriteOptions { alignment, overwrite: true };
     let mut writer = GgufWriter::create(path, metadata, tensors, options).unwrap();
     for size in writer.plan().sizes.clone() {
         writer.write(&counting(size)).unwrap();
     }
     writer.finish().unwrap();
-    GgufFile::open(path).unwrap()
 }
 
 pub(crate) fn counting(n: u64) -> Vec<u8> {

@@ -1,8 +1,8 @@
 //! Experts are found in both layouts, and a file that does not hold what it says is refused.
 
 use st_gguf::{
-    Array, ExpertIndex, GgmlType, GgufError, GgufFile, Layout, Matrix, Metadata, TensorSpec, Value, layout_keys,
-    tensor_names,
+    Array, ExpertIndex, GgmlType, GgufError, GgufFile, Layout, Matrix, Metadata, ModelShape, TensorSpec, Value,
+    layout_keys, tensor_names,
 };
 
 use crate::common::{counting, spec, write_file};
@@ -13,14 +13,14 @@ const N_EMBD: u64 = 64;
 const N_FF: u64 = 32;
 const MATRIX_BYTES: u64 = N_EMBD * N_FF / 32 * 18;
 
-fn metadata() -> Metadata {
-    let mut metadata = Metadata::new();
-    metadata.insert("general.architecture", "smallthinker");
-    metadata.insert("smallthinker.block_count", N_LAYERS as u32);
-    metadata.insert("smallthinker.expert_count", N_EXPERTS as u32);
-    metadata.insert("smallthinker.embedding_length", N_EMBD as u32);
-    metadata.insert("smallthinker.expert_feed_forward_length", N_FF as u32);
-    metadata
+fn shape() -> ModelShape {
+    ModelShape {
+        n_layers: N_LAYERS,
+        n_experts: N_EXPERTS,
+        n_embd: N_EMBD as usize,
+        n_ff: N_FF as usize,
+        ..ModelShape::published_4b()
+    }
 }
 
 fn stacked() -> Vec<TensorSpec> {
@@ -38,13 +38,13 @@ fn stacked() -> Vec<TensorSpec> {
 }
 
 fn offload_metadata() -> Metadata {
-    let mut metadata = metadata();
+    let mut metadata = Metadata::new();
     metadata.insert(layout_keys::KIND, "offload");
     metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
     metadata.insert(layout_keys::EXPERT_TYPE, GgmlType::Q4_0.id());
     metadata.insert(layout_keys::RECORD_BYTES, 8192u64);
     metadata.insert(layout_keys::GATE_OFFSET, 0u64);
-    metadata.insert(layout_keys::NEURON_OFFSET, 1152u64);
+    metadata.insert(layout_keys::UP_OFFSET, 1152u64);
     metadata.insert(layout_keys::DOWN_OFFSET, 2368u64);
     metadata.insert(layout_keys::CRC32C, (0..6).collect::<Vec<u32>>());
     metadata
@@ -61,7 +61,12 @@ fn open(metadata: &Metadata, tensors: &[TensorSpec]) -> GgufFile {
 
 #[track_caller]
 fn assert_refused(metadata: &Metadata, tensors: &[TensorSpec], message: &str) -> GgufError {
-    let error = ExpertIndex::from_header(&open(metadata, tensors).header).unwrap_err();
+    assert_shape_refused(&shape(), metadata, tensors, message)
+}
+
+#[track_caller]
+fn assert_shape_refused(shape: &ModelShape, metadata: &Metadata, tensors: &[TensorSpec], message: &str) -> GgufError {
+    let error = ExpertIndex::from_header(&open(metadata, tensors).header, shape).unwrap_err();
     assert!(error.to_string().contains(message), "got: {error}\nexpected: {message}");
     assert!(error.to_string().contains("m.gguf"), "{error}");
     error
@@ -69,8 +74,8 @@ fn assert_refused(metadata: &Metadata, tensors: &[TensorSpec], message: &str) ->
 
 #[test]
 fn the_gguf_layout() {
-    let file = open(&metadata(), &stacked());
-    let index = ExpertIndex::from_header(&file.header).unwrap();
+    let file = open(&Metadata::new(), &stacked());
+    let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
     assert_eq!((index.layout(), index.n_layers(), index.n_experts()), (Layout::Gguf, N_LAYERS, N_EXPERTS));
     assert_eq!((index.n_embd(), index.n_ff(), index.expert_type()), (N_EMBD, N_FF, GgmlType::Q4_0));
     for layer in 0..N_LAYERS {
@@ -94,7 +99,7 @@ fn the_gguf_layout() {
 #[test]
 fn the_offload_layout() {
     let file = open(&offload_metadata(), &packed());
-    let index = ExpertIndex::from_header(&file.header).unwrap();
+    let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
     assert_eq!(index.layout(), Layout::Offload);
     assert_eq!(index.expert_type(), GgmlType::Q4_0);
     let record = index.record(1, 2).unwrap();
@@ -108,33 +113,28 @@ fn the_offload_layout() {
 }
 
 #[test]
-fn missing_keys_and_impossible_counts() {
-    for key in metadata().iter().map(|(key, _)| key) {
-        let mut metadata = metadata();
-        metadata.remove(key);
-        assert_refused(&metadata, &stacked(), &format!("metadata key `{key}` is missing"));
-    }
-    for key in ["block_count", "expert_count", "embedding_length", "expert_feed_forward_length"] {
-        for count in [0, u32::MAX] {
-            let mut metadata = metadata();
-            metadata.insert(format!("smallthinker.{key}"), count);
-            assert_refused(&metadata, &stacked(), "must be between 1 and");
-        }
-    }
-    let mut odd = metadata();
-    odd.insert("smallthinker.expert_feed_forward_length", 33u32);
-    assert_refused(&odd, &stacked(), "no whole number of blocks");
+fn matrices_that_are_no_whole_blocks() {
+    let odd = ModelShape { n_ff: 33, ..shape() };
+    assert_shape_refused(&odd, &Metadata::new(), &stacked(), "no whole number of blocks");
+}
+
+#[test]
+fn the_place_of_up_is_read_under_its_first_name_too() {
+    let mut metadata = offload_metadata();
+    let place = metadata.remove(layout_keys::UP_OFFSET).unwrap();
+    metadata.insert(layout_keys::UP_OFFSET_BEFORE, place);
+    let index = ExpertIndex::from_header(&open(&metadata, &packed()).header, &shape()).unwrap();
+    assert_eq!(index.matrix(0, 0, Matrix::Up).len, 1216);
 }
 
 #[test]
 fn a_missing_tensor() {
     let mut tensors = stacked();
     tensors.remove(4);
-    assert_refused(&metadata(), &tensors, "tensor `blk.1.ffn_up_exps.weight` is missing");
-    assert_refused(&metadata(), &[], "tensor `blk.0.ffn_gate_exps.weight` is missing");
-    let mut more_layers = metadata();
-    more_layers.insert("smallthinker.block_count", 3u32);
-    assert_refused(&more_layers, &stacked(), "tensor `blk.2.ffn_gate_exps.weight` is missing");
+    assert_refused(&Metadata::new(), &tensors, "tensor `blk.1.ffn_up_exps.weight` is missing");
+    assert_refused(&Metadata::new(), &[], "tensor `blk.0.ffn_gate_exps.weight` is missing");
+    let more_layers = ModelShape { n_layers: 3, ..shape() };
+    assert_shape_refused(&more_layers, &Metadata::new(), &stacked(), "tensor `blk.2.ffn_gate_exps.weight` is missing");
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_wrong_shape_names_both() {
     let mut tensors = stacked();
     tensors[2].shape = vec![N_EMBD, N_FF, N_EXPERTS as u64];
     let message = "tensor `blk.0.ffn_down_exps.weight`: expected shape [32, 64, 3], got [64, 32, 3]";
-    assert_refused(&metadata(), &tensors, message);
+    assert_refused(&Metadata::new(), &tensors, message);
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn experts_of_two_types() {
     let mut tensors = stacked();
     tensors[5].ty = GgmlType::Q8_0;
     let message = "tensor `blk.1.ffn_down_exps.weight`: expected type Q4_0, got Q8_0";
-    assert_refused(&metadata(), &tensors, message);
+    assert_refused(&Metadata::new(), &tensors, message);
 }
 
 #[test]
@@ -168,11 +168,7 @@ fn offload_keys_that_are_missing_or_cannot_be() {
         (layout_keys::RECORD_BYTES, 8000u64.into(), "must be a multiple of 4096, got 8000"),
         (layout_keys::RECORD_BYTES, 12288u64.into(), "expected shape [12288, 3], got [8192, 3]"),
         (layout_keys::GATE_OFFSET, 1u64.into(), "must be a multiple of 64, got 1"),
-        (
-            layout_keys::NEURON_OFFSET,
-            1088u64.into(),
-            "the gate matrix needs 1152 bytes, its place in a record is 0..1088",
-        ),
+        (layout_keys::UP_OFFSET, 1088u64.into(), "the gate matrix needs 1152 bytes, its place in a record is 0..1088"),
         (layout_keys::DOWN_OFFSET, (u64::MAX - 63).into(), "the down matrix needs 1152 bytes"),
         (layout_keys::CRC32C, Value::Array(Array::U32(vec![1])), "expected 6 checksums, one per expert, got 1"),
     ];
@@ -194,5 +190,5 @@ fn offload_tensors_that_do_not_match() {
 #[test]
 #[should_panic(expected = "expert 3 of 3")]
 fn asking_for_an_expert_beyond_the_last_is_a_bug() {
-    ExpertIndex::from_header(&open(&metadata(), &stacked()).header).unwrap().matrix(0, 3, Matrix::Gate);
+    ExpertIndex::from_header(&open(&Metadata::new(), &stacked()).header, &shape()).unwrap().matrix(0, 3, Matrix::Gate);
 }

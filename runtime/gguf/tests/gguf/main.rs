@@ -6,4 +6,5 @@ mod common;
 mod expert_index;
 mod reject;
 mod round_trip;
+mod split;
 mod writer;

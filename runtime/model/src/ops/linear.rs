@@ -62,7 +62,7 @@ impl Linear {
             return Err(ModelError::TensorType {
                 name: parts[i].0.clone(),
                 got: types[i].name().to_owned(),
-                expected: "the type of the other projections of its layer",
+                expected: "the type of the other projections of its layer".into(),
             });
         }
         let size = |bytes: Option<usize>| {

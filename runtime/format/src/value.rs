@@ -57,6 +57,24 @@ impl Value {
         })
     }
 
+    /// The value as a 32-bit float where it is one, or a 64-bit one that loses nothing.
+    pub fn as_f32(&self) -> Option<f32> {
+        match *self {
+            Self::F32(v) => Some(v),
+            Self::F64(v) if f64::from(v as f32) == v => Some(v as f32),
+            _ => None,
+        }
+    }
+
+    /// The value as a number where it is an integer or a float, rounded where it is a very large integer.
+    pub fn as_number(&self) -> Option<f64> {
+        match *self {
+            Self::F32(v) => Some(v.into()),
+            Self::F64(v) => Some(v),
+            _ => self.as_integer().map(|v| v as f64),
+        }
+    }
+
     /// The string where it is one.
     pub fn as_str(&self) -> Option<&str> {
         if let Self::String(text) = self { Some(text) } else { None }

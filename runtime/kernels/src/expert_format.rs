@@ -1,9 +1,9 @@
 //! How the three matrices of one expert lie in memory: in a slot of the expert cache and in a record of the `offload` layout.
 //!
-//! An expert has `gate` and `up` of `n_ff` rows × `n_embd` columns and `down` of `n_embd` rows × `n_ff` columns. With
-//! `kb = n_embd / 32` and `fb = n_ff / 32`, a record of **Q4_0** is a permutation of the canonical bytes:
+//! An expert has `gate` and `up` of `n_ff` rows × `n_embd` columns and `down` of `n_embd` rows × `n_ff` columns, each of a type of its
+//! own. With `kb = n_embd / 32` and `fb = n_ff / 32`, a matrix of **Q4_0** is a permutation of the canonical bytes:
 //!
-//! - **gate**, at 0: [R16](crate::r16) tiles.
+//! - **gate**: [R16](crate::r16) tiles.
 //! - **up**, one run of bytes per neuron, so that dead neurons are not touched: first `n_ff × kb` f16 scales, row-major, padded
 //!   to 64 bytes; then for each row the nibbles of its blocks (16 bytes each, as Q4_0 has them) in order, padded with 0x88 to
 //!   a multiple of 64 bytes.
@@ -14,7 +14,7 @@
 //!   (`unpack epi8`, then `epi16`, lane by lane) gives in vector `v`, lane `i`, the four neurons' nibbles of outputs `16v + i`
 //!   and `64 + 16v + i`, in natural order for vectors of 16, 32 and 64 bytes alike. Outputs that pad have scale 0 and nibble 8.
 //!
-//! For the other types a region is the canonical row-major matrix. Regions start at multiples of 64 bytes, in this order, and
+//! A matrix of another type is canonical: row-major blocks. Regions start at multiples of 64 bytes, in this order, and
 //! the record is padded with zeros to a multiple of 4096 bytes.
 
 use std::ops::Range;
@@ -58,56 +58,128 @@ pub enum FormatError {
     },
 }
 
-/// The layout of one expert's record; see the module documentation.
+/// How the bytes of a matrix lie in its region; see the module documentation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arrangement {
+    /// Row-major blocks, as in a GGUF file.
+    Canonical,
+    /// 16 rows interleaved: gate.
+    Tiles,
+    /// All scales, then one run of bytes for each row: up.
+    Rows,
+    /// For each group of 32 columns the scales of all rows, then one run of bytes for each column: down.
+    Columns,
+}
+
+/// The type of a matrix, and how it lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MatrixFormat {
+    /// Weight type.
+    pub ty: WeightType,
+    /// How its bytes lie.
+    pub arrangement: Arrangement,
+}
+
+impl MatrixFormat {
+    /// How a matrix of this type lies in a record.
+    pub fn of(matrix: Matrix, ty: WeightType) -> Self {
+        let arrangement = match (ty, matrix) {
+            (WeightType::Q4_0, Matrix::Gate) => Arrangement::Tiles,
+            (WeightType::Q4_0, Matrix::Up) => Arrangement::Rows,
+            (WeightType::Q4_0, Matrix::Down) => Arrangement::Columns,
+            (WeightType::Q8_0 | WeightType::F32 | WeightType::F16 | WeightType::BF16, _) => Arrangement::Canonical,
+        };
+        Self { ty, arrangement }
+    }
+
+    /// Bytes of a region of `rows × columns`; `None` where they overflow or rows are not whole blocks.
+    fn region_bytes(self, rows: usize, columns: usize) -> Option<usize> {
+        match self.arrangement {
+            Arrangement::Canonical | Arrangement::Tiles => self.ty.row_bytes(columns)?.checked_mul(rows),
+            Arrangement::Rows => {
+                let scales = rows.checked_mul(columns / BLOCK_LEN)?.checked_mul(2)?;
+                let row = (columns / 2).checked_next_multiple_of(64)?;
+                rows.checked_mul(row)?.checked_add(scales.checked_next_multiple_of(REGION_ALIGN)?)
+            }
+            Arrangement::Columns => {
+                let padded = rows.checked_next_multiple_of(OUTPUT_CHUNK)?;
+                (columns / BLOCK_LEN).checked_mul(padded.checked_mul(18)?)
+            }
+        }
+    }
+}
+
+/// The layout of one expert's record; see the module documentation. Layers whose experts differ have one each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpertFormat {
-    ty: WeightType,
+    /// Gate, up, down.
+    matrices: [MatrixFormat; 3],
     n_embd: usize,
     n_ff: usize,
-    /// Offset and length of gate, up, down.
+    /// Offset and length of each.
     regions: [(usize, usize); 3],
     record_bytes: usize,
 }
 
 impl ExpertFormat {
-    /// The format for experts of this type and shape.
+    /// The format for experts of this shape, all of whose matrices are of one type.
     ///
     /// # Errors
-    /// If a dimension is 0, not a multiple of 32 for a quantized type, or too large.
+    /// As [`Self::with_types`].
     pub fn new(ty: WeightType, n_embd: usize, n_ff: usize) -> Result<Self, FormatError> {
+        Self::with_types([ty; 3], n_embd, n_ff)
+    }
+
+    /// The format for experts of this shape, with the types of gate, up and down.
+    ///
+    /// # Errors
+    /// If a dimension is 0, not a multiple of 32 where one of the types is quantized, or too large.
+    pub fn with_types(types: [WeightType; 3], n_embd: usize, n_ff: usize) -> Result<Self, FormatError> {
+        let ty = types.into_iter().find(|ty| ty.is_quantized()).unwrap_or(types[0]);
         let multiple = ty.block_len();
         if n_embd == 0 || n_ff == 0 || !n_embd.is_multiple_of(multiple) || !n_ff.is_multiple_of(multiple) {
             return Err(FormatError::Shape { ty, n_embd, n_ff, multiple });
         }
-        Self::layout(ty, n_embd, n_ff).ok_or(FormatError::TooLarge { n_embd, n_ff })
+        Self::layout(types, n_embd, n_ff).ok_or(FormatError::TooLarge { n_embd, n_ff })
     }
 
-    fn layout(ty: WeightType, n_embd: usize, n_ff: usize) -> Option<Self> {
-        let canonical = ty.row_bytes(n_embd)?.checked_mul(n_ff)?;
-        let sizes = if ty == WeightType::Q4_0 {
-            let scales =
-                (n_ff.checked_mul(n_embd / BLOCK_LEN)?.checked_mul(2)?).checked_next_multiple_of(REGION_ALIGN)?;
-            let row = (n_embd / 2).checked_next_multiple_of(64)?;
-            let up = n_ff.checked_mul(row)?.checked_add(scales)?;
-            let padded = n_embd.checked_next_multiple_of(OUTPUT_CHUNK)?;
-            let down = (n_ff / BLOCK_LEN).checked_mul(padded.checked_mul(18)?)?;
-            [canonical, up, down]
-        } else {
-            [canonical, canonical, ty.row_bytes(n_ff)?.checked_mul(n_embd)?]
-        };
-        let mut regions = [(0, 0); 3];
+    fn layout(types: [WeightType; 3], n_embd: usize, n_ff: usize) -> Option<Self> {
+        let matrices = Matrix::ALL.map(|matrix| MatrixFormat::of(matrix, types[matrix as usize]));
+        let mut format = Self { matrices, n_embd, n_ff, regions: [(0, 0); 3], record_bytes: 0 };
         let mut at = 0usize;
-        for (region, size) in regions.iter_mut().zip(sizes) {
-            *region = (at, size);
-            at = at.checked_add(size)?.checked_next_multiple_of(REGION_ALIGN)?;
+        for matrix in Matrix::ALL {
+            let (rows, columns) = format.shape(matrix);
+            let bytes = matrices[matrix as usize].region_bytes(rows, columns)?;
+            format.regions[matrix as usize] = (at, bytes);
+            at = at.checked_add(bytes)?.checked_next_multiple_of(REGION_ALIGN)?;
         }
-        let record_bytes = at.checked_next_multiple_of(RECORD_ALIGN)?;
-        Some(Self { ty, n_embd, n_ff, regions, record_bytes })
+        format.record_bytes = at.checked_next_multiple_of(RECORD_ALIGN)?;
+        Some(format)
     }
 
-    /// Weight type.
+    /// Type and arrangement of a matrix.
+    pub fn matrix(&self, matrix: Matrix) -> MatrixFormat {
+        self.matrices[matrix as usize]
+    }
+
+    /// Weight type of a matrix.
+    pub fn type_of(&self, matrix: Matrix) -> WeightType {
+        self.matrix(matrix).ty
+    }
+
+    /// Weight type of experts whose matrices are all of one; else that of gate.
     pub fn ty(&self) -> WeightType {
-        self.ty
+        self.type_of(Matrix::Gate)
+    }
+
+    /// Whether gate or up is multiplied with quantized activations.
+    pub fn takes_acts(&self) -> bool {
+        self.type_of(Matrix::Gate).is_quantized() || self.type_of(Matrix::Up).is_quantized()
+    }
+
+    /// Whether gate or up is multiplied with floats.
+    pub fn takes_floats(&self) -> bool {
+        !(self.type_of(Matrix::Gate).is_quantized() && self.type_of(Matrix::Up).is_quantized())
     }
 
     /// Hidden size: columns of gate and up, rows of down.
@@ -142,7 +214,7 @@ impl ExpertFormat {
     /// Bytes of this matrix as a GGUF file holds it: row-major blocks.
     pub fn canonical_bytes(&self, matrix: Matrix) -> usize {
         let (rows, columns) = self.shape(matrix);
-        rows * self.ty.row_bytes(columns).expect("checked on construction")
+        rows * self.type_of(matrix).row_bytes(columns).expect("checked on construction")
     }
 
     /// Arranges the canonical bytes of a matrix in its region. [`crate::Kernels::pack_expert`] is the fast version.
@@ -151,13 +223,12 @@ impl ExpertFormat {
     /// If a length is not [`Self::canonical_bytes`] or that of [`Self::region`].
     pub fn pack(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
         self.check(matrix, canonical.len(), region.len());
-        if self.ty != WeightType::Q4_0 {
-            region.copy_from_slice(canonical);
-            return;
-        }
-        match matrix {
-            Matrix::Gate => r16::pack(self.ty, self.n_ff, self.n_embd, canonical, region),
-            Matrix::Up => {
+        let MatrixFormat { ty, arrangement } = self.matrix(matrix);
+        let (n_rows, n_columns) = self.shape(matrix);
+        match arrangement {
+            Arrangement::Canonical => region.copy_from_slice(canonical),
+            Arrangement::Tiles => r16::pack(ty, n_rows, n_columns, canonical, region),
+            Arrangement::Rows => {
                 let up = self.up();
                 let (scales, rows) = region.split_at_mut(up.scales_bytes);
                 scales.fill(0);
@@ -172,10 +243,10 @@ impl ExpertFormat {
                     }
                 }
             }
-            Matrix::Down => {
+            Arrangement::Columns => {
                 let down = self.down();
                 for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
-                    pack_down_group(&down, self.n_embd, canonical, b, group);
+                    pack_down_group(&down, n_rows, canonical, b, group);
                 }
             }
         }
@@ -187,13 +258,12 @@ impl ExpertFormat {
     /// As [`Self::pack`].
     pub fn unpack(&self, matrix: Matrix, region: &[u8], canonical: &mut [u8]) {
         self.check(matrix, canonical.len(), region.len());
-        if self.ty != WeightType::Q4_0 {
-            canonical.copy_from_slice(region);
-            return;
-        }
-        match matrix {
-            Matrix::Gate => r16::unpack(self.ty, self.n_ff, self.n_embd, region, canonical),
-            Matrix::Up => {
+        let MatrixFormat { ty, arrangement } = self.matrix(matrix);
+        let (n_rows, n_columns) = self.shape(matrix);
+        match arrangement {
+            Arrangement::Canonical => canonical.copy_from_slice(region),
+            Arrangement::Tiles => r16::unpack(ty, n_rows, n_columns, region, canonical),
+            Arrangement::Rows => {
                 let up = self.up();
                 let (scales, rows) = region.split_at(up.scales_bytes);
                 for (scale, block) in scales.chunks_exact(2).zip(canonical.chunks_exact_mut(18)) {
@@ -205,7 +275,7 @@ impl ExpertFormat {
                     }
                 }
             }
-            Matrix::Down => {
+            Arrangement::Columns => {
                 let down = self.down();
                 for (i, block) in canonical.chunks_exact_mut(18).enumerate() {
                     let (o, b) = (i / down.fb, i % down.fb);
@@ -350,6 +420,11 @@ mod tests {
     #[test]
     fn bad_shapes_are_refused() {
         assert!(matches!(ExpertFormat::new(WeightType::Q4_0, 48, 32), Err(FormatError::Shape { multiple: 32, .. })));
+        let mixed = [WeightType::F32, WeightType::F32, WeightType::Q8_0];
+        assert!(matches!(
+            ExpertFormat::with_types(mixed, 32, 48),
+            Err(FormatError::Shape { ty: WeightType::Q8_0, .. })
+        ));
         assert!(matches!(ExpertFormat::new(WeightType::F32, 0, 32), Err(FormatError::Shape { multiple: 1, .. })));
         let huge = usize::MAX / 32 * 32;
         assert!(matches!(ExpertFormat::new(WeightType::Q4_0, huge, 64), Err(FormatError::TooLarge { .. })));
@@ -357,8 +432,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn unpack_undoes_pack(eb in 1usize..10, fb in 1usize..5, ty in prop::sample::select(&WeightType::ALL), seed: u64) {
-            let format = ExpertFormat::new(ty, eb * 32, fb * 32).unwrap();
+        fn unpack_undoes_pack(
+            eb in 1usize..10, fb in 1usize..5, types in prop::array::uniform3(prop::sample::select(&WeightType::ALL)), seed: u64,
+        ) {
+            let format = ExpertFormat::with_types(types, eb * 32, fb * 32).unwrap();
             let mut state = seed | 1;
             for matrix in Matrix::ALL {
                 let canonical: Vec<u8> = (0..format.canonical_bytes(matrix))

@@ -3,9 +3,11 @@
 //! For quantized experts the hidden values are quantized to Q8_0 in groups of 32 neurons, so that `down` is an integer product
 //! as well. Neurons whose gate is not positive are skipped: their rows of up and down are not read. Both forms give the same bits.
 
+use std::ops::Range;
+
 use crate::activations::{ActRow, FEW_ROWS, Few, HiddenGroup, Q8Acts, UNIT_BLOCK, UNIT_ROWS, padded_blocks};
 use crate::dispatch::Kernels;
-use crate::expert_format::{ExpertFormat, Matrix, OUTPUT_CHUNK};
+use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat, OUTPUT_CHUNK};
 use crate::linear::units_of;
 use crate::live::LiveRows;
 use crate::out::ColumnsMut;
@@ -19,8 +21,8 @@ use crate::weight_type::WeightType;
 /// Neuron groups whose live rows of up make one list; as many as fit where there are several tokens.
 const GROUPS_AT_ONCE: usize = 32;
 
-/// What goes into an expert: rows of `n_embd` values, as floats (read if the expert's type is a float) or quantized (read if it
-/// is quantized). The other one may be empty.
+/// What goes into an expert: rows of `n_embd` values, as floats ([`ExpertFormat::takes_floats`]) or quantized
+/// ([`ExpertFormat::takes_acts`]). What is not taken may be empty.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertInput<'a> {
     /// `rows × n_embd` floats.
@@ -52,14 +54,15 @@ impl Kernels {
             "expert_gate: neurons {neurons:?} are not whole groups"
         );
         assert_eq!(out.rows(), rows.len(), "expert_gate: output rows");
-        match format.ty() {
-            WeightType::Q4_0 => {
+        let MatrixFormat { ty, arrangement } = format.matrix(Matrix::Gate);
+        match arrangement {
+            Arrangement::Tiles => {
                 let kb = format.n_embd() / BLOCK_LEN;
-                let group = kb * tile_bytes(WeightType::Q4_0);
+                let group = kb * tile_bytes(ty);
                 // n_ff is a multiple of 32, so these are whole row groups.
                 let tiles = &gate[neurons.start / R16_ROWS * group..neurons.end / R16_ROWS * group];
                 let acts = few_rows(format, input, rows);
-                self.gemv(WeightType::Q4_0, kb, tiles, acts.as_slice(), out);
+                self.gemv(ty, kb, tiles, acts.as_slice(), out);
             }
             _ => {
                 for start in neurons.clone().step_by(R16_ROWS) {
@@ -67,7 +70,7 @@ impl Kernels {
                     let ids: [u32; R16_ROWS] = std::array::from_fn(|i| (start + i) as u32);
                     for (&row, out) in rows.iter().zip(out.rows_mut()) {
                         let out = &mut out[start - neurons.start..][..n];
-                        self.canonical_rows(format, gate, &ids[..n], input, row as usize, out);
+                        self.canonical_rows(format, ty, gate, &ids[..n], input, row as usize, out);
                     }
                 }
             }
@@ -97,10 +100,11 @@ impl Kernels {
         if n == 0 {
             return;
         }
-        let acts = format.ty().is_quantized().then(|| few_rows(format, input, rows));
+        let MatrixFormat { ty, arrangement } = format.matrix(Matrix::Up);
+        let acts = ty.is_quantized().then(|| few_rows(format, input, rows));
         let acts = acts.as_ref().map_or(&[][..], |acts| acts.as_slice());
-        const AT_ONCE: usize = GROUPS_AT_ONCE * BLOCK_LEN;
-        let (mut ids, mut masks, mut ups) = ([0u32; AT_ONCE], [0u8; AT_ONCE], [0f32; AT_ONCE]);
+        const NEURONS: usize = GROUPS_AT_ONCE * BLOCK_LEN;
+        let (mut ids, mut masks, mut ups) = ([0u32; NEURONS], [0u8; NEURONS], [0f32; NEURONS]);
         let at_once = GROUPS_AT_ONCE / n;
         for start in groups.clone().step_by(at_once) {
             let end = groups.end.min(start + at_once);
@@ -113,10 +117,10 @@ impl Kernels {
             }
             let live = LiveRows { ids: &ids[..live], masks: &masks[..live] };
             let ups = &mut ups[..live.ids.len() * n];
-            match format.ty() {
+            match arrangement {
                 // SAFETY: the table is of this CPU; the rows exist, the activations have n_embd values, one output per row and token.
-                WeightType::Q4_0 => unsafe { (self.table.up_rows)(&format.up(), up, live, acts, ups) },
-                _ => self.canonical_live_rows(format, up, live, input, rows, ups),
+                Arrangement::Rows => unsafe { (self.table.up_rows)(&format.up(), up, live, acts, ups) },
+                _ => self.canonical_live_rows(format, ty, up, live, input, rows, ups),
             }
             for (t, out) in out.rows_mut().enumerate() {
                 let out = &mut out[start - groups.start..end - groups.start];
@@ -134,9 +138,9 @@ impl Kernels {
         }
     }
 
-    /// Quantizes the hidden values of a group where the type asks for it, and notes which of them matter.
+    /// Quantizes the hidden values of a group where the type of down asks for it, and notes which of them matter.
     fn finish_group(self, format: &ExpertFormat, group: &mut HiddenGroup) {
-        if group.active == 0 || !format.ty().is_quantized() {
+        if group.active == 0 || !format.type_of(Matrix::Down).is_quantized() {
             group.live = group.active;
             return;
         }
@@ -149,9 +153,11 @@ impl Kernels {
     }
 
     /// [`Self::canonical_rows`] for each row of the input and the rows that live for it, as `Table::up_rows` has them.
+    #[allow(clippy::too_many_arguments)]
     fn canonical_live_rows(
         self,
         format: &ExpertFormat,
+        ty: WeightType,
         region: &[u8],
         live: LiveRows<'_>,
         input: ExpertInput<'_>,
@@ -168,7 +174,7 @@ impl Kernels {
                     len += usize::from(mask >> t & 1 != 0);
                 }
                 let mut sums = [0f32; R16_ROWS];
-                self.canonical_rows(format, region, &list[..len], input, row as usize, &mut sums[..len]);
+                self.canonical_rows(format, ty, region, &list[..len], input, row as usize, &mut sums[..len]);
                 for (&place, sum) in places[..len].iter().zip(sums) {
                     out[place * n + t] = sum;
                 }
@@ -176,17 +182,19 @@ impl Kernels {
         }
     }
 
-    /// Products of some rows of a region that is a canonical matrix (any type but Q4_0) with row `row` of the input.
+    /// Products of some rows of a region that is a canonical matrix of type `ty` (gate or up) with row `row` of the input.
+    #[allow(clippy::too_many_arguments)]
     fn canonical_rows(
         self,
         format: &ExpertFormat,
+        ty: WeightType,
         region: &[u8],
         rows: &[u32],
         input: ExpertInput<'_>,
         row: usize,
         out: &mut [f32],
     ) {
-        let (ty, n_embd) = (format.ty(), format.n_embd());
+        let n_embd = format.n_embd();
         if ty.is_quantized() {
             let kb = n_embd / BLOCK_LEN;
             let acts = few_rows(format, input, &[row as u32]);
@@ -216,7 +224,7 @@ impl Kernels {
         out: &mut ColumnsMut<'_>,
     ) {
         format.check_region(Matrix::Down, down.len());
-        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
         let (outputs, n, groups) = (out.columns(), out.rows(), HiddenGroup::groups(n_ff));
         assert!(hidden.len() == n * groups && n <= FEW_ROWS, "expert_down: {} hidden groups of {n} rows", hidden.len());
         assert!(outputs.end <= n_embd, "expert_down: output {} of {n_embd}", outputs.end);
@@ -228,8 +236,9 @@ impl Kernels {
         if n == 0 {
             return;
         }
-        match ty {
-            WeightType::Q4_0 => {
+        let MatrixFormat { ty, arrangement } = format.matrix(Matrix::Down);
+        match arrangement {
+            Arrangement::Columns => {
                 let layout = format.down();
                 let (whole, chunk) = (outputs.len() / OUTPUT_CHUNK, outputs.start / OUTPUT_CHUNK);
                 let mut rows: [&mut [f32]; FEW_ROWS] = Default::default();
@@ -251,7 +260,7 @@ impl Kernels {
                     }
                 }
             }
-            WeightType::Q8_0 => {
+            _ if ty.is_quantized() => {
                 let fb = n_ff / BLOCK_LEN;
                 let kbp = padded_blocks(n_ff);
                 with_hidden_rows(hidden, fb, kbp, |rows| {
@@ -301,88 +310,99 @@ impl Kernels {
     ) {
         format.check_region(Matrix::Gate, gate.len());
         format.check_region(Matrix::Up, up.len());
-        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
         let (neurons, tokens) = (hidden.columns(), hidden.rows());
         assert!(neurons.end <= n_ff && neurons.start.is_multiple_of(R16_ROWS), "expert_gate_up_batch: {neurons:?}");
-        let mut ups = [0f32; R16_ROWS];
-        if !ty.is_quantized() {
-            // Products first, then gates into the same place, 16 neurons at a time.
-            let row_bytes = n_embd * ty.block_bytes();
-            let floats = &input.floats[first * n_embd..(first + tokens) * n_embd];
-            for start in neurons.clone().step_by(R16_ROWS) {
-                let end = neurons.end.min(start + R16_ROWS);
-                let rows = start * row_bytes..end * row_bytes;
-                for (t, x) in floats.chunks_exact(n_embd).enumerate() {
-                    let h = &mut hidden.row_mut(t)[start - neurons.start..end - neurons.start];
-                    let ups = &mut ups[..end - start];
-                    // SAFETY: the table is of this CPU; one row of n_embd values per output, twice.
-                    unsafe {
-                        (self.table.dots)(ty, &gate[rows.clone()], x, h);
-                        (self.table.dots)(ty, &up[rows.clone()], x, ups);
-                    }
-                    relu_times(h, ups);
-                }
-            }
-            return;
-        }
-        assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
+        let floats = if format.takes_floats() { &input.floats[first * n_embd..(first + tokens) * n_embd] } else { &[] };
+        let units = if format.takes_acts() {
+            assert_eq!(input.acts.k(), n_embd, "expert_gate_up_batch: k of the activations");
+            units_of(input.acts, first, tokens)
+        } else {
+            &[]
+        };
         let kb = n_embd / BLOCK_LEN;
-        let units = units_of(input.acts, first, tokens);
-        let kind = PanelKind::of(ty);
-        let panel_bytes = kb * kind.block_bytes();
-        with_bytes(2 * panel_bytes, |panels| {
-            let (gate_panel, up_panel) = panels.split_at_mut(panel_bytes);
+        let panel_bytes = |matrix| match format.type_of(matrix) {
+            ty if ty.is_quantized() => kb * PanelKind::of(ty).block_bytes(),
+            _ => 0,
+        };
+        let (gate_bytes, up_bytes) = (panel_bytes(Matrix::Gate), panel_bytes(Matrix::Up));
+        with_bytes(gate_bytes + up_bytes, |panels| {
+            let (gate_panel, up_panel) = panels.split_at_mut(gate_bytes);
             for start in neurons.clone().step_by(R16_ROWS) {
-                self.row_panel(format, gate, true, start, gate_panel);
-                self.row_panel(format, up, false, start, up_panel);
-                self.gate_up_panels(kind, kb, gate_panel, up_panel, units, start, hidden);
+                let rows = start..neurons.end.min(start + R16_ROWS);
+                let gate = self.sixteen(format, Matrix::Gate, gate, rows.clone(), gate_panel);
+                let up = self.sixteen(format, Matrix::Up, up, rows, up_panel);
+                let (mut g, mut u) = ([0f32; AT_ONCE * R16_ROWS], [0f32; AT_ONCE * R16_ROWS]);
+                for at in (0..tokens).step_by(AT_ONCE) {
+                    let n = AT_ONCE.min(tokens - at);
+                    let units = units.chunks(GEMM_UNITS * kb.max(1) * UNIT_BLOCK).nth(at / AT_ONCE).unwrap_or_default();
+                    let floats = if floats.is_empty() { floats } else { &floats[at * n_embd..(at + n) * n_embd] };
+                    self.times(gate, kb, units, floats, n_embd, &mut g);
+                    self.times(up, kb, units, floats, n_embd, &mut u);
+                    relu_times(&mut g, &u);
+                    for (t, h) in g.as_chunks().0.iter().enumerate().take(n) {
+                        hidden.put(at + t, start - neurons.start, h);
+                    }
+                }
             }
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn gate_up_panels(
+    /// Rows `rows` (at most 16) of gate or up, ready to be multiplied with several tokens: unpacked to `panel`, or as they are.
+    fn sixteen<'a>(
         self,
-        kind: PanelKind,
+        format: &ExpertFormat,
+        matrix: Matrix,
+        region: &'a [u8],
+        rows: Range<usize>,
+        panel: &'a mut [u8],
+    ) -> Sixteen<'a> {
+        let ty = format.type_of(matrix);
+        if ty.is_quantized() {
+            self.row_panel(format, matrix, region, rows.start, panel);
+            return Sixteen::Panel(PanelKind::of(ty), panel);
+        }
+        let row_bytes = format.n_embd() * ty.block_bytes();
+        Sixteen::Floats(ty, &region[rows.start * row_bytes..rows.end * row_bytes])
+    }
+
+    /// `out[t * 16 + r]` = row `r` times token `t`, for up to GEMM_UNITS units of quantized tokens, or as many of floats.
+    fn times(
+        self,
+        rows: Sixteen<'_>,
         kb: usize,
-        gate: &[u8],
-        up: &[u8],
         units: &[u8],
-        column: usize,
-        hidden: &mut ColumnsMut<'_>,
+        floats: &[f32],
+        n_embd: usize,
+        out: &mut [f32; AT_ONCE * R16_ROWS],
     ) {
-        let mut g = [0f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
-        let mut u = g;
-        let at = column - hidden.columns().start;
-        for (i, units) in units.chunks(GEMM_UNITS * kb * UNIT_BLOCK).enumerate() {
-            // SAFETY: the table is of this CPU; panels of kb blocks and 1 to GEMM_UNITS whole units.
-            unsafe {
-                (self.table.gemm)(kind, kb, gate, units, &mut g);
-                (self.table.gemm)(kind, kb, up, units, &mut u);
-            }
-            let first = i * GEMM_UNITS * UNIT_ROWS;
-            relu_times(&mut g, &u);
-            for (t, h) in g.as_chunks().0.iter().enumerate().take(hidden.rows() - first) {
-                hidden.put(first + t, at, h);
+        match rows {
+            // SAFETY: the table is of this CPU; a panel of kb blocks and 1 to GEMM_UNITS whole units.
+            Sixteen::Panel(kind, panel) => unsafe { (self.table.gemm)(kind, kb, panel, units, out) },
+            Sixteen::Floats(ty, rows) => {
+                let n = rows.len() / (n_embd * ty.block_bytes());
+                for (x, out) in floats.chunks_exact(n_embd).zip(out.chunks_exact_mut(R16_ROWS)) {
+                    // SAFETY: the table is of this CPU; one row of n_embd values per output.
+                    unsafe { (self.table.dots)(ty, rows, x, &mut out[..n]) };
+                }
             }
         }
     }
 
-    /// 16 rows of gate or up as a weight panel.
-    fn row_panel(self, format: &ExpertFormat, region: &[u8], is_gate: bool, first: usize, panel: &mut [u8]) {
+    /// 16 rows of gate or up, of a quantized type, as a panel.
+    fn row_panel(self, format: &ExpertFormat, matrix: Matrix, region: &[u8], first: usize, panel: &mut [u8]) {
         let kb = format.n_embd() / BLOCK_LEN;
-        match format.ty() {
-            WeightType::Q4_0 if is_gate => {
-                let bytes = kb * tile_bytes(WeightType::Q4_0);
+        let MatrixFormat { ty, arrangement } = format.matrix(matrix);
+        match arrangement {
+            Arrangement::Tiles => {
+                let bytes = kb * tile_bytes(ty);
                 let group = first / R16_ROWS;
                 // SAFETY: the table is of this CPU; kb tiles and kb panel blocks.
-                unsafe {
-                    (self.table.panel_r16)(WeightType::Q4_0, kb, &region[group * bytes..(group + 1) * bytes], panel);
-                }
+                unsafe { (self.table.panel_r16)(ty, kb, &region[group * bytes..(group + 1) * bytes], panel) };
             }
             // SAFETY: the table is of this CPU; 16 rows exist since n_ff is a multiple of 32, and kb panel blocks.
-            WeightType::Q4_0 => unsafe { (self.table.panel_up)(&format.up(), region, first, panel) },
-            ty => self.canonical_panel(ty, format.n_embd(), region, first, panel),
+            Arrangement::Rows => unsafe { (self.table.panel_up)(&format.up(), region, first, panel) },
+            _ => self.canonical_panel(ty, format.n_embd(), region, first, panel),
         }
     }
 
@@ -409,7 +429,8 @@ impl Kernels {
         out: &mut ColumnsMut<'_>,
     ) {
         format.check_region(Matrix::Down, down.len());
-        let (n_embd, n_ff, ty) = (format.n_embd(), format.n_ff(), format.ty());
+        let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
+        let MatrixFormat { ty, arrangement } = format.matrix(Matrix::Down);
         let (outputs, tokens) = (out.columns(), out.rows());
         assert!(outputs.end <= n_embd && outputs.start.is_multiple_of(OUTPUT_CHUNK), "expert_down_batch: {outputs:?}");
         if !ty.is_quantized() {
@@ -421,16 +442,17 @@ impl Kernels {
         let kind = PanelKind::of(ty);
         let panel_bytes = fb * kind.block_bytes();
         let layout = format.down();
+        let is_packed = arrangement == Arrangement::Columns;
         with_bytes(8 * panel_bytes, |panels| {
             for start in outputs.clone().step_by(OUTPUT_CHUNK) {
-                if ty == WeightType::Q4_0 {
+                if is_packed {
                     // SAFETY: the table is of this CPU; the chunk exists since n_embd is padded to whole ones, and there
                     // are 8 panels of fb blocks.
                     unsafe { (self.table.panel_down)(&layout, down, start / OUTPUT_CHUNK, panels) };
                 }
                 let columns = (start..outputs.end.min(start + OUTPUT_CHUNK)).step_by(R16_ROWS);
                 for (column, panel) in columns.zip(panels.chunks_exact_mut(panel_bytes)) {
-                    if ty != WeightType::Q4_0 {
+                    if !is_packed {
                         self.canonical_panel(ty, n_ff, down, column, panel);
                     }
                     self.gemm_panel(kind, fb, panel, units, column, out);
@@ -476,6 +498,16 @@ fn with_hidden_rows(hidden: &[HiddenGroup], fb: usize, kbp: usize, f: impl FnOnc
         });
     });
 }
+
+/// 16 rows of a matrix as products with several tokens take them.
+#[derive(Clone, Copy)]
+enum Sixteen<'a> {
+    Panel(PanelKind, &'a [u8]),
+    Floats(WeightType, &'a [u8]),
+}
+
+/// Tokens that 16 rows are multiplied with at once.
+const AT_ONCE: usize = GEMM_UNITS * UNIT_ROWS;
 
 /// `h = relu(h) * u`, without letting a dead neuron's `u` through.
 fn relu_times(h: &mut [f32], u: &[f32]) {

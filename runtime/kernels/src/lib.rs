@@ -50,7 +50,7 @@ pub use aligned::AlignedBuf;
 pub use attention::{kv_chunks, partial_len, visible_range};
 pub use block::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
 pub use dispatch::Kernels;
-pub use expert_format::{ExpertFormat, FormatError, Matrix, OUTPUT_CHUNK};
+pub use expert_format::{Arrangement, ExpertFormat, FormatError, Matrix, MatrixFormat, OUTPUT_CHUNK};
 pub use experts::ExpertInput;
 pub use kv::{KV_CHUNK, KvBuffer, KvType};
 pub use out::ColumnsMut;

@@ -2,7 +2,7 @@
 
 use crate::activations::{ActRow, FEW_ROWS, Q8Acts, UNIT_BLOCK, UNIT_ROWS};
 use crate::dispatch::Kernels;
-use crate::expert_format::{ExpertFormat, Matrix};
+use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat};
 use crate::out::ColumnsMut;
 use crate::panel::PanelKind;
 use crate::pool::Pool;
@@ -269,17 +269,16 @@ impl Kernels {
     /// As that.
     pub fn pack_expert(self, format: &ExpertFormat, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
         format.check(matrix, canonical.len(), region.len());
-        if format.ty() != WeightType::Q4_0 {
-            return format.pack(matrix, canonical, region);
-        }
-        match matrix {
-            Matrix::Gate => self.pack_r16(format.ty(), format.n_ff(), format.n_embd(), canonical, region),
-            Matrix::Up => format.pack(matrix, canonical, region),
-            Matrix::Down => {
+        let MatrixFormat { ty, arrangement } = format.matrix(matrix);
+        let (rows, columns) = format.shape(matrix);
+        match arrangement {
+            Arrangement::Tiles => self.pack_r16(ty, rows, columns, canonical, region),
+            Arrangement::Canonical | Arrangement::Rows => format.pack(matrix, canonical, region),
+            Arrangement::Columns => {
                 let down = format.down();
                 for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
                     // SAFETY: the table is of this CPU; the group and the canonical matrix have the sizes of the format.
-                    unsafe { (self.table.pack_down_group)(&down, format.n_embd(), canonical, b, group) };
+                    unsafe { (self.table.pack_down_group)(&down, rows, canonical, b, group) };
                 }
             }
         }

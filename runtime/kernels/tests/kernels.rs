@@ -82,6 +82,12 @@ fn weights(rng: &mut Rng, ty: WeightType, rows: usize, k: usize) -> (Vec<u8>, Ve
     (bytes, floats)
 }
 
+/// Types of gate, up and down: one for all, or any.
+fn expert_types() -> impl Strategy<Value = [WeightType; 3]> {
+    let ty = || prop::sample::select(&WeightType::ALL[..]);
+    prop_oneof![ty().prop_map(|ty| [ty; 3]), prop::array::uniform3(ty())]
+}
+
 fn product(w: &[f32], x: &[f32], k: usize) -> Vec<f64> {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     x.chunks_exact(k).flat_map(|x| w.chunks_exact(k).map(move |w| dot(w, x))).collect()
@@ -280,31 +286,32 @@ proptest! {
     #[test]
     fn experts_agree(
         eb in 1usize..9, fb in 1usize..4, tokens in 1usize..15, dead in 0f32..1.2,
-        ty in prop::sample::select(&WeightType::ALL[..]), seed in 1u64..,
+        types in expert_types(), seed in 1u64..,
     ) {
         let mut rng = Rng(seed);
         let (n_embd, n_ff) = (eb * 32, fb * 32);
-        let format = ExpertFormat::new(ty, n_embd, n_ff).unwrap();
-        let (mut gate_bytes, _) = weights(&mut rng, ty, n_ff, n_embd);
+        let [gate_ty, up_ty, down_ty] = types;
+        let format = ExpertFormat::with_types(types, n_embd, n_ff).unwrap();
+        let (mut gate_bytes, _) = weights(&mut rng, gate_ty, n_ff, n_embd);
         // Rows of gate that are zero make neurons that are dead for every token.
-        let row_bytes = ty.row_bytes(n_embd).unwrap();
+        let row_bytes = gate_ty.row_bytes(n_embd).unwrap();
         for row in gate_bytes.chunks_exact_mut(row_bytes) {
             if rng.float().abs() < dead {
-                match ty {
+                match gate_ty {
                     WeightType::Q4_0 => row.fill(0x88),
                     _ => row.fill(0),
                 }
-                if ty == WeightType::Q4_0 {
+                if gate_ty == WeightType::Q4_0 {
                     row.chunks_exact_mut(18).for_each(|b| b[..2].fill(0));
                 }
             }
         }
         let mut gate = vec![0.0; n_ff * n_embd];
         for (b, f) in gate_bytes.chunks_exact(row_bytes).zip(gate.chunks_exact_mut(n_embd)) {
-            dequantize_row(ty, b, f);
+            dequantize_row(gate_ty, b, f);
         }
-        let (up_bytes, up) = weights(&mut rng, ty, n_ff, n_embd);
-        let (down_bytes, down) = weights(&mut rng, ty, n_embd, n_ff);
+        let (up_bytes, up) = weights(&mut rng, up_ty, n_ff, n_embd);
+        let (down_bytes, down) = weights(&mut rng, down_ty, n_embd, n_ff);
         let x = rng.floats(tokens * n_embd);
 
         let g = product(&gate, &x, n_embd);
@@ -335,7 +342,7 @@ proptest! {
             for t in 0..tokens {
                 let x = &x[t * n_embd..(t + 1) * n_embd];
                 let acts = quantized(kernels, x, n_embd);
-                let input = ExpertInput { floats: x, acts: &acts };
+                let input = ExpertInput { floats: if format.takes_floats() { x } else { &[] }, acts: &acts };
                 let mut gates = vec![0.0; n_ff];
                 pool.run_ranges(&mut gates, n_ff, 32, &|_, mut gates| {
                     kernels.expert_gate_rows(&format, region(Matrix::Gate), input, &[0], &mut gates);
@@ -351,7 +358,7 @@ proptest! {
                     kernels.expert_down_rows(&format, region(Matrix::Down), &hidden, &mut out);
                 });
             }
-            let bound = if ty.is_quantized() { 2.0 * INT8_BOUND } else { 2.0 * F32_BOUND };
+            let bound = if types.iter().any(|ty| ty.is_quantized()) { 2.0 * INT8_BOUND } else { 2.0 * F32_BOUND };
             assert_close(&out, &exact, &sizes, bound, "expert");
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: one token");
@@ -359,8 +366,8 @@ proptest! {
             // A few tokens together, in another order, beside rows that belong to another expert.
             let rows: Vec<u32> = (0..tokens.min(FEW_ROWS) as u32).rev().collect();
             let n = rows.len();
-            let acts = if ty.is_quantized() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
-            let input = ExpertInput { floats: &x, acts: &acts };
+            let acts = if format.takes_acts() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
+            let input = ExpertInput { floats: if format.takes_floats() { &x } else { &[] }, acts: &acts };
             let own = 1..1 + n;
             let own = std::slice::from_ref(&own);
             let mut gates = vec![0.0; (n + 2) * n_ff];
@@ -385,14 +392,14 @@ proptest! {
             // The tokens follow another expert's.
             let (first, rows) = (UNIT_ROWS, UNIT_ROWS + tokens);
             let x = [rng.floats(first * n_embd), x.clone()].concat();
-            let acts = if ty.is_quantized() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
-            let input = ExpertInput { floats: &x, acts: &acts };
+            let acts = if format.takes_acts() { quantized(kernels, &x, n_embd) } else { Q8Acts::new(32, 0) };
+            let input = ExpertInput { floats: if format.takes_floats() { &x } else { &[] }, acts: &acts };
             let mut h = vec![0.0; rows * n_ff];
             let rows = first..rows;
             pool.run_columns_of(&mut h, n_ff, std::slice::from_ref(&rows), 32, &|_, mut h| {
                 kernels.expert_gate_up_batch(&format, region(Matrix::Gate), region(Matrix::Up), input, first, &mut h);
             });
-            let hidden = if ty.is_quantized() { quantized(kernels, &h, n_ff) } else { Q8Acts::new(32, 0) };
+            let hidden = if down_ty.is_quantized() { quantized(kernels, &h, n_ff) } else { Q8Acts::new(32, 0) };
             let hidden = ExpertInput { floats: &h, acts: &hidden };
             let mut out = vec![0.0; tokens * n_embd];
             pool.run_columns(&mut out, n_embd, OUTPUT_CHUNK, &|mut out| {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use safetensors::SafeTensors;
 use st_convert::{Cancel, ConvertOptions, Input, Layout, NoProgress, WeightType, convert};
@@ -121,16 +121,16 @@ pub(crate) fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> Pa
 }
 
 /// A loaded model.
-pub(crate) fn engine(file: GgufFile, options: &LoadOptions) -> Engine {
+pub(crate) fn engine(file: GgufFile, options: &LoadOptions) -> Arc<Engine> {
     Engine::load(file, options).expect("a model")
 }
 
 /// The logits of every position of `ids`, row by row.
-pub(crate) fn all_logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
+pub(crate) fn all_logits(engine: &Arc<Engine>, ids: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
     let mut session = Session::new(engine).expect("a session");
     session
-        .forward_all(ids, |_, row| {
+        .run_all(ids, &mut (), |_, row| {
             logits.extend_from_slice(row);
             Ok(())
         })
@@ -139,7 +139,7 @@ pub(crate) fn all_logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
 }
 
 /// `n` greedy tokens after `ids`, the prompt fed in pieces of `piece`.
-pub(crate) fn greedy(engine: &Engine, ids: &[u32], piece: usize, n: usize) -> Vec<u32> {
+pub(crate) fn greedy(engine: &Arc<Engine>, ids: &[u32], piece: usize, n: usize) -> Vec<u32> {
     let mut session = Session::new(engine).expect("a session");
     for piece in ids.chunks(piece) {
         session.forward(piece).expect("a forward pass");

@@ -69,7 +69,7 @@ fn cases() -> Vec<Case> {
 
 impl Case {
     /// The model, its experts read with the faults of `plan`; everything else varies with the seed.
-    fn engine(&self, seed: u64, plan: impl Fn(u64) -> Vec<Fault> + Send + Sync + 'static) -> Engine {
+    fn engine(&self, seed: u64, plan: impl Fn(u64) -> Vec<Fault> + Send + Sync + 'static) -> Arc<Engine> {
         let buffered =
             || BufferedIo::open(&self.path, true).map(|io| Arc::new(io) as Arc<dyn ExpertIo>).expect("a file");
         let io = match DirectIo::open(&self.path) {
@@ -90,7 +90,7 @@ impl Case {
     }
 
     /// Goes on with text `n` from where the session stands, greedily from the end of the prompt on; never a wrong token.
-    fn go_on(&self, session: &mut Session<'_>, n: usize) -> Result<(), ModelError> {
+    fn go_on(&self, session: &mut Session, n: usize) -> Result<(), ModelError> {
         let text = &self.texts[n];
         assert!(text.starts_with(session.tokens()));
         // At least one token that is known: the logits of a token whose successor failed are gone.
@@ -106,7 +106,7 @@ impl Case {
 }
 
 /// Until no read is under way: one that has failed already fails whoever asks for its expert next.
-fn wait_for_reads(engine: &Engine) {
+fn wait_for_reads(engine: &Arc<Engine>) {
     let busy = || engine.store_stats().io_seconds;
     let mut before = busy();
     loop {

@@ -1,5 +1,7 @@
 //! One arithmetic: the same bits whatever the way of computing.
 
+use std::sync::Arc;
+
 use st_convert::{Layout, WeightType};
 use st_model::{Engine, IoMode, Isa, KvType, LoadOptions, ModelError, Session, StoreError};
 
@@ -54,7 +56,7 @@ fn pieces_of_a_prompt_change_no_token() {
 
 /// A conversation: a prompt longer than the window that touches more experts than the cache holds, some tokens, a second
 /// turn, some more tokens.
-fn conversation(engine: &Engine, first: &[u32], second: &[u32]) -> Vec<u32> {
+fn conversation(engine: &Arc<Engine>, first: &[u32], second: &[u32]) -> Vec<u32> {
     let mut session = Session::new(engine).expect("a session");
     let mut tokens = Vec::new();
     for turn in [first, second] {

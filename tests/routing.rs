@@ -1,22 +1,43 @@
 //! Recorded routing, and what replaying it says.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use serde_json::Value;
 use st_convert::{Layout, WeightType};
 use st_experts::cache_sim::{Replay, Tally};
 use st_experts::{Policy, RoutingTrace, TraceHeader, TraceWriter};
-use st_model::{Engine, LoadOptions, ModelError, Session, StoreStats};
+use st_model::{Batch, Engine, LoadOptions, ModelError, Observer, Routing, Session, StoreStats};
 use tempfile::tempdir;
 
 use crate::common;
 use crate::program::{Run, arg, little_memory, names, run};
 
+/// Records the routing in memory.
+struct Recording {
+    writer: TraceWriter<Vec<u8>>,
+    /// Tokens before the batch that runs, and with it.
+    first: u64,
+    tokens: u64,
+}
+
+impl Observer for Recording {
+    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
+        if layer == 0 {
+            self.first = self.tokens;
+            self.tokens += routing.n_tokens() as u64;
+        }
+        (self.first..)
+            .zip(routing.ids().chunks(routing.n_used()))
+            .try_for_each(|(token, ids)| self.writer.record(token, layer, ids))
+    }
+}
+
 /// Two prompts, each with some tokens after it: the trace, and what the store counted for prompts and for tokens.
-fn conversation(engine: &Engine, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreStats; 2]) {
+fn conversation(engine: &Arc<Engine>, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreStats; 2]) {
     let (config, plan) = (engine.config(), engine.plan());
     let header = TraceHeader {
         n_layers: config.n_layers as u32,
@@ -24,19 +45,8 @@ fn conversation(engine: &Engine, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreS
         expert_bytes: plan.slot,
         other_bytes: None,
     };
-    let writer = Arc::new(Mutex::new(TraceWriter::new(Vec::new(), &header).expect("written")));
-    let (sink, mut tokens, mut first) = (Arc::clone(&writer), 0, 0);
+    let mut trace = Recording { writer: TraceWriter::new(Vec::new(), &header).expect("written"), first: 0, tokens: 0 };
     let mut session = Session::new(engine).expect("a session");
-    session.on_routing(Box::new(move |layer, routing| {
-        if layer == 0 {
-            first = tokens;
-            tokens += routing.n_tokens() as u64;
-        }
-        let mut writer = sink.lock().expect("nobody panicked");
-        (first..)
-            .zip(routing.ids().chunks(routing.n_used()))
-            .try_for_each(|(token, ids)| writer.record(token, layer, ids))
-    }));
     let mut counted = [StoreStats::default(); 2];
     let mut before = engine.store_stats();
     let mut count = |part: usize| {
@@ -45,17 +55,15 @@ fn conversation(engine: &Engine, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreS
         before = now;
     };
     for prompt in prompts {
-        session.forward(prompt).expect("a forward pass");
+        session.run(prompt, &mut trace).expect("a forward pass");
         count(0);
         for _ in 0..24 {
             let best = common::argmax(session.logits());
-            session.forward(&[best]).expect("a forward pass");
+            session.run(&[best], &mut trace).expect("a forward pass");
         }
         count(1);
     }
-    drop(session);
-    let writer = Arc::into_inner(writer).expect("no other owner").into_inner().expect("nobody panicked");
-    (RoutingTrace::read(&writer.finish().expect("written")[..]).expect("a trace"), counted)
+    (RoutingTrace::read(&trace.writer.finish().expect("written")[..]).expect("a trace"), counted)
 }
 
 /// Replayed with the store's policy and slots, a trace gives the store's own hits and misses: for prompts and for tokens, in
@@ -174,30 +182,35 @@ fn a_trace_that_outgrows_the_disk_is_one_error_and_leaves_nothing() {
     assert_eq!(names(folder.path()), [""; 0]);
 }
 
+/// Fails once, in the first layer of the second batch; the next look is at the first layer again.
+struct FailOnce {
+    layers: usize,
+}
+
+impl Observer for FailOnce {
+    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
+        assert_eq!((layer, routing.n_used()), (self.layers % 8, 4));
+        self.layers += 1;
+        if self.layers == 9 {
+            self.layers = 0;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+}
+
 /// Whoever looks at the routing may fail; the conversation goes on as if that batch had never been.
 #[test]
 fn a_look_at_the_routing_that_fails_ends_the_run_and_not_the_conversation() {
     let golden = &common::goldens()[0];
     let engine = common::engine(golden.gguf(WeightType::Q4_0, Layout::Gguf), &LoadOptions::default());
     let mut session = Session::new(&engine).expect("a session");
-    let mut layers = 0;
-    session.on_routing(Box::new(move |layer, routing| {
-        assert_eq!((layer, routing.n_used()), (layers % 8, 4));
-        layers += 1;
-        // Once, in the first layer of the second batch: the next look is at the first layer again.
-        match layers {
-            9 => {
-                layers = 0;
-                Err(std::io::ErrorKind::StorageFull.into())
-            }
-            _ => Ok(()),
-        }
-    }));
+    let mut watch = FailOnce { layers: 0 };
     let (first, rest) = golden.ids.split_at(golden.ids.len() / 2);
-    session.forward(first).expect("a forward pass");
-    assert!(matches!(session.forward(rest), Err(ModelError::Routing(_))));
+    session.run(first, &mut watch).expect("a forward pass");
+    assert!(matches!(session.run(rest, &mut watch), Err(ModelError::Observer { what: "routing", .. })));
     assert_eq!(session.tokens(), first);
-    session.forward(rest).expect("a forward pass");
+    session.run(rest, &mut watch).expect("a forward pass");
     let expected = common::all_logits(&engine, &golden.ids);
     assert!(expected.ends_with(session.logits()));
 }

@@ -3,6 +3,7 @@
 mod chat;
 mod cli;
 mod common;
+mod company;
 mod crates;
 mod damage;
 mod faults;

@@ -3,22 +3,23 @@
 //! The prompt is English text and generation goes on greedily from it, so that routing and neuron sparsity are the
 //! model's own; a file without a tokenizer gets scattered token ids, and the result says so.
 
+use std::io;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Engine, Session, StoreStats, Work};
+use st_model::{Batch, Engine, Observer, Routing, Session, StoreStats, Work};
 
 use super::engine;
-use super::routing::RoutingFile;
+use super::routing::{Recorder, RoutingFile};
 use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
 use crate::cli::{BenchArgs, BenchFormat};
 use crate::context::Context;
 use crate::machine::{peak_resident, read_bandwidth, reset_peak_resident};
 use crate::models::Model;
-use crate::report::{Advice, Interrupted};
+use crate::report::Advice;
 use crate::size::show_size;
 use crate::ui;
 
@@ -53,10 +54,7 @@ impl Measured {
         self.rates.push(tokens as f64 / seconds);
         self.rates.sort_by(f64::total_cmp);
         self.seconds += seconds;
-        self.work.tokens += work.tokens;
-        self.work.weight_bytes += work.weight_bytes;
-        self.work.neurons += work.neurons;
-        self.work.live_neurons += work.live_neurons;
+        self.work.add(&work);
         self.experts = self.experts.plus(&experts);
     }
 
@@ -101,12 +99,9 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let engine = engine::load_file(file, &args.engine, Some(ctx), None, context)?;
     let tokens = text_tokens(&engine, ctx)?;
 
-    let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
-    let mut session = Session::new(&engine)?;
-    if let Some(recorder) = &recorder {
-        recorder.attach(&mut session);
-    }
-    let measured = measure_all(session, &tokens, args, context);
+    let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
+    let watch = Watch { recorder: recorder.as_mut(), context };
+    let measured = measure_all(Session::new(&engine)?, &tokens, args, watch);
     let rows = match recorder {
         Some(recorder) => recorder.finish(measured, context)?,
         None => measured?,
@@ -118,7 +113,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         depth: args.depth,
         bandwidth,
         routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
-        cache: engine.plan().budget.map(|_| cache_json(&engine)),
+        cache: engine.plan().reports_cache().then(|| cache_json(&engine)),
     };
     match args.output {
         BenchFormat::Md => ui::print(&markdown(&rows, &facts))?,
@@ -129,10 +124,10 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
 
 /// Every repetition of both kinds of work.
 fn measure_all(
-    mut session: Session<'_>,
+    mut session: Session,
     tokens: &[u32],
     args: &BenchArgs,
-    context: &Context,
+    mut watch: Watch<'_>,
 ) -> anyhow::Result<Vec<Measured>> {
     let mut prompt = Measured::new(format!("prompt {}", args.prompt_tokens));
     let mut generation = Measured::new(format!("generation {}", args.generated_tokens));
@@ -141,21 +136,20 @@ fn measure_all(
     for repetition in 0..=args.repetitions {
         let counts = repetition > 0;
         if args.prompt_tokens > 0 {
-            start(&mut session, &tokens[..args.depth], context)?;
+            start(&mut session, &tokens[..args.depth], &mut watch)?;
             let measured = measure(&mut session, |session| {
-                feed(session, &tokens[args.depth..args.depth + args.prompt_tokens], context)
+                Ok(session.run(&tokens[args.depth..args.depth + args.prompt_tokens], &mut watch)?)
             })?;
             if counts {
                 prompt.add(args.prompt_tokens, measured);
             }
         }
         if args.generated_tokens > 0 {
-            start(&mut session, &tokens[..=args.depth], context)?;
+            start(&mut session, &tokens[..=args.depth], &mut watch)?;
             let measured = measure(&mut session, |session| {
                 for _ in 0..args.generated_tokens {
-                    context.interrupt.check()?;
                     let next = greedy.sample(session.logits())?;
-                    session.forward(&[next])?;
+                    session.run(&[next], &mut watch)?;
                 }
                 Ok(())
             })?;
@@ -163,7 +157,7 @@ fn measure_all(
                 generation.add(args.generated_tokens, measured);
             }
         }
-        context.interrupt.check()?;
+        watch.context.interrupt.check()?;
     }
 
     Ok([prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect())
@@ -183,23 +177,32 @@ struct Facts<'a> {
     cache: Option<Value>,
 }
 
-fn start(session: &mut Session<'_>, tokens: &[u32], context: &Context) -> anyhow::Result<()> {
-    session.reset();
-    if tokens.is_empty() { Ok(()) } else { feed(session, tokens, context) }
+/// Records the routing, and stops on request.
+struct Watch<'a> {
+    recorder: Option<&'a mut Recorder>,
+    context: &'a Context,
 }
 
-fn feed(session: &mut Session<'_>, tokens: &[u32], context: &Context) -> anyhow::Result<()> {
-    match session.feed(tokens, &mut |_| context.interrupt.flow())? {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Interrupted.into()),
+impl Observer for Watch<'_> {
+    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.routing(layer, batch, routing))
+    }
+
+    fn progress(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        self.context.interrupt.flow()
     }
 }
 
+fn start(session: &mut Session, tokens: &[u32], watch: &mut Watch<'_>) -> anyhow::Result<()> {
+    session.reset();
+    if !tokens.is_empty() {
+        session.run(tokens, watch)?;
+    }
+    Ok(())
+}
+
 /// What `act` takes.
-fn measure(
-    session: &mut Session<'_>,
-    act: impl FnOnce(&mut Session<'_>) -> anyhow::Result<()>,
-) -> anyhow::Result<Repetition> {
+fn measure(session: &mut Session, act: impl FnOnce(&mut Session) -> anyhow::Result<()>) -> anyhow::Result<Repetition> {
     let (work, experts) = (session.work(), session.engine().store_stats());
     let start = Instant::now();
     act(session)?;

@@ -3,6 +3,7 @@
 use std::io::{self, BufReader, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use rustix::termios::{QueueSelector, tcflush};
@@ -16,9 +17,9 @@ use st_gguf::{FileSource, Kind, OutputFile};
 use st_model::chat::{ChatTemplate, Message, Role};
 use st_model::sampler::Sampler;
 use st_model::tokenizer::Tokenizer;
-use st_model::{Engine, FinishReason, GenerateOptions, GenerateStats, Session};
+use st_model::{Engine, FinishReason, GenerateError, GenerateOptions, GenerateStats, Session};
 
-use super::run::{Style, answer, bad_template, no_template, no_tokenizer};
+use super::run::{Out, bad_template, no_template, no_tokenizer};
 use super::stats;
 use crate::cli::RunArgs;
 use crate::context::Context;
@@ -83,14 +84,13 @@ impl<'a> Line<'a> {
 
 /// A conversation with a model.
 pub(crate) struct Chat<'a> {
-    engine: &'a Engine,
-    tokenizer: &'a Tokenizer,
-    /// `None` with `--raw`: every line is a text to continue.
-    template: Option<&'a ChatTemplate>,
-    session: Session<'a>,
+    engine: Arc<Engine>,
+    /// With `--raw` every line is a text to continue.
+    raw: bool,
+    session: Session,
     sampler: Sampler,
     options: GenerateOptions,
-    style: Style,
+    out: Out<'a>,
     context: &'a Context,
     system: Option<String>,
     /// The conversation without the system message.
@@ -101,30 +101,25 @@ pub(crate) struct Chat<'a> {
 impl<'a> Chat<'a> {
     /// A conversation in `session`, which is empty.
     pub(crate) fn new(
-        session: Session<'a>,
+        session: Session,
         args: &RunArgs,
         sampler: Sampler,
         options: GenerateOptions,
-        style: Style,
-        context: &'a Context,
+        out: Out<'a>,
     ) -> anyhow::Result<Self> {
-        let engine = session.engine();
-        let template = match args.raw {
-            true => None,
-            false => {
-                let template = engine.chat_template().map_err(bad_template)?;
-                Some(template.ok_or_else(|| no_template("a chat needs one"))?)
-            }
-        };
+        let engine = Arc::clone(session.engine());
+        if !args.raw {
+            template(&engine)?;
+        }
+        tokenizer(&engine)?;
         Ok(Self {
             engine,
-            tokenizer: engine.tokenizer().ok_or_else(no_tokenizer)?,
-            template,
+            raw: args.raw,
             session,
             sampler,
             options,
-            style,
-            context,
+            context: out.context,
+            out,
             system: args.system.clone(),
             messages: Vec::new(),
             latest: None,
@@ -184,7 +179,7 @@ impl<'a> Chat<'a> {
             }
             Line::Stats => {
                 match &self.latest {
-                    Some(latest) => ui.say(stats::lines(latest, self.engine)),
+                    Some(latest) => ui.say(stats::lines(latest, &self.engine)),
                     None => ui.say("there is no answer yet"),
                 }
                 Ok(())
@@ -231,7 +226,11 @@ impl<'a> Chat<'a> {
                 Ok(())
             }
             Err(error) => {
-                self.messages.pop();
+                // What was read on the screen is part of the conversation.
+                match error.downcast_ref::<GenerateError>().map(|failed| &failed.answer.text) {
+                    Some(text) if !text.is_empty() => self.messages.push(Message::new(Role::Assistant, text)),
+                    _ => drop(self.messages.pop()),
+                }
                 Err(error)
             }
         }
@@ -239,17 +238,17 @@ impl<'a> Chat<'a> {
 
     /// `None` where it was stopped before there was any text.
     fn answer(&mut self, text: &str) -> anyhow::Result<Option<String>> {
-        let ids = match self.template {
-            Some(template) => {
-                let rendered = template.render(&self.all_messages(), true).map_err(|error| bad_template(&error))?;
-                self.tokenizer.encode_chat(&rendered)?
+        let ids = match self.raw {
+            false => {
+                let rendered = template(&self.engine)?.render(&self.all_messages(), true);
+                tokenizer(&self.engine)?.encode_chat(&rendered.map_err(|error| bad_template(&error))?)?
             }
-            None => self.tokenizer.encode_prompt(text, true)?,
+            true => tokenizer(&self.engine)?.encode_prompt(text, true)?,
         };
         // What the conversation has in common with what was run already is not run again.
         let kept = self.session.keep_prefix(&ids);
         let prompt = &ids[kept..];
-        let answer = answer(&mut self.session, prompt, &mut self.sampler, &self.options, self.style, self.context)?;
+        let answer = self.out.answer(&mut self.session, prompt, &mut self.sampler, &self.options)?;
         self.latest = Some(answer.stats);
         if answer.finish_reason == FinishReason::Length && self.session.len() == self.session.ctx() {
             self.context.ui.note("note: the context is full; /clear begins anew");
@@ -295,6 +294,15 @@ const CONVERSATION: Kind = Kind {
         }
     },
 };
+
+fn template(engine: &Engine) -> anyhow::Result<&ChatTemplate> {
+    let template = engine.chat_template().map_err(bad_template)?;
+    Ok(template.ok_or_else(|| no_template("a chat needs one"))?)
+}
+
+fn tokenizer(engine: &Engine) -> anyhow::Result<&Tokenizer> {
+    Ok(engine.tokenizer().ok_or_else(no_tokenizer)?)
+}
 
 fn read_saved(path: &Path) -> anyhow::Result<Saved> {
     let file = FileSource::open(path)?;

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use st_gguf::GgufFile;
 use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
@@ -24,7 +25,7 @@ pub(crate) fn load(
     ctx: Option<usize>,
     kv_type: Option<KvName>,
     context: &Context,
-) -> anyhow::Result<Engine> {
+) -> anyhow::Result<Arc<Engine>> {
     if name.is_none() {
         context
             .ui
@@ -41,7 +42,7 @@ pub(crate) fn load_file(
     ctx: Option<usize>,
     kv_type: Option<KvName>,
     context: &Context,
-) -> anyhow::Result<Engine> {
+) -> anyhow::Result<Arc<Engine>> {
     // What makes no model is refused by the engine.
     for note in file.header.model_shape().iter().flat_map(|shape| shape.ignored(&file.header)) {
         context.ui.note(format_args!("note: {note}"));
@@ -85,9 +86,9 @@ fn show_plan(plan: &MemoryPlan, context: &Context) {
         show_size(plan.kv_full + plan.kv_window),
         plan.ctx,
         show_size(plan.scratch + plan.io),
-        plan.n_slots,
+        plan.n_slots(),
         plan.n_experts_total,
-        show_size(plan.slot * plan.n_slots as u64),
+        show_size(plan.slot * plan.n_slots() as u64),
         show_size(plan.process),
         show_size(budget.saturating_sub(plan.total() - plan.reserve)),
     ));

@@ -1,10 +1,12 @@
 //! `st-tool logits`: the logits of every position, for comparing engines.
 
+use std::cell::{Cell, RefCell};
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
 use st_gguf::{GgufFile, check_output};
-use st_model::{ModelConfig, ModelError, Reference, Session};
+use st_model::{Batch, ModelConfig, ModelError, Observer, Reference, Routing, Session};
 
 use super::{engine, tokens};
 use crate::cli::{EngineArgs, LogitsArgs};
@@ -38,34 +40,68 @@ pub(crate) fn run(args: &LogitsArgs, context: &Context) -> anyhow::Result<ExitCo
 fn with_engine(file: GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {
     let engine_args = EngineArgs { memory: args.memory, threads: args.threads, ..EngineArgs::default() };
     let engine = engine::load_file(file, &engine_args, Some(ids.len()), None, context)?;
-    let mut out = Output::create(args, ids.len(), engine.n_vocab(), engine.config())?;
+    let out = Output::create(args, ids.len(), engine.n_vocab(), engine.config())?;
     let mut session = Session::new(&engine)?;
+    let mut rows = Rows { out: RefCell::new(out), failed: Cell::new(None), first: 0 };
     for (n, stretch) in ids.chunks(STRETCH).enumerate() {
         context.interrupt.check()?;
-        let first = n * STRETCH;
-        // The model's callbacks fail only for the model's reasons; a failed write is kept until they return.
-        let written = std::cell::RefCell::new(Ok(()));
-        let keep = |result: std::io::Result<()>| {
-            let mut written = written.borrow_mut();
-            if written.is_ok() {
-                *written = result;
-            }
-        };
-        let out = std::cell::RefCell::new(&mut out);
-        session.forward_traced(
-            stretch,
-            &mut |layer, residual, routing| {
-                keep(out.borrow_mut().layer(layer, first, residual, routing.ids(), routing.weights()));
-                Ok(())
-            },
-            |row, logits| {
-                keep(out.borrow_mut().logits(first + row, logits));
-                Ok(())
-            },
-        )?;
-        written.into_inner().map_err(|error| cannot_write(&args.output, error))?;
+        rows.first = n * STRETCH;
+        let mut layers = Layers { rows: &rows, before: 0, batch: 0, ids: Vec::new(), weights: Vec::new() };
+        let ran =
+            session.run_all(stretch, &mut layers, |row, logits| rows.keep(|out| out.logits(n * STRETCH + row, logits)));
+        if let Some(error) = rows.failed.take() {
+            return Err(cannot_write(&args.output, error));
+        }
+        ran?;
     }
-    out.finish()
+    rows.out.into_inner().finish()
+}
+
+/// What one stretch of tokens is written to, by layers and then by logits.
+struct Rows {
+    out: RefCell<Output>,
+    /// A write that failed: the model's own errors do not carry it.
+    failed: Cell<Option<io::Error>>,
+    /// Number of the stretch's first token.
+    first: usize,
+}
+
+impl Rows {
+    /// Writes something; where that fails, asks to stop.
+    fn keep(&self, write: impl FnOnce(&mut Output) -> io::Result<()>) -> Result<(), ModelError> {
+        write(&mut self.out.borrow_mut()).map_err(|error| {
+            self.failed.set(Some(error));
+            ModelError::Cancelled
+        })
+    }
+}
+
+/// Writes what each layer did with a stretch, which goes through the layers in one batch or in several.
+struct Layers<'a> {
+    rows: &'a Rows,
+    /// Rows of earlier batches, and of the one that runs.
+    before: usize,
+    batch: usize,
+    ids: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Observer for Layers<'_> {
+    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
+        if layer == 0 {
+            self.before += std::mem::replace(&mut self.batch, batch.len());
+        }
+        self.ids = routing.ids().to_vec();
+        self.weights = routing.weights().to_vec();
+        Ok(())
+    }
+
+    fn residual(&mut self, layer: usize, _: &Batch, x: &[f32]) -> io::Result<()> {
+        let first = self.rows.first + self.before;
+        // A failure is kept, and ends the pass.
+        let kept = self.rows.keep(|out| out.layer(layer, first, x, &self.ids, &self.weights));
+        kept.map_err(|_| io::ErrorKind::Interrupted.into())
+    }
 }
 
 fn with_reference(file: &GgufFile, ids: &[u32], args: &LogitsArgs, context: &Context) -> anyhow::Result<()> {

@@ -40,7 +40,7 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
         context.interrupt.check()?;
         session.reset();
         let first = chunk.len() / 2;
-        session.forward_all(chunk, |position, logits| {
+        session.run_all(chunk, &mut (), |position, logits| {
             if context.interrupt.raised() {
                 return Err(ModelError::Cancelled);
             }

@@ -6,12 +6,11 @@
 
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 use st_experts::{TraceHeader, TraceWriter};
 use st_gguf::{Kind, OutputFile, begins_with};
-use st_model::{Engine, Routing, Session};
+use st_model::{Batch, Engine, Observer, Routing};
 
 use crate::context::Context;
 use crate::report::is_interruption;
@@ -30,11 +29,6 @@ pub(crate) struct RoutingFile {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     path: PathBuf,
-    trace: Mutex<Trace>,
-}
-
-#[derive(Debug)]
-struct Trace {
     writer: TraceWriter<BufWriter<OutputFile>>,
     /// Tokens of earlier batches.
     before: u64,
@@ -59,35 +53,22 @@ impl RoutingFile {
             other_bytes: Some(plan.beside_cache()),
         };
         let writer = TraceWriter::new(BufWriter::new(self.file), &header).with_context(|| cannot_write(&self.path))?;
-        Ok(Recorder { path: self.path, trace: Mutex::new(Trace { writer, before: 0, tokens: 0 }) })
+        Ok(Recorder { path: self.path, writer, before: 0, tokens: 0 })
     }
 }
 
 impl Recorder {
-    /// Records what `session` runs from now on.
-    pub(crate) fn attach<'e>(&'e self, session: &mut Session<'e>) {
-        session.on_routing(Box::new(|layer, routing| {
-            let mut trace = self.trace.lock().unwrap_or_else(PoisonError::into_inner);
-            trace
-                .add(layer, routing)
-                .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", cannot_write(&self.path))))
-        }));
-    }
-
     /// Completes the file after work that ended with `outcome`, and hands that on. Work that failed leaves no trace; work
     /// that was interrupted does.
     pub(crate) fn finish<T>(self, outcome: anyhow::Result<T>, context: &Context) -> anyhow::Result<T> {
         if outcome.as_ref().err().is_none_or(is_interruption) {
-            let Trace { writer, tokens, .. } = self.trace.into_inner().unwrap_or_else(PoisonError::into_inner);
-            complete(writer).with_context(|| cannot_write(&self.path))?;
-            context.ui.note(format_args!("{}: routing of {tokens} tokens", self.path.display()));
+            complete(self.writer).with_context(|| cannot_write(&self.path))?;
+            context.ui.note(format_args!("{}: routing of {} tokens", self.path.display(), self.tokens));
         }
         outcome
     }
-}
 
-impl Trace {
-    fn add(&mut self, layer: usize, routing: &Routing) -> io::Result<()> {
+    fn record(&mut self, layer: usize, routing: &Routing) -> io::Result<()> {
         if layer == 0 {
             self.before = self.tokens;
             self.tokens += routing.n_tokens() as u64;
@@ -96,6 +77,13 @@ impl Trace {
             self.writer.record(token, layer, ids)?;
         }
         Ok(())
+    }
+}
+
+impl Observer for Recorder {
+    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
+        let recorded = self.record(layer, routing);
+        recorded.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", cannot_write(&self.path))))
     }
 }
 

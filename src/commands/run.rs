@@ -6,14 +6,17 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use indicatif::ProgressBar;
 use serde_json::json;
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::tokenizer::Tokenizer;
-use st_model::{Engine, FinishReason, GenerateOptions, Generation, ModelError, Session, Step, generate};
+use st_model::{
+    Batch, Engine, FinishReason, GenerateOptions, Generation, ModelError, Observer, Routing, Session, generate,
+};
 
 use super::chat::Chat;
-use super::routing::RoutingFile;
+use super::routing::{Recorder, RoutingFile};
 use super::{engine, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
@@ -41,19 +44,17 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
-    let recorder = routing.map(|file| file.begin(&engine)).transpose()?;
+    let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
 
-    let mut session = Session::new(&engine)?;
-    if let Some(recorder) = &recorder {
-        recorder.attach(&mut session);
-    }
+    let session = Session::new(&engine)?;
+    let out = Out { style, recorder: recorder.as_mut(), context };
     let outcome = match input {
-        Input::Chat => Chat::new(session, args, sampler, generate_options, style, context).and_then(Chat::run),
-        Input::Ids(ids) => answer_once(session, &ids, &mut sampler, &generate_options, style, context),
+        Input::Chat => Chat::new(session, args, sampler, generate_options, out).and_then(Chat::run),
+        Input::Ids(ids) => answer_once(session, &ids, &mut sampler, &generate_options, out),
         Input::Text(text) => encode(&engine, &text, args, context)
-            .and_then(|prompt| answer_once(session, &prompt, &mut sampler, &generate_options, style, context)),
+            .and_then(|prompt| answer_once(session, &prompt, &mut sampler, &generate_options, out)),
     };
     match recorder {
         Some(recorder) => recorder.finish(outcome, context),
@@ -63,16 +64,15 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
 
 /// The answer to the only prompt.
 fn answer_once(
-    mut session: Session<'_>,
+    mut session: Session,
     prompt: &[u32],
     sampler: &mut Sampler,
     options: &GenerateOptions,
-    style: Style,
-    context: &Context,
+    mut out: Out<'_>,
 ) -> anyhow::Result<ExitCode> {
-    match answer(&mut session, prompt, sampler, options, style, context)?.finish_reason {
+    match out.answer(&mut session, prompt, sampler, options)?.finish_reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
-        FinishReason::Stop | FinishReason::Length => Ok(ExitCode::SUCCESS),
+        FinishReason::Stop | FinishReason::Length | FinishReason::Error => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -99,63 +99,104 @@ pub(crate) struct Style {
     pub(crate) seed: u64,
 }
 
-/// Generates an answer and gives it out: text to stdout as it is made, or one JSON object.
-pub(crate) fn answer(
-    session: &mut Session<'_>,
-    prompt: &[u32],
-    sampler: &mut Sampler,
-    options: &GenerateOptions,
-    style: Style,
-    context: &Context,
-) -> anyhow::Result<Generation> {
-    let engine = session.engine();
-    let mut failure: Option<OutputError> = None;
-    let mut ends_line = true;
-    let (bar, start) = (ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64), Instant::now());
-    let answer = generate(session, prompt, sampler, options, &mut |step| {
-        match step {
-            Step::Prompt(done) if start.elapsed() > PATIENCE => bar.set_position(done as u64),
-            Step::Prompt(_) => {}
-            Step::Text(text) => {
-                if !bar.is_finished() {
-                    bar.finish_and_clear();
-                }
-                if !style.json && !text.is_empty() {
-                    ends_line = text.ends_with('\n');
-                    if let Err(error) = ui::print(text) {
-                        failure = Some(error);
-                        return ControlFlow::Break(());
-                    }
+/// Where answers go, and who watches them being made.
+pub(crate) struct Out<'a> {
+    pub(crate) style: Style,
+    pub(crate) recorder: Option<&'a mut Recorder>,
+    pub(crate) context: &'a Context,
+}
+
+impl Out<'_> {
+    /// Generates an answer and gives it out: text to stdout as it is made, or one JSON object.
+    pub(crate) fn answer(
+        &mut self,
+        session: &mut Session,
+        prompt: &[u32],
+        sampler: &mut Sampler,
+        options: &GenerateOptions,
+    ) -> anyhow::Result<Generation> {
+        let Self { style, context, .. } = *self;
+        let mut failure: Option<OutputError> = None;
+        let mut ends_line = true;
+        let bar = ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64);
+        let mut watch = Watch { bar: &bar, start: Instant::now(), recorder: self.recorder.as_deref_mut(), context };
+        let outcome = generate(session, prompt, sampler, options, &mut watch, &mut |text| {
+            if !bar.is_finished() {
+                bar.finish_and_clear();
+            }
+            if !style.json && !text.is_empty() {
+                ends_line = text.ends_with('\n');
+                if let Err(error) = ui::print(text) {
+                    failure = Some(error);
+                    return ControlFlow::Break(());
                 }
             }
-        }
-        context.interrupt.flow()
-    });
-    bar.finish_and_clear();
-    let answer = answer?;
-    if let Some(error) = failure {
-        return Err(error.into());
-    }
-    let ids = || answer.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-    if style.json {
-        let object = json!({
-            "text": answer.text,
-            "prompt_ids": session_prompt(session, &answer),
-            "ids": answer.ids,
-            "finish_reason": answer.finish_reason,
-            "seed": style.seed,
-            "stats": stats::json(&answer.stats, engine),
+            context.interrupt.flow()
         });
-        ui::print_json(&object)?;
-    } else if engine.tokenizer().is_none() {
-        ui::print(&format!("{}\n", ids()))?;
-    } else if !ends_line {
-        ui::print("\n")?;
+        bar.finish_and_clear();
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        match outcome {
+            Ok(answer) => {
+                self.finish(session, &answer, ends_line)?;
+                Ok(answer)
+            }
+            Err(error) => {
+                // The error begins a line of its own, below what there is of the answer.
+                if !ends_line {
+                    ui::print("\n")?;
+                }
+                Err(error.into())
+            }
+        }
     }
-    if style.stats {
-        context.ui.say(stats::lines(&answer.stats, engine));
+
+    /// What follows the text of an answer.
+    fn finish(&self, session: &Session, answer: &Generation, ends_line: bool) -> anyhow::Result<()> {
+        let engine = session.engine();
+        let ids = || answer.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+        if self.style.json {
+            let object = json!({
+                "text": answer.text,
+                "prompt_ids": session_prompt(session, answer),
+                "ids": answer.ids,
+                "finish_reason": answer.finish_reason,
+                "seed": self.style.seed,
+                "stats": stats::json(&answer.stats, engine),
+            });
+            ui::print_json(&object)?;
+        } else if engine.tokenizer().is_none() {
+            ui::print(&format!("{}\n", ids()))?;
+        } else if !ends_line {
+            ui::print("\n")?;
+        }
+        if self.style.stats {
+            self.context.ui.say(stats::lines(&answer.stats, engine));
+        }
+        Ok(())
     }
-    Ok(answer)
+}
+
+/// Watches an answer being made: shows how far a long prompt is, records the routing, and stops on request.
+struct Watch<'a> {
+    bar: &'a ProgressBar,
+    start: Instant,
+    recorder: Option<&'a mut Recorder>,
+    context: &'a Context,
+}
+
+impl Observer for Watch<'_> {
+    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.routing(layer, batch, routing))
+    }
+
+    fn progress(&mut self, done: usize, _: usize) -> ControlFlow<()> {
+        if !self.bar.is_finished() && self.start.elapsed() > PATIENCE {
+            self.bar.set_position(done as u64);
+        }
+        self.context.interrupt.flow()
+    }
 }
 
 /// The prompt text as token ids: through the chat template, or as it is.
@@ -259,7 +300,7 @@ fn any_seed() -> u64 {
 }
 
 /// The ids of the prompt: what the session holds ahead of the answer.
-fn session_prompt<'s>(session: &'s Session<'_>, answer: &Generation) -> &'s [u32] {
+fn session_prompt<'s>(session: &'s Session, answer: &Generation) -> &'s [u32] {
     let tokens = session.tokens();
     &tokens[..tokens.len() - answer.stats.generated_tokens.min(tokens.len())]
 }

@@ -27,7 +27,7 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         Some(bytes) => out.push_str(&format!("memory:     {} resident at the peak", show_size(bytes))),
         None => out.push_str("memory:     not known on this system"),
     }
-    if engine.plan().budget.is_some() {
+    if engine.plan().reports_cache() {
         out.push_str(&format!("\n{}", experts_table(&parts(stats)).trim_end()));
     }
     out
@@ -99,7 +99,7 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
         "peak_resident_bytes": peak_resident(),
         "ctx": engine.ctx(),
     });
-    if engine.plan().budget.is_some() {
+    if engine.plan().reports_cache() {
         object["experts"] = cache_json(engine);
         for part in parts(stats) {
             object["experts"][&part.name] = experts_json(&part);
@@ -110,7 +110,7 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
 
 /// The size of the expert cache.
 pub(crate) fn cache_json(engine: &Engine) -> Value {
-    json!({"slots": engine.plan().n_slots, "experts": engine.plan().n_experts_total})
+    json!({"slots": engine.plan().n_slots(), "experts": engine.plan().n_experts_total})
 }
 
 /// What the expert cache did for a part of the work, as an object.

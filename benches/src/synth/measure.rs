@@ -1,12 +1,13 @@
 //! Measures on the running model what a synthetic checkpoint was made to show: which experts tokens choose and how many
 //! neurons stay silent.
 
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use st_gguf::GgufFile;
-use st_model::{Engine, LoadOptions, Session, Work};
+use st_model::{Batch, Engine, LoadOptions, Observer, Routing, Session, Work};
 
 use super::rng::Rng;
 
@@ -61,7 +62,8 @@ pub fn measure(path: &Path, n: usize, threads: usize, seed: u64) -> Result<[Meas
     let mut next = 0;
     let mut counts = Counts::new(&session);
     for &token in &prompt {
-        next = argmax(&run_one(&mut session, token, &mut |layer, ids| counts.add(layer, ids))?);
+        session.run(&[token], &mut counts)?;
+        next = argmax(session.logits());
     }
     let scattered = counts.summarize(&session, &prompt);
 
@@ -69,23 +71,11 @@ pub fn measure(path: &Path, n: usize, threads: usize, seed: u64) -> Result<[Meas
     let mut generated = Vec::with_capacity(n);
     for _ in 0..n {
         generated.push(next);
-        next = argmax(&run_one(&mut session, next, &mut |layer, ids| counts.add(layer, ids))?);
+        session.run(&[next], &mut counts)?;
+        next = argmax(session.logits());
     }
     let greedy = counts.summarize(&session, &generated);
     Ok([scattered, greedy])
-}
-
-/// Runs one token (batches do not count their neurons); returns its logits.
-fn run_one(session: &mut Session<'_>, token: u32, on_layer: &mut dyn FnMut(usize, &[u32])) -> Result<Vec<f32>> {
-    session.forward_traced(
-        &[token],
-        &mut |layer, _, routing| {
-            on_layer(layer, routing.ids());
-            Ok(())
-        },
-        |_, _| Ok(()),
-    )?;
-    Ok(session.logits().to_vec())
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -102,16 +92,12 @@ struct Counts {
 }
 
 impl Counts {
-    fn new(session: &Session<'_>) -> Self {
+    fn new(session: &Session) -> Self {
         let before = session.layer_work().to_vec();
         Self { choices: vec![Vec::new(); before.len()], before }
     }
 
-    fn add(&mut self, layer: usize, ids: &[u32]) {
-        self.choices[layer].extend_from_slice(ids);
-    }
-
-    fn summarize(&self, session: &Session<'_>, tokens: &[u32]) -> Measured {
+    fn summarize(&self, session: &Session, tokens: &[u32]) -> Measured {
         let config = session.engine().config();
         let mut distinct = tokens.to_vec();
         distinct.sort_unstable();
@@ -126,6 +112,13 @@ impl Counts {
             }
         };
         Measured { tokens: tokens.len(), distinct: distinct.len(), layers: layers.map(shares).collect() }
+    }
+}
+
+impl Observer for Counts {
+    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
+        self.choices[layer].extend_from_slice(routing.ids());
+        Ok(())
     }
 }
 

@@ -40,6 +40,13 @@ pub struct StoreOptions {
     pub huge_pages: bool,
 }
 
+impl StoreOptions {
+    /// Whether each of `n_experts` experts has a slot, so that nothing is ever evicted.
+    pub(crate) fn is_resident(&self, n_experts: usize) -> bool {
+        self.n_slots >= n_experts
+    }
+}
+
 impl Default for StoreOptions {
     fn default() -> Self {
         Self {

@@ -35,6 +35,7 @@ pub struct ExpertStore {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     n_slots: usize,
+    resident: bool,
     capacity: usize,
     prefetch: bool,
     guesses: bool,
@@ -90,9 +91,9 @@ impl ExpertStore {
             .map(|key| index.matrix(key / index.n_experts(), key % index.n_experts(), Matrix::Gate))
             .map(|range| range.offset..range.end())
             .collect();
-        let (budgeted, threads) = (options.n_slots < n_experts, options.io_threads.clamp(1, MAX_IO_THREADS));
-        let mappable = !budgeted && records_on_pages(&index);
-        let (io, _) = io::open(&source, options.io, budgeted, mappable, &samples, threads, options.huge_pages)?;
+        let (resident, threads) = (options.is_resident(n_experts), options.io_threads.clamp(1, MAX_IO_THREADS));
+        let mappable = resident && records_on_pages(&index);
+        let (io, _) = io::open(&source, options.io, !resident, mappable, &samples, threads, options.huge_pages)?;
         Self::with_io(io, index, format, options)
     }
 
@@ -107,13 +108,13 @@ impl ExpertStore {
         options: StoreOptions,
     ) -> Result<Self, StoreError> {
         let n_keys = count_experts(&index)?;
-        let n_slots = options.n_slots.min(n_keys);
+        let (n_slots, resident) = (options.n_slots.min(n_keys), options.is_resident(n_keys));
         let minimum = options.top_k.max(1).saturating_mul(2).min(n_keys);
         if n_slots < minimum {
             return Err(StoreError::TooFewSlots { minimum, got: n_slots });
         }
         // Half of the slots for one request leaves the other half for the next, which may be loading meanwhile.
-        let capacity = if n_slots == n_keys { n_slots } else { n_slots / 2 }.min(MAX_LEASE);
+        let capacity = if resident { n_slots } else { n_slots / 2 }.min(MAX_LEASE);
         let memory = Self::memory_for(&index, format.as_ref(), &options);
         let slot_bytes = format.slot_bytes();
         let slab = Slab::new(n_slots, slot_bytes, options.huge_pages)
@@ -123,7 +124,7 @@ impl ExpertStore {
         let gate = GuessGate::new(index.n_layers());
         let reader = Reader::new(io, index, format, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
-        let guesses = options.prefetch && guess_slots > 0 && n_slots < n_keys;
+        let guesses = options.prefetch && guess_slots > 0 && !resident;
         let table = Table::new(
             n_slots,
             n_keys,
@@ -151,7 +152,7 @@ impl ExpertStore {
             events: AtomicU64::new(0),
         });
         let prefetch = options.prefetch;
-        let mut store = Self { shared, threads: Vec::new(), n_slots, capacity, prefetch, guesses, memory };
+        let mut store = Self { shared, threads: Vec::new(), n_slots, resident, capacity, prefetch, guesses, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
         let bytes = store.memory.io_buffer_bytes;
         let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
@@ -211,14 +212,19 @@ impl ExpertStore {
     /// where other leases hold too many slots, which cannot happen while at most one other lease is alive. Failed reads
     /// are reported by the lease.
     pub fn acquire(&self, layer: usize, ids: &[u32]) -> Result<Lease<'_>, StoreError> {
-        self.acquire_for(layer, ids, Use::Keep)
+        self.pin(layer, ids, Use::Keep, false)
     }
 
-    /// As [`ExpertStore::acquire`], saying whether what is read for it is worth keeping.
+    /// As [`ExpertStore::acquire`], saying whether what is read for it is worth keeping, and waiting for other threads' leases
+    /// where those hold the slots: for callers that hold none themselves, of which there may be any number.
     ///
     /// # Errors
-    /// As [`ExpertStore::acquire`].
+    /// As [`ExpertStore::acquire`], but for [`StoreError::SlotsPinned`].
     pub fn acquire_for(&self, layer: usize, ids: &[u32], how: Use) -> Result<Lease<'_>, StoreError> {
+        self.pin(layer, ids, how, true)
+    }
+
+    fn pin(&self, layer: usize, ids: &[u32], how: Use, waits: bool) -> Result<Lease<'_>, StoreError> {
         let (n_layers, n_experts) = (self.index().n_layers(), self.index().n_experts());
         if ids.len() > self.capacity {
             return Err(StoreError::LeaseTooLarge { asked: ids.len(), capacity: self.capacity });
@@ -244,6 +250,7 @@ impl ExpertStore {
                     return Ok(Lease::new(&self.shared, held, (layer * n_experts) as u32));
                 }
                 Err(Blocked::OnLoads) => state = self.shared.wait_for_landing(state),
+                Err(Blocked::OnPins { .. }) if waits => state = self.shared.wait_for_landing(state),
                 Err(Blocked::OnPins { needed, free }) => {
                     state.spare.push(held);
                     return Err(StoreError::SlotsPinned { asked: needed, free, n_slots: self.n_slots });
@@ -273,7 +280,7 @@ impl ExpertStore {
 
     /// Whether there is a slot for every expert, so that nothing is ever evicted.
     pub fn is_resident(&self) -> bool {
-        self.n_slots == self.index().n_layers() * self.index().n_experts()
+        self.resident
     }
 
     /// Bytes of all slots; they are taken from the system as slots are first filled.

@@ -94,7 +94,7 @@ fn waves_hand_out_every_expert_once() {
         for _ in 0..3 {
             for layer in 0..2 {
                 let ids: Vec<u32> = (0..9).collect();
-                let mut waves = store.waves(layer, &ids);
+                let mut waves = store.waves(layer, &ids, Use::Sweep);
                 let mut seen = Vec::new();
                 let mut before = None;
                 while let Some(lease) = waves.next_wave().unwrap() {
@@ -305,7 +305,7 @@ fn lasting_faults_are_errors_and_the_store_goes_on() {
             // The drive recovers, and so does everything else.
             broken.store(false, Ordering::SeqCst);
             for layer in 0..2 {
-                let mut waves = store.waves(layer, &[0, 1, 2, 3, 4, 5]);
+                let mut waves = store.waves(layer, &[0, 1, 2, 3, 4, 5], Use::Sweep);
                 while let Some(lease) = waves.next_wave().unwrap() {
                     check(&fixture, layer, &lease);
                 }

@@ -19,6 +19,7 @@ pub struct Waves<'a> {
     /// Experts handed out.
     done: usize,
     wave: usize,
+    how: Use,
 }
 
 /// Experts of a wave where there are `n_slots` slots, fewer than experts.
@@ -34,31 +35,32 @@ pub(crate) fn cached_first(ids: &[u32], cached: &[bool]) -> (Vec<u32>, usize) {
 
 impl ExpertStore {
     /// Arranges the experts `ids` (distinct, any number) of `layer` in waves, those that are in the cache first, and begins
-    /// to read the first wave. Make it as soon as the router has chosen, and walk through it when the experts are needed.
-    pub fn waves(&self, layer: usize, ids: &[u32]) -> Waves<'_> {
+    /// to read the first wave. Make it as soon as the router has chosen, and walk through it when the experts are needed. `how`
+    /// says whether what is read for it is worth keeping; where nothing is ever evicted everything is kept.
+    pub fn waves(&self, layer: usize, ids: &[u32], how: Use) -> Waves<'_> {
         let (ids, n_cached) = cached_first(ids, &self.cached(layer, ids));
         let wave = if self.is_resident() { self.capacity() } else { wave_len(self.n_slots()) };
         // What is here already is promised to this request, so that its own loads do not push it out.
         self.prefetch(layer, &ids[..n_cached]);
-        let waves = Waves { store: self, layer, ids, done: 0, wave };
+        let how = if self.is_resident() { Use::Keep } else { how };
+        let waves = Waves { store: self, layer, ids, done: 0, wave, how };
         waves.prefetch_from(0);
         waves
     }
 }
 
 impl<'a> Waves<'a> {
-    /// The next wave, or `None` when every expert has been handed out. Begins to read the wave after it. At most one earlier
-    /// wave may still be held.
+    /// The next wave, or `None` when every expert has been handed out. Begins to read the wave after it. The caller holds no
+    /// other lease, but perhaps the wave before.
     ///
     /// # Errors
-    /// As [`ExpertStore::acquire`].
+    /// As [`ExpertStore::acquire_for`].
     pub fn next_wave(&mut self) -> Result<Option<Lease<'a>>, StoreError> {
         let end = (self.done + self.wave).min(self.ids.len());
         if self.done == end {
             return Ok(None);
         }
-        let how = if self.store.is_resident() { Use::Keep } else { Use::Sweep };
-        let lease = self.store.acquire_for(self.layer, &self.ids[self.done..end], how)?;
+        let lease = self.store.acquire_for(self.layer, &self.ids[self.done..end], self.how)?;
         self.done = end;
         self.prefetch_from(end);
         Ok(Some(lease))

@@ -9,6 +9,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
+use std::sync::Arc;
+
 use st_kernels::*;
 
 /// Bytes that the weights of a "cold" benchmark rotate through.
@@ -277,29 +279,37 @@ fn experts(b: &mut Bench) {
     }
 }
 
+/// Pages of `n` positions, filled with the keys and values that `row` gives.
+fn kv_pages<'x>(format: KvFormat, n: usize, row: impl Fn(usize) -> (&'x [f32], &'x [f32])) -> Vec<Arc<KvPage>> {
+    let pool = KvPool::new(format, usize::MAX);
+    let mut pages: Vec<_> = (0..n.div_ceil(KV_CHUNK)).map(|_| pool.page().expect("memory")).collect();
+    for pos in 0..n {
+        let (keys, values) = row(pos);
+        Arc::get_mut(&mut pages[pos / KV_CHUNK]).expect("held once").write(pos % KV_CHUNK, keys, values);
+    }
+    pages
+}
+
 fn attention(b: &mut Bench) {
     let (heads, group, d) = (2, 6, 128);
     let scale = 1.0 / (d as f32).sqrt();
     for ty in [KvType::Bf16, KvType::F16, KvType::Q8_0] {
         for depth in [512, 4096] {
-            let copies = COLD_BYTES / 4 / KvBuffer::bytes_for(ty, heads, d, depth).expect("small");
-            let mut layers: Vec<_> = (0..copies).map(|_| KvBuffer::new(ty, heads, d, depth)).collect();
+            let format = KvFormat::new(ty, heads, d);
+            let copies = COLD_BYTES / 4 / (format.bytes_per_position() * depth);
             let x = random_floats(heads * d * 2);
-            for kv in &mut layers {
-                for pos in 0..depth {
-                    kv.write(pos, &x[pos % 200..][..heads * d], &x[pos % 199..][..heads * d]);
-                }
-            }
+            let row = |pos: usize| (&x[pos % 200..][..heads * d], &x[pos % 199..][..heads * d]);
+            let layers: Vec<_> = (0..copies).map(|_| kv_pages(format, depth, row)).collect();
             let q = random_floats(heads * group * d);
             let chunks = depth / KV_CHUNK;
             let len = partial_len(group, d);
             let mut partials = vec![0.0; heads * chunks * len];
             let mut out = vec![0.0; heads * group * d];
-            let bytes = layers[0].bytes_per_position() * depth;
+            let bytes = format.bytes_per_position() * depth;
             let mut at = 0;
             b.run(&format!("attend_decode_{ty:?}_{depth}"), Work::Bytes(bytes), |kernels, pool| {
                 at = (at + 1) % layers.len();
-                let kv = &layers[at];
+                let kv = KvPages::new(format, 0, &layers[at]);
                 pool.run_chunks(&mut partials, len, &|i, out| {
                     let (head, chunk) = (i / chunks, i % chunks);
                     let q = &q[head * group * d..(head + 1) * group * d];
@@ -315,16 +325,15 @@ fn attention(b: &mut Bench) {
     let q = random_floats(tokens * heads * group * d);
     let mut out = vec![0.0; q.len()];
     for (ty, depth) in [(KvType::Bf16, 0), (KvType::Bf16, 3584), (KvType::F16, 3584)] {
-        let mut kv = KvBuffer::new(ty, heads, d, depth + tokens);
-        for pos in 0..depth + tokens {
-            kv.write(pos, &q[pos..][..heads * d], &q[pos + 7..][..heads * d]);
-        }
+        let format = KvFormat::new(ty, heads, d);
+        let pages = kv_pages(format, depth + tokens, |pos| (&q[pos..][..heads * d], &q[pos + 7..][..heads * d]));
+        let kv = KvPages::new(format, 0, &pages);
         let pairs: usize = (depth..depth + tokens).map(|p| p + 1).sum();
         let name = format!("attend_batch_512_{ty:?}_at_{depth}");
         b.run(&name, Work::Flops(4 * pairs * heads * group * d), |kernels, pool| {
             pool.run_tiles(&mut out, heads * group * d, 16, group * d, &|mut out| {
                 let head = out.columns().start / (group * d);
-                kernels.attend_batch(&kv, head, &q, heads * group * d, depth, None, scale, &mut out);
+                kernels.attend_batch(kv, head, &q, heads * group * d, depth, None, scale, &mut out);
             });
         });
     }

@@ -1,4 +1,4 @@
-//! Attention over a [`KvBuffer`]: softmax(q·k / √d)·v for the query heads that share a KV head.
+//! Attention over a [`KvPages`]: softmax(q·k / √d)·v for the query heads that share a KV head.
 //!
 //! Positions are taken in chunks of [`KV_CHUNK`] at absolute boundaries. Each chunk gives, for each query, the maximum score, the
 //! sum of exponentials and the weighted sum of values relative to that maximum; chunks are merged in order of position. A query's
@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::dispatch::Kernels;
-use crate::kv::{KV_CHUNK, KV_TILE, KvBuffer, KvType};
+use crate::kv::{KV_CHUNK, KV_TILE, KvPages, KvType};
 use crate::math::round_bf16;
 use crate::out::ColumnsMut;
 use crate::scratch::with_floats;
@@ -46,11 +46,11 @@ impl Kernels {
     /// `out` ([`partial_len`] floats) receives for each head the maximum, the sum and `head_dim` weighted values.
     ///
     /// # Panics
-    /// If a length is wrong, `visible` is longer than the buffer, or the chunk holds none of it.
+    /// If a length is wrong, a position of `visible` has no page, or the chunk holds none of it.
     #[allow(clippy::too_many_arguments)]
     pub fn attend_chunk(
         self,
-        kv: &KvBuffer,
+        kv: KvPages<'_>,
         head: usize,
         q: &[f32],
         visible: Range<usize>,
@@ -58,13 +58,13 @@ impl Kernels {
         scale: f32,
         out: &mut [f32],
     ) {
-        let d = kv.head_dim();
+        let d = kv.format().head_dim();
         let n = q.len() / d;
         assert_eq!(q.len(), n * d, "attend_chunk: queries of {d}");
         assert_eq!(out.len(), partial_len(n, d), "attend_chunk: output length");
         check_visible(kv, &visible);
         assert!(kv_chunks(&visible).contains(&chunk), "attend_chunk: chunk {chunk} of {visible:?}");
-        let dim = kv.padded_dim();
+        let dim = kv.format().padded_dim();
         with_floats(MAX_QUERIES * (KV_CHUNK + 2 * dim), |scratch| {
             let queries = q.chunks(MAX_QUERIES * d).zip(out.chunks_mut(MAX_QUERIES * (2 + d)));
             for (q, out) in queries {
@@ -72,7 +72,7 @@ impl Kernels {
                 let (padded, rest) = scratch.split_at_mut(n * dim);
                 let (scores, rest) = rest.split_at_mut(n * KV_CHUNK);
                 for (dst, src) in padded.chunks_exact_mut(dim).zip(q.chunks_exact(d)) {
-                    pad_query(kv.ty(), src, dst);
+                    pad_query(kv.format().ty(), src, dst);
                 }
                 let mut part =
                     Part { q: padded, scores, acc: &mut rest[..n * dim], state: [SoftmaxState::EMPTY; MAX_QUERIES] };
@@ -114,11 +114,11 @@ impl Kernels {
     /// floats that begin with what the matrix that `out` is part of has as columns.
     ///
     /// # Panics
-    /// If a length is wrong or a token sees more positions than the buffer holds.
+    /// If a length is wrong or a position that a token sees has no page.
     #[allow(clippy::too_many_arguments)]
     pub fn attend_batch(
         self,
-        kv: &KvBuffer,
+        kv: KvPages<'_>,
         head: usize,
         q: &[f32],
         q_ld: usize,
@@ -127,7 +127,7 @@ impl Kernels {
         scale: f32,
         out: &mut ColumnsMut<'_>,
     ) {
-        let (d, dim) = (kv.head_dim(), kv.padded_dim());
+        let (d, dim) = (kv.format().head_dim(), kv.format().padded_dim());
         let (columns, tokens, first_row) = (out.columns(), out.rows(), out.first_row());
         let heads = columns.len() / d;
         assert!(heads > 0 && columns.len() == heads * d, "attend_batch: columns are not heads of {d}");
@@ -149,7 +149,7 @@ impl Kernels {
             let (scores, part_acc) = rest.split_at_mut(MAX_QUERIES * KV_CHUNK);
             for (i, query) in queries.chunks_exact_mut(dim).enumerate() {
                 let from = (first_row + i / heads) * q_ld + columns.start + i % heads * d;
-                pad_query(kv.ty(), &q[from..from + d], query);
+                pad_query(kv.format().ty(), &q[from..from + d], query);
             }
             acc.fill(0.0);
             for state in states.chunks_exact_mut(2) {
@@ -185,14 +185,14 @@ impl Kernels {
     /// Scores, softmax and values of one chunk for up to MAX_QUERIES queries. Queries that see nothing of it get an empty state.
     fn chunk_part(
         self,
-        kv: &KvBuffer,
+        kv: KvPages<'_>,
         head: usize,
         chunk: usize,
         scale: f32,
         visible: impl Fn(usize) -> Range<usize>,
         part: &mut Part<'_>,
     ) {
-        let dim = kv.padded_dim();
+        let dim = kv.format().padded_dim();
         let n = part.q.len() / dim;
         let local = |i: usize| {
             let v = visible(i);
@@ -211,18 +211,18 @@ impl Kernels {
         let tiles = seen.start / KV_TILE..seen.end.div_ceil(KV_TILE);
         // SAFETY: the table is of this CPU; the chunk has KV_CHUNK positions of `dim` values, and the queries and
         // scores are n rows, n <= MAX_QUERIES.
-        unsafe { (self.table.scores)(kv.ty(), dim, kv.keys(head, chunk), tiles.clone(), part.q, part.scores) };
+        unsafe { (self.table.scores)(kv.format().ty(), dim, kv.keys(head, chunk), tiles.clone(), part.q, part.scores) };
         for (i, s) in part.scores.chunks_exact_mut(KV_CHUNK).enumerate() {
             let v = local(i);
             if v.is_empty() {
                 s[tiles.start * KV_TILE..tiles.end * KV_TILE].fill(0.0);
             } else {
                 // SAFETY: the table is of this CPU; one row of KV_CHUNK scores, ranges inside it.
-                part.state[i] = unsafe { (self.table.softmax)(kv.ty(), s, tiles.clone(), v, scale) };
+                part.state[i] = unsafe { (self.table.softmax)(kv.format().ty(), s, tiles.clone(), v, scale) };
             }
         }
         // SAFETY: as for the scores.
-        unsafe { (self.table.values)(kv.ty(), dim, kv.values(head, chunk), seen, part.scores, part.acc) };
+        unsafe { (self.table.values)(kv.format().ty(), dim, kv.values(head, chunk), seen, part.scores, part.acc) };
     }
 
     fn merge_part(self, state: &mut SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) {
@@ -244,10 +244,10 @@ fn pad_query(ty: KvType, q: &[f32], padded: &mut [f32]) {
     padding.fill(0.0);
 }
 
-fn check_visible(kv: &KvBuffer, visible: &Range<usize>) {
+fn check_visible(kv: KvPages<'_>, visible: &Range<usize>) {
+    let there = kv.positions();
     assert!(
-        !visible.is_empty() && visible.len() <= kv.capacity(),
-        "positions {visible:?} do not fit a KV buffer of {}",
-        kv.capacity()
+        !visible.is_empty() && there.start <= visible.start && visible.end <= there.end,
+        "positions {visible:?} of {there:?}"
     );
 }

@@ -1,8 +1,7 @@
-//! The KV cache of one layer, arranged for the attention kernels.
+//! Keys and values of a layer, arranged for the attention kernels, in pages by reference count.
 //!
-//! Positions are kept in chunks of [`KV_CHUNK`]; position `p` lives in slot `p % capacity`, so a buffer whose capacity covers
-//! a window (plus one batch) serves as a ring. A chunk holds, head by head, the keys and then the values of its positions, with the
-//! head dimension `d` padded to a multiple of 32:
+//! A page holds the positions of one chunk of [`KV_CHUNK`], head by head the keys and then the values, with the head dimension
+//! `d` padded to a multiple of 32:
 //!
 //! - keys: for each tile of 16 positions, for each dimension, 16 values (one per position). In Q8_0 a tile is, for each block
 //!   of 32 dimensions, 16 f16 scales and 32 × 16 int8 values.
@@ -13,6 +12,9 @@
 //!
 //! In BF16 two such rows (of dimensions 2i and 2i + 1, or of positions) are one of 32-bit words: the even row's value in the upper
 //! half, which is where the instruction that multiplies pairs begins, the odd row's in the lower.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -54,36 +56,24 @@ impl KvType {
     }
 }
 
-/// Keys and values of one layer: every KV head, `capacity` positions.
-#[derive(Debug, Clone)]
-pub struct KvBuffer {
+/// What the pages of a model have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvFormat {
     ty: KvType,
     n_heads: usize,
     head_dim: usize,
-    capacity: usize,
-    data: AlignedBuf<u8>,
 }
 
-impl KvBuffer {
-    /// A zeroed buffer for at least `positions` positions (rounded up to whole chunks). Memory is taken from the system as it
-    /// is first written.
+impl KvFormat {
+    /// Pages for `n_heads` KV heads of `head_dim` values.
     ///
     /// # Panics
-    /// If a dimension is 0 or the size overflows.
-    pub fn new(ty: KvType, n_heads: usize, head_dim: usize, positions: usize) -> Self {
-        assert!(n_heads > 0 && head_dim > 0 && positions > 0, "empty KV buffer");
-        let bytes = Self::bytes_for(ty, n_heads, head_dim, positions).expect("KV buffer size overflows");
-        Self { ty, n_heads, head_dim, capacity: positions.next_multiple_of(KV_CHUNK), data: AlignedBuf::zeroed(bytes) }
-    }
-
-    /// Bytes that [`Self::new`] takes, keys and values; `None` on overflow.
-    pub fn bytes_for(ty: KvType, n_heads: usize, head_dim: usize, positions: usize) -> Option<usize> {
-        let values = positions
-            .checked_next_multiple_of(KV_CHUNK)?
-            .checked_mul(n_heads)?
-            .checked_mul(head_dim.checked_next_multiple_of(BLOCK_LEN)?)?;
-        values.checked_mul(8)?;
-        Some(2 * ty.bytes(values))
+    /// If a dimension is 0 or a page's size overflows.
+    pub fn new(ty: KvType, n_heads: usize, head_dim: usize) -> Self {
+        let padded = head_dim.checked_next_multiple_of(BLOCK_LEN);
+        let values = padded.and_then(|dim| dim.checked_mul(n_heads)?.checked_mul(16 * KV_CHUNK));
+        assert!(values.is_some_and(|values| values > 0), "KV pages of {n_heads} heads of {head_dim}");
+        Self { ty, n_heads, head_dim }
     }
 
     /// How values are stored.
@@ -91,92 +81,242 @@ impl KvBuffer {
         self.ty
     }
 
-    /// KV heads.
-    pub fn n_heads(&self) -> usize {
-        self.n_heads
-    }
-
     /// Values per head and position.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
 
-    /// Positions that fit before the oldest is overwritten, a multiple of [`KV_CHUNK`].
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.n_heads * self.head_bytes()
     }
 
     /// Bytes of keys and values that a query reads for one position, all heads.
     pub fn bytes_per_position(&self) -> usize {
-        2 * self.n_heads * self.ty.bytes(self.padded_dim())
-    }
-
-    /// Stores the keys and values (`n_heads × head_dim` each) of position `pos`, replacing the one `capacity` positions ago.
-    ///
-    /// # Panics
-    /// If a length is not `n_heads × head_dim`.
-    pub fn write(&mut self, pos: usize, keys: &[f32], values: &[f32]) {
-        let (d, ty) = (self.head_dim, self.ty);
-        assert_eq!(keys.len(), self.n_heads * d, "key length");
-        assert_eq!(values.len(), self.n_heads * d, "value length");
-        let slot = pos % self.capacity;
-        for (head, (key, value)) in keys.chunks_exact(d).zip(values.chunks_exact(d)).enumerate() {
-            let keys_at = self.range(head, slot / KV_CHUNK, 0);
-            let both = keys_at.start..keys_at.start + 2 * keys_at.len();
-            write_head(ty, &mut self.data[both], slot % KV_CHUNK, key, value);
-        }
-    }
-
-    /// [`Self::write`] for the positions from `first` on, shared among the threads of a pool: each row of `width` floats ends with the
-    /// keys and then the values of one.
-    ///
-    /// # Panics
-    /// If `rows` is not whole rows, or they are too short for keys and values.
-    pub fn write_rows(&mut self, pool: &Pool, first: usize, rows: &[f32], width: usize) {
-        let (d, ty, n_heads, n_chunks) = (self.head_dim, self.ty, self.n_heads, self.capacity / KV_CHUNK);
-        let kv_dim = n_heads * d;
-        assert!(width >= 2 * kv_dim && rows.len().is_multiple_of(width), "rows of {width}, {} floats", rows.len());
-        let of_row = |row: usize| rows[(row + 1) * width - 2 * kv_dim..(row + 1) * width].split_at(kv_dim);
-        if rows.len() == width {
-            // Too little to be shared.
-            let (keys, values) = of_row(0);
-            return self.write(first, keys, values);
-        }
-        let end = first + rows.len() / width;
-        let both = 2 * ty.bytes(KV_CHUNK * self.padded_dim());
-        pool.run_chunks(&mut self.data, both, &|i, chunk| {
-            let (slot, head) = (i / n_heads, i % n_heads);
-            // The absolute chunks that live in this one: the first that may hold some of the positions, then once around the ring.
-            let oldest = first / KV_CHUNK + (slot + n_chunks - first / KV_CHUNK % n_chunks) % n_chunks;
-            for base in (oldest * KV_CHUNK..end).step_by(self.capacity) {
-                for pos in first.max(base)..end.min(base + KV_CHUNK) {
-                    let (keys, values) = of_row(pos - first);
-                    write_head(ty, chunk, pos - base, &keys[head * d..][..d], &values[head * d..][..d]);
-                }
-            }
-        });
+        self.page_bytes() / KV_CHUNK
     }
 
     pub(crate) fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(BLOCK_LEN)
     }
 
-    /// Keys of the chunk that holds absolute chunk `chunk` of head `head`.
-    pub(crate) fn keys(&self, head: usize, chunk: usize) -> &[u8] {
-        &self.data[self.range(head, chunk % (self.capacity / KV_CHUNK), 0)]
+    /// Bytes of a head's keys and values in a page.
+    fn head_bytes(&self) -> usize {
+        2 * self.ty.bytes(KV_CHUNK * self.padded_dim())
+    }
+}
+
+/// The memory of pages: what is given back is used again.
+#[derive(Debug, Clone)]
+pub struct KvPool {
+    format: KvFormat,
+    shelf: Arc<Shelf>,
+}
+
+#[derive(Debug)]
+struct Shelf {
+    /// The most pages that may be in use.
+    most: usize,
+    state: Mutex<ShelfState>,
+}
+
+#[derive(Debug, Default)]
+struct ShelfState {
+    in_use: usize,
+    /// Memory of pages that are not.
+    free: Vec<AlignedBuf<u8>>,
+}
+
+impl KvPool {
+    /// A pool of which at most `most` pages are in use at any time.
+    pub fn new(format: KvFormat, most: usize) -> Self {
+        Self { format, shelf: Arc::new(Shelf { most, state: Mutex::default() }) }
     }
 
-    /// Values of that chunk.
-    pub(crate) fn values(&self, head: usize, chunk: usize) -> &[u8] {
-        &self.data[self.range(head, chunk % (self.capacity / KV_CHUNK), 1)]
+    /// What its pages look like.
+    pub fn format(&self) -> KvFormat {
+        self.format
     }
 
-    /// Where the keys (`part` 0) or values (1) of a head in a chunk are.
-    fn range(&self, head: usize, chunk: usize, part: usize) -> std::ops::Range<usize> {
-        assert!(head < self.n_heads, "KV head {head} of {}", self.n_heads);
-        let bytes = self.ty.bytes(KV_CHUNK * self.padded_dim());
-        let start = ((chunk * self.n_heads + head) * 2 + part) * bytes;
-        start..start + bytes
+    /// Pages in use.
+    pub fn in_use(&self) -> usize {
+        self.shelf.lock().in_use
+    }
+
+    /// The most pages that may be in use.
+    pub fn most(&self) -> usize {
+        self.shelf.most
+    }
+
+    /// A page of zeros; `None` where all are in use.
+    pub fn page(&self) -> Option<Arc<KvPage>> {
+        let (mut data, fresh) = self.memory()?;
+        if !fresh {
+            // Nothing of another text, not even what is no number, shall be near this one.
+            data.fill(0);
+        }
+        Some(self.bind(data))
+    }
+
+    /// A page with what `page` holds; `None` where all are in use.
+    pub fn copy(&self, page: &KvPage) -> Option<Arc<KvPage>> {
+        let (mut data, _) = self.memory()?;
+        data.copy_from_slice(&page.data);
+        Some(self.bind(data))
+    }
+
+    fn memory(&self) -> Option<(AlignedBuf<u8>, bool)> {
+        let mut state = self.shelf.lock();
+        if state.in_use >= self.shelf.most {
+            return None;
+        }
+        state.in_use += 1;
+        let used = state.free.pop();
+        drop(state);
+        let fresh = used.is_none();
+        // Side by side, so that small pages share the system's large ones.
+        Some((used.unwrap_or_else(|| AlignedBuf::zeroed_beside(self.format.page_bytes())), fresh))
+    }
+
+    fn bind(&self, data: AlignedBuf<u8>) -> Arc<KvPage> {
+        Arc::new(KvPage { format: self.format, data, shelf: Arc::clone(&self.shelf) })
+    }
+}
+
+impl Shelf {
+    fn lock(&self) -> MutexGuard<'_, ShelfState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keys and values of [`KV_CHUNK`] positions of one layer, all KV heads. Its memory goes back to its pool.
+#[derive(Debug)]
+pub struct KvPage {
+    format: KvFormat,
+    data: AlignedBuf<u8>,
+    shelf: Arc<Shelf>,
+}
+
+impl Drop for KvPage {
+    fn drop(&mut self) {
+        let mut state = self.shelf.lock();
+        state.in_use -= 1;
+        state.free.push(std::mem::take(&mut self.data));
+    }
+}
+
+impl KvPage {
+    /// Stores the keys and values (`n_heads × head_dim` each) of position `p` of the chunk.
+    ///
+    /// # Panics
+    /// If there is no such position, or a length is not `n_heads × head_dim`.
+    pub fn write(&mut self, p: usize, keys: &[f32], values: &[f32]) {
+        let KvFormat { ty, n_heads, head_dim } = self.format;
+        assert!(p < KV_CHUNK, "position {p} of a page");
+        assert_eq!(keys.len(), n_heads * head_dim, "key length");
+        assert_eq!(values.len(), n_heads * head_dim, "value length");
+        let heads = self.data.chunks_exact_mut(self.format.head_bytes());
+        for (head, (key, value)) in heads.zip(keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim))) {
+            write_head(ty, head, p, key, value);
+        }
+    }
+}
+
+/// The pages that follow each other from a chunk on, which may be written: nobody else holds them.
+#[derive(Debug)]
+pub struct KvPagesMut<'a> {
+    first_chunk: usize,
+    pages: &'a mut [Arc<KvPage>],
+}
+
+impl<'a> KvPagesMut<'a> {
+    /// The pages of the chunks from `first_chunk` on.
+    pub fn new(first_chunk: usize, pages: &'a mut [Arc<KvPage>]) -> Self {
+        Self { first_chunk, pages }
+    }
+
+    /// Stores the positions from `first` on, shared among the threads of a pool: each row of `width` floats ends with the keys and
+    /// then the values of one.
+    ///
+    /// # Panics
+    /// If `rows` is not whole rows, they are too short for keys and values, or a position's page is missing or not this
+    /// holder's alone.
+    pub fn write_rows(&mut self, pool: &Pool, first: usize, rows: &[f32], width: usize) {
+        assert!(width > 0 && rows.len().is_multiple_of(width), "{} floats are not rows of {width}", rows.len());
+        if rows.is_empty() {
+            return;
+        }
+        let n = rows.len() / width;
+        let first_page = (first / KV_CHUNK).checked_sub(self.first_chunk).expect("the page of a position is gone");
+        let last_page = (first + n - 1) / KV_CHUNK - self.first_chunk;
+        let pages = &mut self.pages[first_page..=last_page];
+        let KvFormat { ty, n_heads, head_dim: d } = pages[0].format;
+        let kv_dim = n_heads * d;
+        assert!(width >= 2 * kv_dim, "rows of {width} floats for {kv_dim} keys and values");
+        let of_row = |row: usize| rows[(row + 1) * width - 2 * kv_dim..(row + 1) * width].split_at(kv_dim);
+        let own = pages.iter_mut().map(|page| Arc::get_mut(page).expect("a page that is written is held once"));
+        if n == 1 {
+            // Too little to be shared.
+            let (keys, values) = of_row(0);
+            return own.for_each(|page| page.write(first % KV_CHUNK, keys, values));
+        }
+        let head_bytes = pages_head_bytes(ty, d);
+        let mut heads: Vec<&mut [u8]> = own.flat_map(|page| page.data.chunks_exact_mut(head_bytes)).collect();
+        pool.run_chunks(&mut heads, 1, &|i, part| {
+            let (head, base) = (i % n_heads, (first / KV_CHUNK + i / n_heads) * KV_CHUNK);
+            for pos in first.max(base)..(first + n).min(base + KV_CHUNK) {
+                let (keys, values) = of_row(pos - first);
+                write_head(ty, part[0], pos - base, &keys[head * d..][..d], &values[head * d..][..d]);
+            }
+        });
+    }
+}
+
+fn pages_head_bytes(ty: KvType, head_dim: usize) -> usize {
+    KvFormat { ty, n_heads: 1, head_dim }.head_bytes()
+}
+
+/// What attention reads of a layer: the pages of the chunks from one on.
+#[derive(Debug, Clone, Copy)]
+pub struct KvPages<'a> {
+    format: KvFormat,
+    first_chunk: usize,
+    pages: &'a [Arc<KvPage>],
+}
+
+impl<'a> KvPages<'a> {
+    /// The pages of the chunks from `first_chunk` on, all of that format.
+    pub fn new(format: KvFormat, first_chunk: usize, pages: &'a [Arc<KvPage>]) -> Self {
+        debug_assert!(pages.iter().all(|page| page.format == format), "pages of several formats");
+        Self { format, first_chunk, pages }
+    }
+
+    /// What the pages look like.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// The positions that there is room for.
+    pub fn positions(&self) -> Range<usize> {
+        self.first_chunk * KV_CHUNK..(self.first_chunk + self.pages.len()) * KV_CHUNK
+    }
+
+    /// Keys of head `head` in chunk `chunk`.
+    pub(crate) fn keys(&self, head: usize, chunk: usize) -> &'a [u8] {
+        let both = self.head(head, chunk);
+        &both[..both.len() / 2]
+    }
+
+    /// Values of it.
+    pub(crate) fn values(&self, head: usize, chunk: usize) -> &'a [u8] {
+        let both = self.head(head, chunk);
+        &both[both.len() / 2..]
+    }
+
+    fn head(&self, head: usize, chunk: usize) -> &'a [u8] {
+        assert!(head < self.format.n_heads, "KV head {head} of {}", self.format.n_heads);
+        let bytes = self.format.head_bytes();
+        &self.pages[chunk - self.first_chunk].data[head * bytes..(head + 1) * bytes]
     }
 }
 
@@ -315,21 +455,24 @@ fn f32_at(b: &[u8], i: usize) -> f32 {
 mod tests {
     use super::*;
 
+    const TYPES: [KvType; 4] = [KvType::F32, KvType::Bf16, KvType::F16, KvType::Q8_0];
+
     #[test]
-    fn what_is_written_is_read_and_rings_wrap() {
-        for (ty, bound) in [(KvType::F32, 0.0), (KvType::Bf16, 2e-3), (KvType::F16, 1e-3), (KvType::Q8_0, 8e-3)] {
+    fn what_is_written_is_read() {
+        for (ty, bound) in TYPES.into_iter().zip([0.0, 2e-3, 1e-3, 8e-3]) {
             let (heads, d) = (2, 40);
-            let mut kv = KvBuffer::new(ty, heads, d, 300);
-            assert_eq!(kv.capacity(), 512);
-            for pos in [0, 17, 255, 256, 700] {
+            let pool = KvPool::new(KvFormat::new(ty, heads, d), 3);
+            let mut pages: Vec<_> = (0..3).map(|_| pool.page().unwrap()).collect();
+            for pos in [512, 529, 767, 768, 1200] {
                 let x: Vec<f32> = (0..heads * d).map(|i| ((pos + i * 7) % 101) as f32 / 101.0 - 0.5).collect();
                 let y: Vec<f32> = x.iter().map(|v| -v).collect();
-                kv.write(pos, &x, &y);
-                let slot = pos % 512;
+                Arc::get_mut(&mut pages[pos / KV_CHUNK - 2]).unwrap().write(pos % KV_CHUNK, &x, &y);
+                let kv = KvPages::new(pool.format(), 2, &pages);
+                assert_eq!(kv.positions(), 512..1280);
                 for (i, &x) in x.iter().enumerate() {
                     let (head, dim) = (i / d, i % d);
-                    let key = key_at(ty, kv.keys(head, pos / KV_CHUNK), 64, slot % KV_CHUNK, dim);
-                    let value = value_at(ty, kv.values(head, pos / KV_CHUNK), slot % KV_CHUNK, dim);
+                    let key = key_at(ty, kv.keys(head, pos / KV_CHUNK), 64, pos % KV_CHUNK, dim);
+                    let value = value_at(ty, kv.values(head, pos / KV_CHUNK), pos % KV_CHUNK, dim);
                     assert!((key - x).abs() <= bound && (value + x).abs() <= bound, "{ty:?} {pos} {i}");
                 }
             }
@@ -339,20 +482,39 @@ mod tests {
     #[test]
     fn rows_are_written_as_one_by_one() {
         let (heads, d, width) = (3, 40, 300);
-        let pool = Pool::new(2).unwrap();
-        for ty in [KvType::F32, KvType::Bf16, KvType::F16, KvType::Q8_0] {
-            // Within a chunk, across chunks, around the ring, and around it with both ends in one chunk.
+        let threads = Pool::new(2).unwrap();
+        for ty in TYPES {
+            let pool = KvPool::new(KvFormat::new(ty, heads, d), 10);
+            // Within a page, across pages, and one alone.
             for (first, n) in [(3, 1), (200, 100), (400, 300), (700, 512)] {
                 let rows: Vec<f32> = (0..n * width).map(|i| (i * 31 % 997) as f32 / 997.0 - 0.5).collect();
-                let (mut one_by_one, mut together) =
-                    (KvBuffer::new(ty, heads, d, 300), KvBuffer::new(ty, heads, d, 300));
+                let at = first / KV_CHUNK;
+                let pages = || (at..=(first + n - 1) / KV_CHUNK).map(|_| pool.page().unwrap()).collect::<Vec<_>>();
+                let (mut one_by_one, mut together) = (pages(), pages());
                 for (i, row) in rows.chunks(width).enumerate() {
                     let (keys, values) = row[width - 2 * heads * d..].split_at(heads * d);
-                    one_by_one.write(first + i, keys, values);
+                    let page = Arc::get_mut(&mut one_by_one[(first + i) / KV_CHUNK - at]).unwrap();
+                    page.write((first + i) % KV_CHUNK, keys, values);
                 }
-                together.write_rows(&pool, first, &rows, width);
-                assert!(one_by_one.data[..] == together.data[..], "{ty:?} {first} {n}");
+                KvPagesMut::new(at, &mut together).write_rows(&threads, first, &rows, width);
+                let same = one_by_one.iter().zip(&together).all(|(a, b)| a.data[..] == b.data[..]);
+                assert!(same, "{ty:?} {first} {n}");
             }
         }
+    }
+
+    #[test]
+    fn memory_of_pages_is_bounded_and_used_again_clean() {
+        let pool = KvPool::new(KvFormat::new(KvType::F32, 1, 32), 2);
+        let mut page = pool.page().unwrap();
+        Arc::get_mut(&mut page).unwrap().write(9, &[f32::NAN; 32], &[1.0; 32]);
+        let copy = pool.copy(&page).unwrap();
+        assert!(copy.data[..] == page.data[..] && pool.page().is_none() && pool.in_use() == 2);
+        let second = Arc::clone(&page);
+        drop(page);
+        assert!(pool.page().is_none());
+        drop(second);
+        assert_eq!(pool.in_use(), 1);
+        assert!(pool.page().unwrap().data.iter().all(|&byte| byte == 0));
     }
 }

@@ -52,7 +52,7 @@ pub use block::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
 pub use dispatch::Kernels;
 pub use expert_format::{Arrangement, ExpertFormat, FormatError, Matrix, MatrixFormat, OUTPUT_CHUNK};
 pub use experts::ExpertInput;
-pub use kv::{KV_CHUNK, KvBuffer, KvType};
+pub use kv::{KV_CHUNK, KvFormat, KvPage, KvPages, KvPagesMut, KvPool, KvType};
 pub use out::ColumnsMut;
 pub use pool::Pool;
 pub use r16::{R16, R16_ROWS};

@@ -418,14 +418,18 @@ proptest! {
         let mut rng = Rng(seed);
         let heads = 2;
         let len = first + tokens;
-        let capacity = window.map_or(len, |w| w + tokens);
-        let mut kv = KvBuffer::new(ty, heads, d, capacity);
+        // Pages that no token sees any more are gone.
+        let seen = visible_range(first, window).start / KV_CHUNK..len.div_ceil(KV_CHUNK);
+        let memory = KvPool::new(KvFormat::new(ty, heads, d), seen.len());
+        let mut pages: Vec<_> = seen.clone().map(|_| memory.page().unwrap()).collect();
         let keys = rng.floats(len * heads * d);
         let values = rng.floats(len * heads * d);
-        for pos in 0..len {
+        for pos in seen.start * KV_CHUNK..len {
             let at = pos * heads * d..(pos + 1) * heads * d;
-            kv.write(pos, &keys[at.clone()], &values[at]);
+            let page = std::sync::Arc::get_mut(&mut pages[pos / KV_CHUNK - seen.start]).unwrap();
+            page.write(pos % KV_CHUNK, &keys[at.clone()], &values[at]);
         }
+        let kv = KvPages::new(memory.format(), seen.start, &pages);
         let ld = heads * group * d;
         let mut q = rng.floats(tokens * ld);
         q.iter_mut().for_each(|v| *v *= 4.0);
@@ -463,12 +467,11 @@ proptest! {
             let mut out = vec![0.0; tokens * ld];
             Pool::new(2).unwrap().run_tiles(&mut out, ld, 4, group * d, &|mut out| {
                 let head = out.columns().start / (group * d);
-                kernels.attend_batch(&kv, head, &q, ld, first, window, scale, &mut out);
+                kernels.attend_batch(kv, head, &q, ld, first, window, scale, &mut out);
             });
             assert_close(&out, &exact, &exact, bound, "attention");
             let want = want.get_or_insert_with(|| bits(&out));
             prop_assert!(bits(&out) == *want, "{kernels:?}: many tokens");
-            // Only the last tokens' positions are all still there.
             for t in [0, tokens - 1] {
                 let visible = visible_range(first + t, window);
                 for head in 0..heads {
@@ -477,7 +480,7 @@ proptest! {
                     for chunk in kv_chunks(&visible) {
                         let mut part = vec![0.0; partial_len(group, d)];
                         let q = &q[at..at + group * d];
-                        kernels.attend_chunk(&kv, head, q, visible.clone(), chunk, scale, &mut part);
+                        kernels.attend_chunk(kv, head, q, visible.clone(), chunk, scale, &mut part);
                         partials.extend(part);
                     }
                     let mut out = vec![0.0; group * d];

@@ -3,114 +3,35 @@
 //! Owns the order of loading: header and tokenizer, then the memory plan, and only then weights. A budget that does
 //! not suffice is refused before anything large is read.
 
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use st_experts::io::ExpertIo;
-use st_experts::{ExpertStore, IoMode, StoreOptions, StoreStats};
+use st_experts::{ExpertStore, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
-use st_kernels::{Isa, Kernels, KvType, WeightType};
+use st_kernels::{Isa, KvPool, KvType};
 
+use crate::batch::Batch;
 use crate::chat::{ChatError, ChatTemplate};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::kv_cache::{self, LayerKv};
 use crate::model::Model;
+use crate::observer::Observer;
+use crate::options::LoadOptions;
 use crate::plan::MemoryPlan;
 use crate::progress::{LoadProgress, NoProgress};
+use crate::sequence::Sequence;
 use crate::sizes;
 use crate::tokenizer::Tokenizer;
 use crate::weights::TensorSource;
+use crate::workspace::{Workspace, logit_rows};
 
-/// How to load and run a model.
-#[derive(Clone, Debug)]
-pub struct LoadOptions {
-    /// Compute threads.
-    pub threads: usize,
-    /// Context length in tokens; `None` takes the model's own, or what the budget allows.
-    pub ctx: Option<usize>,
-    /// How keys and values are kept; `None` is as exact as the weights call for: BF16 where they are quantized, otherwise F16.
-    pub kv_type: Option<KvType>,
-    /// The most memory that the process may use, in bytes.
-    pub memory: Option<u64>,
-    /// At most this many experts in the cache, whatever the memory allows; `None` takes what the plan gives.
-    pub slots: Option<usize>,
-    /// How experts are read.
-    pub io: IoMode,
-    /// What to read experts through, whatever `io` says: other storage than the file, or one that fails on purpose. The
-    /// offsets are those of the file.
-    pub expert_io: Option<Arc<dyn ExpertIo>>,
-    /// Whether reads of chosen experts start before attention.
-    pub prefetch: bool,
-    /// Whether the next layer's experts are guessed and read ahead, where guesses prove right.
-    pub guess: bool,
-    /// Expert reads in flight at once; `None` lets the store choose.
-    pub io_threads: Option<usize>,
-    /// Kernels to use; `None` takes the best that the CPU has.
-    pub isa: Option<Isa>,
-}
-
-impl Default for LoadOptions {
-    fn default() -> Self {
-        Self {
-            threads: 1,
-            ctx: None,
-            kv_type: None,
-            memory: None,
-            slots: None,
-            io: IoMode::Auto,
-            expert_io: None,
-            prefetch: true,
-            guess: true,
-            io_threads: None,
-            isa: None,
-        }
-    }
-}
-
-/// Tokens of a prompt that go through the layers together under a budget, which their buffers are part of.
-const BATCH: usize = 512;
-/// Without a budget: every matrix is unpacked a quarter as often.
-const BATCH_UNLIMITED: usize = 2048;
-
-/// Tokens of a prompt that go through the layers together under `budget`. It changes no bit.
-fn batch_within(budget: Option<u64>) -> usize {
-    if budget.is_some() { BATCH } else { BATCH_UNLIMITED }
-}
-
-impl LoadOptions {
-    /// Tokens of a prompt that go through the layers together.
-    pub(crate) fn batch(&self) -> usize {
-        batch_within(self.memory)
-    }
-
-    /// The kernels that pack and compute.
-    ///
-    /// # Errors
-    /// [`ModelError::Isa`] where the CPU lacks the instruction set that is asked for.
-    pub(crate) fn kernels(&self) -> Result<Kernels, ModelError> {
-        match self.isa {
-            Some(isa) => Kernels::for_isa(isa).ok_or(ModelError::Isa { name: isa.name() }),
-            None => Ok(Kernels::detect()),
-        }
-    }
-
-    /// How keys and values of a model with weights of type `weights` are kept.
-    pub(crate) fn kv_type_for(&self, weights: WeightType) -> KvType {
-        self.kv_type.unwrap_or(if weights.is_quantized() { KvType::Bf16 } else { KvType::F16 })
-    }
-
-    /// What of it concerns the expert store.
-    pub(crate) fn store(&self) -> StoreOptions {
-        let defaults = StoreOptions::default();
-        let io_threads = self.io_threads.unwrap_or(defaults.io_threads);
-        // Large pages serve direct reads, which a budget brings. Where every expert stays, they gain 2 to 3 % of generation and
-        // cost seconds at the start on virtual machines whose host takes back free memory.
-        let huge_pages = self.memory.is_some();
-        StoreOptions { io: self.io, io_threads, prefetch: self.prefetch, huge_pages, ..defaults }
-    }
-}
-
-/// A model ready to run. Immutable but for the expert cache; conversations borrow it.
+/// A model ready to run, to be shared: immutable but for the expert cache. It computes rows of any number of sequences
+/// ([`Engine::forward`]); a [`Session`](crate::Session) is the simple way to run one.
 pub struct Engine {
+    /// Tells this engine's sequences from others'.
+    id: u64,
     model: Model,
     tokenizer: Option<Tokenizer>,
     chat_template: Result<Option<ChatTemplate>, ChatError>,
@@ -118,8 +39,24 @@ pub struct Engine {
     template_check: OnceLock<Result<(), ChatError>>,
     end_ids: Vec<u32>,
     plan: MemoryPlan,
-    kv_type: KvType,
+    /// The memory of all sequences' keys and values.
+    kv: KvPool,
 }
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("id", &self.id).field("plan", &self.plan).finish_non_exhaustive()
+    }
+}
+
+/// What threads may share, checked when this is compiled.
+const _: () = {
+    const fn shared<T: Send + Sync + 'static>() {}
+    const fn owned<T: Send + 'static>() {}
+    shared::<Engine>();
+    owned::<Sequence>();
+    owned::<Workspace>();
+};
 
 impl Engine {
     /// The plan that [`Engine::load`] would follow, without loading.
@@ -132,11 +69,19 @@ impl Engine {
         sizes::plan(&source, &config, options)
     }
 
+    /// Loads the model of the GGUF file at `path`.
+    ///
+    /// # Errors
+    /// Where it cannot be opened, and as [`Engine::load`].
+    pub fn open(path: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<Self>, ModelError> {
+        Self::load(GgufFile::open(path)?, options)
+    }
+
     /// Loads the model of `file`: dense weights now, experts when they are first asked for.
     ///
     /// # Errors
     /// Where the file is not a complete SmallThinker model, the context is not possible, or the budget too small.
-    pub fn load(file: GgufFile, options: &LoadOptions) -> Result<Self, ModelError> {
+    pub fn load(file: GgufFile, options: &LoadOptions) -> Result<Arc<Self>, ModelError> {
         Self::load_with(file, options, &NoProgress)
     }
 
@@ -148,7 +93,7 @@ impl Engine {
         mut file: GgufFile,
         options: &LoadOptions,
         progress: &dyn LoadProgress,
-    ) -> Result<Self, ModelError> {
+    ) -> Result<Arc<Self>, ModelError> {
         let config = file.header.model_shape()?;
         let tokenizer = Tokenizer::from_metadata_with(&file.header.metadata, progress)?;
         let chat_template = ChatTemplate::unchecked(&file.header.metadata);
@@ -165,18 +110,101 @@ impl Engine {
         progress.planned(&plan);
         let (index, format) = (source.experts().clone(), sizes::slot_format(&source, options.kernels()?));
         let store_options = StoreOptions {
-            n_slots: plan.n_slots,
             top_k: config.n_experts_used,
             guess_slots: if options.guess { 2 * config.n_experts_used } else { 0 },
-            ..options.store()
+            ..options.store(plan.residency)
         };
         let store = match &options.expert_io {
             Some(io) => ExpertStore::with_io(Box::new(Arc::clone(io)), index, format, store_options),
             None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
         }?;
-        let kv_type = options.kv_type_for(source.format().ty());
-        let model = Model::load(&source, config, store, options)?;
-        Ok(Self { model, tokenizer, chat_template, template_check: OnceLock::new(), end_ids, plan, kv_type })
+        let kv_format = kv_cache::format(&config, options.kv_type_for(source.format().ty()));
+        let pages = match plan.budget {
+            Some(_) => (plan.kv_full + plan.kv_window) / kv_format.page_bytes() as u64,
+            None => u64::MAX,
+        };
+        let kv = KvPool::new(kv_format, usize::try_from(pages).unwrap_or(usize::MAX));
+        let model = Model::load(&source, config, store, plan.residency.batch(), options)?;
+        static ENGINES: AtomicU64 = AtomicU64::new(0);
+        let id = ENGINES.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(Self { id, model, tokenizer, chat_template, template_check: OnceLock::new(), end_ids, plan, kv }))
+    }
+
+    /// An empty text.
+    pub fn sequence(&self) -> Sequence {
+        let layer = |layer| LayerKv::new(self.config(), layer, &self.kv);
+        Sequence::new(self.id, (0..self.config().n_layers).map(layer).collect())
+    }
+
+    /// The buffers of one forward pass. The memory plan counts one: whoever runs several at once needs more.
+    ///
+    /// # Errors
+    /// Where they cannot be allocated.
+    pub fn workspace(&self) -> Result<Workspace, ModelError> {
+        Workspace::new(self.id, self.config(), self.n_vocab(), self.max_rows())
+    }
+
+    /// Runs the rows of `batch`, each of which goes on with one of `sequences`; [`Workspace::logits`] has the logits that were
+    /// asked for. A row's logits are, bit for bit, those that it would have alone. Where it fails, for whatever reason, the
+    /// sequences are as they were.
+    ///
+    /// # Errors
+    /// [`ModelError::EmptyPrompt`], [`ModelError::TokenId`], [`ModelError::ContextFull`], [`ModelError::BatchRows`],
+    /// [`ModelError::LogitRows`], [`ModelError::NoSequence`], [`ModelError::Foreign`], [`ModelError::KvFull`] before anything is
+    /// computed; then
+    /// [`ModelError::Experts`] for what cannot be read, [`ModelError::Observer`] and [`ModelError::Cancelled`] for what the
+    /// observer says.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        sequences: &mut [&mut Sequence],
+        workspace: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ModelError> {
+        self.check(batch, sequences, workspace)?;
+        self.model.forward(batch, sequences, workspace, observer)
+    }
+
+    /// Logits of some rows of the batch that went through `workspace` last, instead of those that it has.
+    pub(crate) fn head(&self, rows: &[usize], workspace: &mut Workspace) -> Result<(), ModelError> {
+        self.model.head(&workspace.latest(), rows, workspace)
+    }
+
+    fn check(&self, batch: &Batch, sequences: &[&mut Sequence], workspace: &Workspace) -> Result<(), ModelError> {
+        if workspace.engine != self.id {
+            return Err(ModelError::Foreign { what: "workspace" });
+        }
+        sequences.iter().try_for_each(|sequence| sequence.check_engine(self.id))?;
+        self.check_tokens(batch.tokens())?;
+        if batch.len() > self.max_rows() {
+            return Err(ModelError::BatchRows { got: batch.len(), most: self.max_rows() });
+        }
+        if batch.wants_logits().len() > self.max_logits() {
+            return Err(ModelError::LogitRows { got: batch.wants_logits().len(), most: self.max_logits() });
+        }
+        let n = sequences.len();
+        if let Some(&index) = batch.sequences().iter().find(|&&index| index >= n) {
+            return Err(ModelError::NoSequence { index, n });
+        }
+        for (index, sequence) in sequences.iter().enumerate() {
+            self.check_room(sequence.len() + batch.sequences().iter().filter(|&&of| of == index).count())?;
+        }
+        Ok(())
+    }
+
+    /// Refuses tokens that are none, or too few to go on from.
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<(), ModelError> {
+        let n_vocab = self.n_vocab();
+        match tokens.iter().find(|&&id| id as usize >= n_vocab) {
+            Some(&id) => Err(ModelError::TokenId { id, n_vocab }),
+            None if tokens.is_empty() => Err(ModelError::EmptyPrompt),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a text of more tokens than the context holds.
+    pub(crate) fn check_room(&self, needed: usize) -> Result<(), ModelError> {
+        if needed > self.ctx() { Err(ModelError::ContextFull { needed, ctx: self.ctx() }) } else { Ok(()) }
     }
 
     /// The shape of the model.
@@ -227,20 +255,26 @@ impl Engine {
 
     /// How keys and values are kept.
     pub fn kv_type(&self) -> KvType {
-        self.kv_type
+        self.kv.format().ty()
     }
 
-    /// Tokens of a prompt that go through the layers together.
-    pub(crate) fn batch(&self) -> usize {
-        batch_within(self.plan.budget)
+    /// The memory of keys and values: pages in use, and the most that may be.
+    pub fn kv_pages(&self) -> (usize, usize) {
+        (self.kv.in_use(), self.kv.most())
+    }
+
+    /// Rows that one pass takes, at most.
+    pub fn max_rows(&self) -> usize {
+        self.plan.residency.batch()
+    }
+
+    /// Rows whose logits one pass gives, at most.
+    pub fn max_logits(&self) -> usize {
+        logit_rows(self.plan.sequences)
     }
 
     /// What the expert cache did since it was made.
     pub fn store_stats(&self) -> StoreStats {
         self.model.store().stats()
-    }
-
-    pub(crate) fn model(&self) -> &Model {
-        &self.model
     }
 }

@@ -116,9 +116,51 @@ pub enum ModelError {
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),
-    /// Whoever asked to see the routing could not take it.
-    #[error("the routing could not be recorded")]
-    Routing(#[source] std::io::Error),
+    /// Whoever watched could not take what was shown.
+    #[error("the {what} could not be recorded")]
+    Observer {
+        /// What was shown.
+        what: &'static str,
+        /// What the observer said.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A batch with more rows than the buffers are made for.
+    #[error("a batch of {got} rows, the most is {most}")]
+    BatchRows {
+        /// Rows of the batch.
+        got: usize,
+        /// Rows that one pass takes.
+        most: usize,
+    },
+    /// A batch that wants more logits than one pass gives.
+    #[error("the logits of {got} rows, the most is {most}")]
+    LogitRows {
+        /// Rows whose logits are wanted.
+        got: usize,
+        /// Rows whose logits one pass gives.
+        most: usize,
+    },
+    /// A row of a sequence that is not there.
+    #[error("a row of sequence {index}, there are {n}")]
+    NoSequence {
+        /// The index given.
+        index: usize,
+        /// Sequences given.
+        n: usize,
+    },
+    /// No more memory for keys and values: texts hold all of it.
+    #[error("the memory for keys and values is used up: texts hold all {pages} pages")]
+    KvFull {
+        /// Pages that there are.
+        pages: usize,
+    },
+    /// Something that another engine has made.
+    #[error("the {what} belongs to another engine")]
+    Foreign {
+        /// What it is.
+        what: &'static str,
+    },
     /// Reading experts failed.
     #[error(transparent)]
     Experts(#[from] st_experts::StoreError),

@@ -1,48 +1,18 @@
-//! Prompt to answer: feed, sample, stream, stop.
+//! Prompt to answer for one conversation: feed, choose, stream, count.
 //!
-//! Owns when an answer ends (an end token, a stop string, the limit, the context, the caller) and what is told about
-//! it. It never prints: text goes to the caller as it is made, whole characters only.
+//! Drives one [`Answer`] in one [`Session`] and measures it. It never prints: text goes to the caller as it is made.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use st_experts::StoreStats;
 
+use crate::answer::{Answer, FinishReason, GenerateOptions, Next};
 use crate::error::ModelError;
+use crate::observer::Observer;
 use crate::sampler::Sampler;
-use crate::session::{Session, Work};
-use crate::text::TextStream;
-
-/// When an answer ends, besides the model's own end tokens.
-#[derive(Clone, Debug, Default)]
-pub struct GenerateOptions {
-    /// At most this many tokens; `None` goes on until the context is full.
-    pub max_tokens: Option<usize>,
-    /// Texts that end the answer and are not part of it.
-    pub stop: Vec<String>,
-}
-
-/// How far an answer is.
-#[derive(Clone, Copy, Debug)]
-pub enum Step<'a> {
-    /// So many tokens of the prompt were run.
-    Prompt(usize),
-    /// A token was made; its text, empty where nothing can be shown yet.
-    Text(&'a str),
-}
-
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// An end token, or a stop string.
-    Stop,
-    /// The limit of tokens, or the end of the context.
-    Length,
-    /// The caller asked for it.
-    Cancelled,
-}
+use crate::session::Session;
+use crate::work::Work;
 
 /// Time and work of one answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -99,8 +69,19 @@ pub struct Generation {
     pub stats: GenerateStats,
 }
 
-/// Runs `prompt` in `session` and answers it. `on_step` is called after each layer of the prompt and for every token made, and
-/// may break to stop.
+/// An answer that failed on the way: why, and what there is of it.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct GenerateError {
+    /// What went wrong.
+    #[source]
+    pub error: ModelError,
+    /// The answer up to there.
+    pub answer: Box<Generation>,
+}
+
+/// Runs `prompt` in `session` and answers it. `observer` follows all that is run, and may break while the prompt is; `on_text`
+/// is called with the text of every token made (empty where nothing can be shown yet), and may break to stop.
 ///
 /// A cancelled or failed answer leaves the session usable: it holds the tokens that were run.
 ///
@@ -108,73 +89,90 @@ pub struct Generation {
 /// [`ModelError::EmptyPrompt`], [`ModelError::ContextFull`] before anything is run; otherwise what the model or the
 /// sampler meets.
 pub fn generate(
-    session: &mut Session<'_>,
+    session: &mut Session,
     prompt: &[u32],
     sampler: &mut Sampler,
     options: &GenerateOptions,
-    on_step: &mut dyn FnMut(Step<'_>) -> ControlFlow<()>,
-) -> Result<Generation, ModelError> {
-    let engine = session.engine();
-    let room = session.ctx() - session.len();
-    if prompt.len() > room {
-        return Err(ModelError::ContextFull { needed: session.len() + prompt.len(), ctx: session.ctx() });
-    }
-    for &id in prompt {
-        sampler.accept(id);
-    }
-    let mut answer = Generation {
-        text: String::new(),
-        ids: Vec::with_capacity(options.max_tokens.unwrap_or(256).min(room)),
-        finish_reason: FinishReason::Length,
-        stats: GenerateStats { prompt_tokens: prompt.len(), ..GenerateStats::default() },
+    observer: &mut dyn Observer,
+    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<Generation, GenerateError> {
+    let room = (session.ctx() - session.len()).saturating_sub(prompt.len());
+    let mut answer = Answer::new(session.engine(), options, room);
+    let mut stats = GenerateStats::default();
+    let outcome = drive(session, prompt, sampler, &mut answer, &mut stats, observer, on_text);
+    let finish_reason = match &outcome {
+        Ok(()) | Err(ModelError::Cancelled) => FinishReason::Cancelled,
+        Err(_) => FinishReason::Error,
     };
-    let (before, experts_before) = (session.work(), engine.store_stats());
-    let start = Instant::now();
-    if session.feed(prompt, &mut |done| on_step(Step::Prompt(done)))?.is_break() {
-        answer.finish_reason = FinishReason::Cancelled;
-        return Ok(answer);
-    }
-    answer.stats.prompt_time = start.elapsed();
-    answer.stats.prompt_work = session.work().since(&before);
-    let (before, experts_between) = (session.work(), engine.store_stats());
-    answer.stats.prompt_experts = experts_between.since(&experts_before);
-
-    let mut stream = TextStream::new(options.stop.clone());
-    let max_tokens = options.max_tokens.unwrap_or(usize::MAX);
-    let start = Instant::now();
-    while answer.ids.len() < max_tokens {
-        let id = sampler.sample(session.logits())?;
-        sampler.accept(id);
-        answer.ids.push(id);
-        if engine.end_ids().contains(&id) {
-            answer.finish_reason = FinishReason::Stop;
-            break;
-        }
-        let step = stream.push(engine.tokenizer().map_or(&[][..], |tokenizer| tokenizer.visible_bytes(id)));
-        answer.text.push_str(step.text);
-        let stopped = step.stopped.is_some();
-        if on_step(Step::Text(step.text)).is_break() {
-            answer.finish_reason = FinishReason::Cancelled;
-            break;
-        }
-        if stopped {
-            answer.finish_reason = FinishReason::Stop;
-            break;
-        }
-        if session.len() == session.ctx() || answer.ids.len() == max_tokens {
-            break;
-        }
-        session.forward(&[id])?;
-        answer.stats.generated_tokens += 1;
-    }
-    answer.stats.generate_time = start.elapsed();
-    answer.stats.generate_work = session.work().since(&before);
-    answer.stats.generate_experts = engine.store_stats().since(&experts_between);
-    let rest = stream.finish();
-    if !rest.text.is_empty() {
-        answer.text.push_str(rest.text);
+    // It may have ended for a reason of its own.
+    let finish_reason = answer.finish(finish_reason);
+    let rest = answer.take_text();
+    if !rest.is_empty() {
         // The answer is over: a wish to stop changes nothing any more.
-        let _ = on_step(Step::Text(rest.text));
+        let _ = on_text(rest);
     }
-    Ok(answer)
+    let (text, ids) = answer.into_parts();
+    let answer = Generation { text, ids, finish_reason, stats };
+    match outcome {
+        Ok(()) | Err(ModelError::Cancelled) => Ok(answer),
+        Err(error) => Err(GenerateError { error, answer: Box::new(answer) }),
+    }
+}
+
+/// Runs the prompt and then the answer's tokens, until that is over or `on_text` breaks.
+fn drive(
+    session: &mut Session,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    answer: &mut Answer,
+    stats: &mut GenerateStats,
+    observer: &mut dyn Observer,
+    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<(), ModelError> {
+    let clock = Clock::start(session);
+    let ran = session.run(prompt, observer);
+    (stats.prompt_tokens, stats.prompt_time, stats.prompt_work, stats.prompt_experts) = clock.read(session);
+    prompt[..stats.prompt_tokens].iter().for_each(|&id| sampler.accept(id));
+    ran?;
+
+    let clock = Clock::start(session);
+    let generated = (|| {
+        loop {
+            let next = answer.next(session.logits(), sampler)?;
+            if answer.ids().is_empty() {
+                return Ok(());
+            }
+            let is_over = matches!(next, Next::Finish(_));
+            if on_text(answer.take_text()).is_break() && !is_over {
+                return Ok(());
+            }
+            match next {
+                Next::Token(id) => session.run(&[id], observer)?,
+                Next::Finish(_) => return Ok(()),
+            }
+        }
+    })();
+    (stats.generated_tokens, stats.generate_time, stats.generate_work, stats.generate_experts) = clock.read(session);
+    generated
+}
+
+/// Where time and work stood.
+struct Clock {
+    tokens: usize,
+    start: Instant,
+    work: Work,
+    experts: StoreStats,
+}
+
+impl Clock {
+    fn start(session: &Session) -> Self {
+        let (tokens, work, experts) = (session.len(), session.work(), session.engine().store_stats());
+        Self { tokens, start: Instant::now(), work, experts }
+    }
+
+    /// What came since: tokens run, time, work, and what the expert cache did.
+    fn read(&self, session: &Session) -> (usize, Duration, Work, StoreStats) {
+        let experts = session.engine().store_stats().since(&self.experts);
+        (session.len() - self.tokens, self.start.elapsed(), session.work().since(&self.work), experts)
+    }
 }

@@ -7,15 +7,18 @@ use st_experts::ExpertStore;
 use st_kernels::Isa;
 
 use crate::activations::Activations;
+use crate::batch::Batch;
 use crate::config::ModelConfig;
-use crate::engine::LoadOptions;
 use crate::error::ModelError;
-use crate::kv_cache::LayerKv;
-use crate::moe::Moe;
+use crate::moe::{ExpertLayer, Moe};
+use crate::observer::Observer;
 use crate::ops::{self, ActsScratch, Attention, Compute, Linear, RmsNorm};
+use crate::options::LoadOptions;
 use crate::router::Routing;
-use crate::session::Buffers;
+use crate::sequence::Sequence;
 use crate::weights::{self, TensorSource};
+use crate::work::Work;
+use crate::workspace::Workspace;
 
 struct Layer {
     attn_norm: RmsNorm,
@@ -59,7 +62,7 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Reads all weights but the experts'.
+    /// Reads all weights but the experts'; batches will have at most `batch` rows.
     ///
     /// # Errors
     /// Where the file cannot be read or a matrix has a type without kernels.
@@ -67,6 +70,7 @@ impl Model {
         source: &TensorSource<'_>,
         config: ModelConfig,
         store: ExpertStore,
+        batch: usize,
         options: &LoadOptions,
     ) -> Result<Self, ModelError> {
         let compute = Compute::new(options.threads, options.kernels()?)?;
@@ -94,7 +98,7 @@ impl Model {
             });
         }
         let output_norm = norm(weights::OUTPUT_NORM.into())?;
-        let moe = Moe::new(store, source.format().clone(), c, options.batch());
+        let moe = Moe::new(store, source.format().clone(), c, batch);
         Ok(Self { config, compute, embedding, layers, output_norm, head, moe })
     }
 
@@ -118,60 +122,122 @@ impl Model {
         self.moe.store()
     }
 
-    /// Token embeddings into the residual stream.
-    pub(crate) fn embed(&self, tokens: &[u32], a: &Activations) -> Result<(), ModelError> {
-        ops::embed(&self.embedding, tokens, &a.x)
+    /// Runs the rows of `batch`, which go on with `sequences`. Where it fails, the sequences are as before.
+    ///
+    /// # Errors
+    /// What is wrong with the batch, before anything is computed; what reading experts meets; what the observer says.
+    pub(crate) fn forward(
+        &self,
+        batch: &Batch,
+        sequences: &mut [&mut Sequence],
+        ws: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ModelError> {
+        batch.cut(|sequence| sequences[sequence].len(), &mut ws.runs);
+        let ran = self.run(batch, sequences, ws, observer);
+        match ran {
+            Ok(()) => {
+                for (&sequence, &token) in batch.sequences().iter().zip(batch.tokens()) {
+                    sequences[sequence].push(token);
+                }
+                ws.work.tokens += batch.len() as u64;
+            }
+            Err(_) => sequences.iter_mut().for_each(|sequence| sequence.trim()),
+        }
+        ran
     }
 
-    /// One layer over a batch whose first token is at `position`.
-    pub(crate) fn layer(
+    /// All layers and the head for a batch that was cut into runs.
+    fn run(
+        &self,
+        batch: &Batch,
+        sequences: &mut [&mut Sequence],
+        ws: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ModelError> {
+        for run in &ws.runs {
+            sequences[run.sequence].prepare(run.position + run.rows.len())?;
+        }
+        ws.rope.prepare(&ws.runs);
+        let (n, n_layers) = (batch.len(), self.layers.len());
+        let a = ws.activations(&self.config, n)?;
+        ops::embed(&self.embedding, batch.tokens(), &a.x)?;
+        for layer in 0..n_layers {
+            let work = self.layer(layer, batch, &a, sequences, ws, observer)?;
+            ws.layer_work[layer].add(&work);
+            ws.work.add(&work);
+            observer.routing(layer, batch, &ws.routing).map_err(shown("routing"))?;
+            a.with_residual(|x| observer.residual(layer, batch, x).map_err(shown("residual stream")))?;
+            if observer.progress(n * (layer + 1) / n_layers, n).is_break() {
+                return Err(ModelError::Cancelled);
+            }
+        }
+        self.head(&a, batch.wants_logits(), ws)
+    }
+
+    /// One layer; returns what it touched.
+    fn layer(
         &self,
         n: usize,
-        position: usize,
+        batch: &Batch,
         a: &Activations,
-        kv: &mut LayerKv,
-        buffers: &mut Buffers,
-    ) -> Result<(), ModelError> {
+        sequences: &mut [&mut Sequence],
+        ws: &mut Workspace,
+        observer: &mut dyn Observer,
+    ) -> Result<Work, ModelError> {
         let (layer, cx) = (&self.layers[n], &self.compute);
-        let Buffers { scratch, moe, routing, guess, rope, work, .. } = buffers;
+        let Workspace { scratch, moe, routing, guess, rope, runs, .. } = ws;
 
         // The router looks at the residual stream as it is. Its part is too small to be shared: one thread chooses the experts, and
         // has their reads begin, while the others begin with queries, keys and values.
         layer.attn_norm.forward(cx, &a.x, &a.normed)?;
         let choose = || {
             layer.route(&self.config, cx, &mut scratch.router_acts, a, routing)?;
-            Ok::<_, ModelError>(self.moe.prefetch(n, routing, moe))
+            Ok::<_, ModelError>(self.moe.prefetch(n, batch.kind(), routing, moe))
         };
         let experts = layer.qkv.forward_beside(cx, &mut scratch.acts, &a.normed, &a.qkv, choose)??;
         if layer.uses_rope {
             rope.forward(cx, &a.qkv)?;
         }
-        Attention { config: &self.config, position, kv }.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
+        let attention = Attention { config: &self.config, layer: n, runs, sequences };
+        attention.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
         layer.attn_output.forward(cx, &mut scratch.acts, &a.attn, &a.delta)?;
         ops::add(cx, &a.x, &a.delta)?;
 
         // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
-        if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(routing)) {
+        if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(batch.kind())) {
             next.route(&self.config, cx, &mut scratch.router_acts, a, guess)?;
-            self.moe.store().prefetch_guess(n + 1, guess.ids());
+            self.moe.guess(n + 1, guess, moe);
         }
 
         layer.ffn_norm.forward(cx, &a.x, &a.normed)?;
-        work.add(self.moe.forward(n, cx, &mut scratch.acts, moe, experts, routing, &a.normed, &a.x)?);
+        let pass = ExpertLayer { layer: n, cx, acts: &mut scratch.acts, scratch: moe, routing, observer };
+        let mut work = self.moe.forward(pass, experts, &a.normed, &a.x)?;
         work.weight_bytes += (layer.router.bytes() + layer.qkv.bytes() + layer.attn_output.bytes()) as u64;
-        Ok(())
+        Ok(work)
     }
 
-    /// Logits of one row of the residual stream, into the buffers.
-    pub(crate) fn head(&self, a: &Activations, row: usize, buffers: &mut Buffers) -> Result<(), ModelError> {
+    /// Logits of some rows of the residual stream, by one product.
+    pub(crate) fn head(&self, a: &Activations, rows: &[usize], ws: &mut Workspace) -> Result<(), ModelError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         let (cx, n_embd) = (&self.compute, self.config.n_embd);
-        ops::with_slice(&a.x, |x| {
-            self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], &mut buffers.head_input);
-            head.apply(cx, &mut buffers.scratch.acts, &buffers.head_input, &mut buffers.logits, || ());
+        a.with_residual(|x| {
+            let (input, logits) = ws.head.rows(rows.len(), n_embd);
+            for (&row, input) in rows.iter().zip(input.chunks_exact_mut(n_embd)) {
+                self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], input);
+            }
+            head.apply(cx, &mut ws.scratch.acts, input, logits, || ());
             Ok(())
         })?;
-        buffers.work.weight_bytes += head.bytes() as u64;
+        ws.work.weight_bytes += head.bytes() as u64;
         Ok(())
     }
+}
+
+/// An observer's failure to take what it was shown.
+fn shown(what: &'static str) -> impl FnOnce(std::io::Error) -> ModelError {
+    move |cause| ModelError::Observer { what, cause }
 }

@@ -5,6 +5,58 @@
 
 use crate::error::ModelError;
 
+/// How much of the model's experts is in memory. Everything else that differs between the two follows from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residency {
+    /// All: a slot for every expert, filled when it is first asked for, and nothing is ever evicted.
+    All,
+    /// Some, in slots that others take in turn.
+    Cached {
+        /// Experts that fit.
+        slots: usize,
+    },
+}
+
+impl Residency {
+    /// Whether experts are read again and again, and not once: then large pages serve their direct reads. Where every expert
+    /// stays, those gain 2 to 3 % of generation and cost seconds at the start on virtual machines whose host takes back free
+    /// memory.
+    pub fn reads_again(self) -> bool {
+        matches!(self, Self::Cached { .. })
+    }
+
+    /// Rows of a prompt that go through the layers together. Their buffers take memory from the cache; where there is none,
+    /// every matrix is unpacked a quarter as often.
+    pub fn batch(self) -> usize {
+        match self {
+            Self::All => 2048,
+            Self::Cached { .. } => 512,
+        }
+    }
+}
+
+/// What the caller asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanRequest {
+    /// The most memory that the process may use.
+    pub budget: Option<u64>,
+    /// Context length in tokens; `None` lets the plan choose.
+    pub ctx: Option<usize>,
+    /// Conversations at once.
+    pub sequences: usize,
+    /// At most this many slots for experts.
+    pub slots: Option<usize>,
+}
+
+/// What a residency costs.
+#[derive(Clone, Copy, Debug)]
+pub struct Costs {
+    /// What stays the same whatever the budget is.
+    pub fixed: FixedCosts,
+    /// What grows.
+    pub variable: VariableCosts,
+}
+
 /// What stays the same whatever the budget is.
 #[derive(Clone, Copy, Debug)]
 pub struct FixedCosts {
@@ -21,9 +73,9 @@ pub struct FixedCosts {
 /// What grows with the context and with the slots.
 #[derive(Clone, Copy, Debug)]
 pub struct VariableCosts {
-    /// KV cache of all layers that attend to everything, for one position.
+    /// Keys and values of one sequence, in all layers that attend to everything, for one position.
     pub kv_full_per_token: u64,
-    /// KV cache of all window layers; it does not grow.
+    /// The same in all window layers; it does not grow.
     pub kv_window: u64,
     /// One expert in the cache.
     pub slot: u64,
@@ -57,14 +109,16 @@ pub struct MemoryPlan {
     pub scratch: u64,
     /// See [`FixedCosts::io`].
     pub io: u64,
-    /// KV cache of the layers that attend to everything, at the full context.
+    /// Conversations at once.
+    pub sequences: usize,
+    /// Keys and values of all sequences, in the layers that attend to everything, at the full context.
     pub kv_full: u64,
-    /// KV cache of the window layers.
+    /// The same in the window layers.
     pub kv_window: u64,
     /// One expert in the cache.
     pub slot: u64,
-    /// Experts that fit in the cache.
-    pub n_slots: usize,
+    /// How much of the experts is in memory.
+    pub residency: Residency,
     /// Experts of the model.
     pub n_experts_total: usize,
     /// Experts that one token touches: fewer slots than this and nearly every expert is read for every token.
@@ -84,40 +138,48 @@ const KV_SHARE: u64 = 6;
 const CTX_FLOOR: usize = 1024;
 
 impl MemoryPlan {
-    /// A plan without a budget: a slot for every expert.
+    /// The plan: the context first (as asked for, or what a small share of the memory allows), then every expert where they
+    /// all fit, otherwise as many slots as the rest holds. `all` and `cached` are what either costs.
     ///
     /// # Errors
-    /// [`ModelError::Context`] for a context of no tokens or beyond the model's.
-    pub fn unlimited(
-        fixed: FixedCosts,
-        variable: VariableCosts,
-        shape: PlanShape,
-        ctx: Option<usize>,
-    ) -> Result<Self, ModelError> {
-        let ctx = check_ctx(ctx, shape)?.unwrap_or(shape.max_ctx);
-        Ok(Self::assemble(None, fixed, variable, shape, ctx, 0, shape.n_layers * shape.n_experts))
+    /// [`ModelError::Budget`] with the smallest budget that works; [`ModelError::Context`] for a context of no tokens or beyond
+    /// the model's.
+    pub fn new(request: &PlanRequest, shape: PlanShape, all: Costs, cached: Costs) -> Result<Self, ModelError> {
+        let asked = check_ctx(request.ctx, shape)?;
+        let cap = request.slots.filter(|&slots| slots < shape.n_layers * shape.n_experts);
+        let plan = |costs, residency, ctx, reserve| Self::assemble(request, costs, shape, residency, ctx, reserve);
+        let Some(budget) = request.budget else {
+            let ctx = asked.unwrap_or(shape.max_ctx);
+            return Ok(match cap {
+                None => plan(all, Residency::All, ctx, 0),
+                Some(slots) => plan(cached, Residency::Cached { slots }, ctx, 0),
+            });
+        };
+        let streamed = Self::for_budget(budget, request, shape, cached, asked)?;
+        let resident = plan(all, Residency::All, streamed.ctx, streamed.reserve);
+        Ok(match cap {
+            None if resident.total() <= budget => resident,
+            None => streamed,
+            Some(cap) => Self { residency: Residency::Cached { slots: streamed.n_slots().min(cap) }, ..streamed },
+        })
     }
 
-    /// A plan for `budget` bytes: the context first (as asked for, or what a small share of the memory allows), then
-    /// as many slots as the rest holds.
-    ///
-    /// # Errors
-    /// [`ModelError::Budget`] with the smallest budget that works; [`ModelError::Context`].
-    pub fn for_budget(
+    /// A plan for `budget` bytes with as many slots as they hold.
+    fn for_budget(
         budget: u64,
-        fixed: FixedCosts,
-        variable: VariableCosts,
+        request: &PlanRequest,
         shape: PlanShape,
-        ctx: Option<usize>,
+        costs: Costs,
+        asked: Option<usize>,
     ) -> Result<Self, ModelError> {
-        let asked = check_ctx(ctx, shape)?;
         let n_total = shape.n_layers * shape.n_experts;
+        let variable = &costs.variable;
         // A wave of a prompt computes on one half while the other half loads.
         let min_slots = (2 * shape.n_experts_used).min(n_total);
         let smallest_ctx = asked.unwrap_or(CTX_FLOOR.min(shape.max_ctx));
-        let floor = |ctx: usize, reserve: u64| {
-            Self::assemble(Some(budget), fixed, variable, shape, ctx, reserve, min_slots).total()
-        };
+        let plan =
+            |slots, ctx, reserve| Self::assemble(request, costs, shape, Residency::Cached { slots }, ctx, reserve);
+        let floor = |ctx: usize, reserve: u64| plan(min_slots, ctx, reserve).total();
         let reserve = reserve_of(budget);
         if floor(smallest_ctx, reserve) > budget {
             let minimum = Self::budget_for(floor(smallest_ctx, 0));
@@ -125,40 +187,55 @@ impl MemoryPlan {
         }
         let free = budget - floor(0, reserve) + min_slots as u64 * variable.slot;
         let ctx = asked.unwrap_or_else(|| {
-            let affordable = (free / KV_SHARE).checked_div(variable.kv_full_per_token).unwrap_or(u64::MAX);
+            let per_token = variable.kv_full_per_token * request.sequences.max(1) as u64;
+            let affordable = (free / KV_SHARE).checked_div(per_token).unwrap_or(u64::MAX);
             let stepped = usize::try_from(affordable).unwrap_or(usize::MAX) / shape.ctx_step * shape.ctx_step;
             stepped.clamp(smallest_ctx, shape.max_ctx)
         });
-        let rest = budget - Self::assemble(Some(budget), fixed, variable, shape, ctx, reserve, 0).total();
+        let rest = budget - plan(0, ctx, reserve).total();
         let n_slots = usize::try_from(rest / variable.slot.max(1)).unwrap_or(usize::MAX).min(n_total);
-        Ok(Self::assemble(Some(budget), fixed, variable, shape, ctx, reserve, n_slots))
+        Ok(plan(n_slots, ctx, reserve))
     }
 
     fn assemble(
-        budget: Option<u64>,
-        fixed: FixedCosts,
-        variable: VariableCosts,
+        request: &PlanRequest,
+        Costs { fixed, variable }: Costs,
         shape: PlanShape,
+        residency: Residency,
         ctx: usize,
         reserve: u64,
-        n_slots: usize,
     ) -> Self {
         let positions = ctx.next_multiple_of(shape.ctx_step.max(1)) as u64;
+        let sequences = request.sequences.max(1);
         Self {
-            budget,
+            budget: request.budget,
             process: fixed.process,
             dense: fixed.dense,
             scratch: fixed.scratch,
             io: fixed.io,
-            kv_full: positions * variable.kv_full_per_token,
-            kv_window: variable.kv_window,
+            sequences,
+            kv_full: sequences as u64 * positions * variable.kv_full_per_token,
+            kv_window: sequences as u64 * variable.kv_window,
             slot: variable.slot,
-            n_slots,
+            residency,
             n_experts_total: shape.n_layers * shape.n_experts,
             token_cycle: shape.n_layers * shape.n_experts_used,
             reserve,
             ctx,
         }
+    }
+
+    /// Experts that have a slot.
+    pub fn n_slots(&self) -> usize {
+        match self.residency {
+            Residency::All => self.n_experts_total,
+            Residency::Cached { slots } => slots,
+        }
+    }
+
+    /// Whether what the expert cache does is worth a report: where there is a budget, or experts are read again.
+    pub fn reports_cache(&self) -> bool {
+        self.budget.is_some() || self.residency.reads_again()
     }
 
     /// A budget, no larger than need be, of which `bytes` can be spent and the reserve is still there.
@@ -180,12 +257,12 @@ impl MemoryPlan {
 
     /// Everything together, in bytes.
     pub fn total(&self) -> u64 {
-        self.beside_cache() + self.slot * self.n_slots as u64 + self.reserve
+        self.beside_cache() + self.slot * self.n_slots() as u64 + self.reserve
     }
 
     /// Whether so few experts fit that nearly every one is read again for every token.
     pub fn thrashes(&self) -> bool {
-        self.n_slots < self.token_cycle.min(self.n_experts_total)
+        self.n_slots() < self.token_cycle.min(self.n_experts_total)
     }
 }
 
@@ -207,36 +284,77 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn costs() -> (FixedCosts, VariableCosts, PlanShape) {
-        (
-            FixedCosts { process: 40 * MIB, dense: 240 * MIB, scratch: 30 * MIB, io: 8 * MIB },
-            VariableCosts { kv_full_per_token: 32 << 10, kv_window: 0, slot: 2 * MIB },
-            PlanShape { n_layers: 32, n_experts: 32, n_experts_used: 4, max_ctx: 32768, ctx_step: 256 },
-        )
+    const SHAPE: PlanShape =
+        PlanShape { n_layers: 32, n_experts: 32, n_experts_used: 4, max_ctx: 32768, ctx_step: 256 };
+
+    /// What either residency costs: a large batch takes 90 MiB more.
+    fn costs() -> [Costs; 2] {
+        [120, 30].map(|scratch| Costs {
+            fixed: FixedCosts { process: 40 * MIB, dense: 240 * MIB, scratch: scratch * MIB, io: 8 * MIB },
+            variable: VariableCosts { kv_full_per_token: 32 << 10, kv_window: MIB, slot: 2 * MIB },
+        })
+    }
+
+    fn plan(budget: Option<u64>, ctx: Option<usize>, sequences: usize) -> Result<MemoryPlan, ModelError> {
+        let [all, cached] = costs();
+        MemoryPlan::new(&PlanRequest { budget, ctx, sequences, slots: None }, SHAPE, all, cached)
     }
 
     #[test]
     fn a_budget_is_never_exceeded_and_nearly_spent() {
-        let (fixed, variable, shape) = costs();
-        for mib in (400..4000).step_by(37) {
-            let budget = mib * MIB;
-            let plan = MemoryPlan::for_budget(budget, fixed, variable, shape, None).expect("enough memory");
-            assert!(plan.total() <= budget, "{} MiB of {mib}", plan.total() / MIB);
-            assert!(plan.n_slots == 1024 || budget - plan.total() < variable.slot);
+        for sequences in [1, 2, 8] {
+            for mib in (700..4000).step_by(37) {
+                let budget = mib * MIB;
+                let plan = plan(Some(budget), None, sequences).expect("enough memory");
+                assert!(plan.total() <= budget, "{} MiB of {mib}", plan.total() / MIB);
+                assert!(plan.n_slots() == 1024 || budget - plan.total() < plan.slot);
+                // Every conversation can fill the context.
+                assert_eq!(plan.kv_full, (sequences * plan.ctx.next_multiple_of(256)) as u64 * (32 << 10));
+                assert_eq!(plan.kv_window, sequences as u64 * MIB);
+            }
+        }
+    }
+
+    #[test]
+    fn all_experts_are_held_where_they_fit_with_the_large_batch() {
+        let (mut residencies, mut before) = (Vec::new(), 0);
+        for mib in 2400..3400 {
+            let plan = plan(Some(mib * MIB), Some(4096), 1).expect("enough memory");
+            assert!(plan.n_slots() >= before && plan.total() <= mib * MIB);
+            before = plan.n_slots();
+            residencies.push(plan.residency);
+        }
+        residencies.dedup();
+        // Slots for some, then for all with small batches, then everything.
+        let all_at = residencies.iter().position(|&residency| residency == Residency::All).expect("3.3 GiB are enough");
+        assert_eq!(all_at, residencies.len() - 1);
+        assert_eq!(residencies[all_at - 1], Residency::Cached { slots: 1024 });
+        assert_eq!([Residency::All, Residency::Cached { slots: 9 }].map(Residency::batch), [2048, 512]);
+    }
+
+    #[test]
+    fn slots_are_capped_in_every_plan() {
+        let [all, cached] = costs();
+        for budget in [None, Some(700 * MIB), Some(9000 * MIB)] {
+            let capped = |slots| {
+                let request = PlanRequest { budget, ctx: None, sequences: 1, slots: Some(slots) };
+                MemoryPlan::new(&request, SHAPE, all, cached).expect("a plan")
+            };
+            assert_eq!(capped(50).residency, Residency::Cached { slots: 50 });
+            assert!(capped(50).reports_cache());
+            assert_eq!(capped(1024), plan(budget, None, 1).expect("a plan"));
         }
     }
 
     #[test]
     fn the_minimum_named_in_the_refusal_works() {
-        let (fixed, variable, shape) = costs();
-        for ctx in [None, Some(1), Some(4096), Some(32768)] {
-            let Err(ModelError::Budget { minimum, .. }) = MemoryPlan::for_budget(MIB, fixed, variable, shape, ctx)
-            else {
+        for (ctx, sequences) in [(None, 1), (Some(1), 2), (Some(4096), 8), (Some(32768), 1)] {
+            let Err(ModelError::Budget { minimum, .. }) = plan(Some(MIB), ctx, sequences) else {
                 panic!("1 MiB is too little");
             };
-            let plan = MemoryPlan::for_budget(minimum, fixed, variable, shape, ctx).expect("the stated minimum");
-            assert!(plan.n_slots >= 8 && plan.thrashes());
-            assert!(MemoryPlan::for_budget(minimum - MIB, fixed, variable, shape, ctx).is_err());
+            let smallest = plan(Some(minimum), ctx, sequences).expect("the stated minimum");
+            assert!(smallest.n_slots() >= 8 && smallest.thrashes());
+            assert!(plan(Some(minimum - MIB), ctx, sequences).is_err());
         }
     }
 
@@ -252,18 +370,15 @@ mod tests {
 
     #[test]
     fn without_a_budget_every_expert_has_a_slot() {
-        let (fixed, variable, shape) = costs();
-        let plan = MemoryPlan::unlimited(fixed, variable, shape, None).expect("a plan");
-        assert_eq!((plan.n_slots, plan.ctx), (1024, 32768));
-        assert!(!plan.thrashes());
+        let plan = plan(None, None, 1).expect("a plan");
+        assert_eq!((plan.residency, plan.n_slots(), plan.ctx), (Residency::All, 1024, 32768));
+        assert!(!plan.thrashes() && !plan.reports_cache());
     }
 
     #[test]
     fn a_context_beyond_the_model_is_refused() {
-        let (fixed, variable, shape) = costs();
         for ctx in [0, 32769] {
-            let got = MemoryPlan::unlimited(fixed, variable, shape, Some(ctx));
-            assert!(matches!(got, Err(ModelError::Context { .. })));
+            assert!(matches!(plan(None, Some(ctx), 1), Err(ModelError::Context { .. })));
         }
     }
 }

@@ -16,11 +16,15 @@ pub struct Routing {
 impl Routing {
     /// Chooses for each row of `logits` (`[tokens, n_experts]`).
     pub fn choose(&mut self, config: &ModelConfig, logits: &[f32]) {
-        let k = config.n_experts_used;
+        self.choose_best(config.n_experts_used, config.n_experts, config.gating, logits);
+    }
+
+    /// Chooses the `k` best of each row of `n_experts` logits.
+    pub(crate) fn choose_best(&mut self, k: usize, n_experts: usize, gating: Gating, logits: &[f32]) {
         self.n_used = k;
         self.ids.clear();
         self.weights.clear();
-        for row in logits.chunks_exact(config.n_experts) {
+        for row in logits.chunks_exact(n_experts) {
             let start = self.ids.len();
             for _ in 0..k {
                 let taken = &self.ids[start..];
@@ -34,7 +38,7 @@ impl Routing {
                 // There are at least `k` experts, so one is always left.
                 self.ids.push(best.unwrap_or_default() as u32);
             }
-            self.weigh(config.gating, row, start);
+            self.weigh(gating, row, start);
         }
     }
 

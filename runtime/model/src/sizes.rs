@@ -5,15 +5,15 @@ use std::sync::Arc;
 use st_experts::{ExpertStore, SlotFormat, StoreOptions};
 use st_kernels::{ExpertFormat, Kernels, Matrix, Q8Acts};
 
-use crate::activations::Activations;
 use crate::config::ModelConfig;
-use crate::engine::LoadOptions;
 use crate::error::ModelError;
-use crate::kv_cache::{LayerKv, POSITION_STEP};
+use crate::kv_cache::{self, POSITION_STEP};
 use crate::moe::Moe;
 use crate::ops::Linear;
-use crate::plan::{FixedCosts, MemoryPlan, PlanShape, VariableCosts};
+use crate::options::LoadOptions;
+use crate::plan::{Costs, FixedCosts, MemoryPlan, PlanRequest, PlanShape, Residency, VariableCosts};
 use crate::weights::{self, TensorSource};
+use crate::workspace::{Workspace, logit_rows};
 
 /// The expert format as the store wants it: where matrices lie in a slot, and how to put them there.
 #[derive(Debug)]
@@ -54,28 +54,11 @@ pub(crate) fn plan(
     config: &ModelConfig,
     options: &LoadOptions,
 ) -> Result<MemoryPlan, ModelError> {
-    let slots = slot_format(source, options.kernels()?);
-    // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
-    let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
-    let one = ExpertStore::memory_for(source.experts(), &*slots, &StoreOptions { n_slots: 1, ..options.store() });
-    let fixed = FixedCosts {
-        process: resident_bytes(),
-        dense: dense(source, config)?,
-        scratch: scratch(config, source.n_vocab(), options.batch()),
-        io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
-    };
-    let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
-    let kv_type = options.kv_type_for(source.format().ty());
-    let per_step = LayerKv::bytes(config, kv_type, POSITION_STEP);
-    let window_layers = (0..config.n_layers).filter(|&layer| config.windows[layer].is_some());
-    let ring = |layer| {
-        let ctx = options.ctx.unwrap_or(config.context_length);
-        LayerKv::bytes(config, kv_type, LayerKv::positions(config, layer, ctx, options.batch()))
-    };
-    let variable = VariableCosts {
-        kv_full_per_token: full_layers * per_step / POSITION_STEP as u64,
-        kv_window: window_layers.map(ring).sum(),
-        slot: slot as u64,
+    let request = PlanRequest {
+        budget: options.memory,
+        ctx: options.ctx,
+        sequences: options.sequences.max(1),
+        slots: options.slots,
     };
     let shape = PlanShape {
         n_layers: config.n_layers,
@@ -84,13 +67,32 @@ pub(crate) fn plan(
         max_ctx: config.context_length,
         ctx_step: POSITION_STEP,
     };
-    let mut plan = match options.memory {
-        None => MemoryPlan::unlimited(fixed, variable, shape, options.ctx),
-        Some(budget) => MemoryPlan::for_budget(budget, fixed, variable, shape, options.ctx),
-    }
-    .map_err(with_slack)?;
-    plan.n_slots = plan.n_slots.min(options.slots.unwrap_or(usize::MAX));
-    Ok(plan)
+    let (process, dense) = (resident_bytes(), dense(source, config)?);
+    let slots = slot_format(source, options.kernels()?);
+    // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
+    let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
+    let costs = |residency: Residency| {
+        let store = StoreOptions { n_slots: 1, ..options.store(residency) };
+        let one = ExpertStore::memory_for(source.experts(), &*slots, &store);
+        let fixed = FixedCosts {
+            process,
+            dense,
+            scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
+            io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
+        };
+        let page = kv_cache::format(config, options.kv_type_for(source.format().ty())).page_bytes() as u64;
+        let ctx = options.ctx.unwrap_or(config.context_length);
+        let of = |window: &Option<usize>| page * kv_cache::most_pages(*window, ctx, residency.batch()) as u64;
+        let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;
+        let variable = VariableCosts {
+            kv_full_per_token: full_layers * page / POSITION_STEP as u64,
+            kv_window: config.windows.iter().filter(|window| window.is_some()).map(of).sum(),
+            slot: slot as u64,
+        };
+        Costs { fixed, variable }
+    };
+    let cached = Residency::Cached { slots: 1 };
+    MemoryPlan::new(&request, shape, costs(Residency::All), costs(cached)).map_err(with_slack)
 }
 
 /// The process is measured anew at every start and differs a little: the smallest budget that is named has to work then, too.
@@ -133,13 +135,15 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelEr
     Ok(total + norms as u64)
 }
 
-/// Activations and scratch of one session: one token, one batch, the experts' parts, logits.
-fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize) -> u64 {
-    let activations = (batch + 1) * Activations::bytes_per_token(config);
+/// The workspace: activations, what experts need, logits.
+fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize, sequences: usize) -> u64 {
     let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, batch)).iter().sum::<usize>();
-    // Logits, and what sampling makes of them.
-    let head = 4 * n_vocab * size_of::<f32>();
-    (activations + inputs + Moe::scratch_bytes(config, batch) + head) as u64
+    // What sampling makes of logits.
+    let sampling = 3 * n_vocab * size_of::<f32>();
+    (Workspace::bytes(config, n_vocab, batch, logit_rows(sequences))
+        + inputs
+        + Moe::scratch_bytes(config, batch)
+        + sampling) as u64
 }
 
 /// Resident memory of this process now, in bytes; 0 where the system does not tell.

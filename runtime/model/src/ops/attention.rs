@@ -4,29 +4,41 @@ use candle_core::Tensor;
 use st_kernels::{kv_chunks, partial_len, visible_range};
 
 use super::{Compute, in_place};
+use crate::batch::Run;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::kv_cache::LayerKv;
+use crate::sequence::Sequence;
 
-/// Tokens of a batch that one task takes.
-const TASK_TOKENS: usize = 8;
+/// Rows of a run that one task takes.
+const TASK_ROWS: usize = 8;
 
 /// Buffers that attention needs besides its operands.
 #[derive(Debug, Default)]
 pub(crate) struct AttentionScratch {
-    /// What each chunk of positions adds to the output of one token; `[n_kv_heads, chunks, partial_len]`.
+    /// What one chunk of positions adds to the output of a row's heads; `[tasks, partial_len]`.
     partials: Vec<f32>,
+    tasks: Vec<ChunkTask>,
 }
 
-/// Attention of one layer for the tokens from `position` on.
-pub(crate) struct Attention<'a> {
+/// One KV head of one row, over one chunk of positions.
+#[derive(Debug, Clone, Copy)]
+struct ChunkTask {
+    /// Which run the row is.
+    run: usize,
+    head: usize,
+    chunk: usize,
+}
+
+/// Attention of one layer for all runs of a batch.
+pub(crate) struct Attention<'a, 's> {
     pub(crate) config: &'a ModelConfig,
-    pub(crate) position: usize,
-    pub(crate) kv: &'a mut LayerKv,
+    pub(crate) layer: usize,
+    pub(crate) runs: &'a [Run],
+    pub(crate) sequences: &'a mut [&'s mut Sequence],
 }
 
-impl Attention<'_> {
-    /// `qkv` is `[tokens, q_dim + 2 * kv_dim]`, `out` is `[tokens, q_dim]`.
+impl Attention<'_, '_> {
+    /// `qkv` is `[rows, q_dim + 2 * kv_dim]`, `out` is `[rows, q_dim]`.
     pub(crate) fn forward(
         self,
         cx: &Compute,
@@ -37,11 +49,15 @@ impl Attention<'_> {
         let state = std::cell::RefCell::new((self, scratch));
         in_place("attention", out, qkv, |out, qkv| {
             let (this, scratch) = &mut *state.borrow_mut();
-            let width = this.width();
-            this.kv.write(&cx.pool, this.position, qkv, width);
-            match qkv.len() / width {
-                1 => this.one(cx, scratch, qkv, out),
-                _ => this.many(cx, qkv, out),
+            let (width, q_dim) = (this.width(), this.config.q_dim());
+            for run in this.runs {
+                let rows = &qkv[run.rows.start * width..run.rows.end * width];
+                this.sequences[run.sequence].kv_mut(this.layer).write(&cx.pool, run.position, rows, width);
+            }
+            this.single_rows(cx, scratch, qkv, out);
+            for run in this.runs.iter().filter(|run| run.rows.len() > 1) {
+                let rows = &qkv[run.rows.start * width..run.rows.end * width];
+                this.many_rows(cx, run, rows, &mut out[run.rows.start * q_dim..run.rows.end * q_dim]);
             }
             Ok(())
         })
@@ -55,37 +71,54 @@ impl Attention<'_> {
         1.0 / (self.config.head_dim as f32).sqrt()
     }
 
-    /// One token: threads share the positions that it sees.
-    fn one(&self, cx: &Compute, scratch: &mut AttentionScratch, qkv: &[f32], out: &mut [f32]) {
-        let (c, buffer) = (self.config, self.kv.buffer());
-        let group = c.n_heads / c.n_kv_heads * c.head_dim;
-        let visible = visible_range(self.position, self.kv.window());
-        let chunks = kv_chunks(&visible);
-        let len = partial_len(c.n_heads / c.n_kv_heads, c.head_dim);
-        let needed = c.n_kv_heads * chunks.len() * len;
-        if scratch.partials.len() < needed {
-            scratch.partials.resize(needed.next_power_of_two(), 0.0);
+    /// Width of the query heads that share a KV head.
+    fn group(&self) -> usize {
+        self.config.n_heads / self.config.n_kv_heads * self.config.head_dim
+    }
+
+    /// Runs of one row: threads share the positions that they see, of all of them together.
+    fn single_rows(&self, cx: &Compute, scratch: &mut AttentionScratch, qkv: &[f32], out: &mut [f32]) {
+        let (c, group, width) = (self.config, self.group(), self.width());
+        let kv = |run: &Run| self.sequences[run.sequence].kv(self.layer);
+        let visible = |run: &Run| visible_range(run.position, kv(run).window());
+        let AttentionScratch { partials, tasks } = scratch;
+        tasks.clear();
+        for (i, run) in self.runs.iter().enumerate().filter(|(_, run)| run.rows.len() == 1) {
+            let chunks = kv_chunks(&visible(run));
+            tasks.extend(
+                (0..c.n_kv_heads).flat_map(|head| chunks.clone().map(move |chunk| ChunkTask { run: i, head, chunk })),
+            );
         }
-        let partials = &mut scratch.partials[..needed];
+        let len = partial_len(c.n_heads / c.n_kv_heads, c.head_dim);
+        let needed = tasks.len() * len;
+        if partials.len() < needed {
+            partials.resize(needed.next_power_of_two(), 0.0);
+        }
+        let (partials, tasks) = (&mut partials[..needed], &*tasks);
         cx.pool.run_chunks(partials, len, &|i, partial| {
-            let (head, chunk) = (i / chunks.len(), chunks.start + i % chunks.len());
-            let q = &qkv[head * group..(head + 1) * group];
-            cx.kernels.attend_chunk(buffer, head, q, visible.clone(), chunk, self.scale(), partial);
+            let ChunkTask { run, head, chunk } = tasks[i];
+            let run = &self.runs[run];
+            let q = &qkv[run.rows.start * width + head * group..][..group];
+            let pages = kv(run).pages();
+            cx.kernels.attend_chunk(pages, head, q, visible(run), chunk, self.scale(), partial);
         });
-        for (partials, out) in partials.chunks_exact(chunks.len() * len).zip(out.chunks_exact_mut(group)) {
-            cx.kernels.attend_merge(partials, c.head_dim, out);
+        let mut rest = &*partials;
+        for same in tasks.chunk_by(|a, b| (a.run, a.head) == (b.run, b.head)) {
+            let (these, others) = rest.split_at(same.len() * len);
+            let at = self.runs[same[0].run].rows.start * c.q_dim() + same[0].head * group;
+            cx.kernels.attend_merge(these, c.head_dim, &mut out[at..at + group]);
+            rest = others;
         }
     }
 
-    /// A batch: threads share tokens and KV heads.
-    fn many(&self, cx: &Compute, qkv: &[f32], out: &mut [f32]) {
-        let (c, buffer) = (self.config, self.kv.buffer());
-        let (q_dim, width) = (c.q_dim(), self.width());
-        let group = c.n_heads / c.n_kv_heads * c.head_dim;
-        cx.pool.run_tiles(out, q_dim, TASK_TOKENS, group, &|mut out| {
+    /// A run of several rows: threads share rows and KV heads.
+    fn many_rows(&self, cx: &Compute, run: &Run, qkv: &[f32], out: &mut [f32]) {
+        let (c, group, width) = (self.config, self.group(), self.width());
+        let kv = self.sequences[run.sequence].kv(self.layer);
+        cx.pool.run_tiles(out, c.q_dim(), TASK_ROWS, group, &|mut out| {
             let head = out.columns().start / group;
-            let window = self.kv.window();
-            cx.kernels.attend_batch(buffer, head, qkv, width, self.position, window, self.scale(), &mut out);
+            let (pages, window) = (kv.pages(), kv.window());
+            cx.kernels.attend_batch(pages, head, qkv, width, run.position, window, self.scale(), &mut out);
         });
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::{Compute, in_place, slice_mut};
+use crate::batch::Run;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::router::Routing;
@@ -51,13 +52,13 @@ pub(crate) fn add(cx: &Compute, x: &Tensor, delta: &Tensor) -> Result<(), ModelE
     })
 }
 
-/// Adds the weighted parts of the chosen experts to `x` (`[tokens, n_embd]`), rank after rank. `parts` are rows of
-/// `n_embd`: row `pair_of[token * n_used + rank]`, or row `rank` where there is one token.
+/// Adds the weighted parts of the chosen experts to `x` (`[rows, n_embd]`), rank after rank: for each row and rank, row
+/// `pair_of[row * n_used + rank]` of `parts` (`[pairs, n_embd]`).
 pub(crate) fn add_experts(
     cx: &Compute,
     x: &Tensor,
     parts: &[f32],
-    pair_of: Option<&[usize]>,
+    pair_of: &[usize],
     routing: &Routing,
 ) -> Result<(), ModelError> {
     Ok(x.inplace_op1(&AddExperts { cx, parts, pair_of, routing })?)
@@ -66,7 +67,7 @@ pub(crate) fn add_experts(
 struct AddExperts<'a> {
     cx: &'a Compute,
     parts: &'a [f32],
-    pair_of: Option<&'a [usize]>,
+    pair_of: &'a [usize],
     routing: &'a Routing,
 }
 
@@ -83,7 +84,7 @@ impl candle_core::InplaceOp1 for AddExperts<'_> {
             for (i, x) in x.chunks_exact_mut(width).enumerate() {
                 for rank in 0..n_used {
                     let at = (chunk * ROWS + i) * n_used + rank;
-                    let part = self.pair_of.map_or(at, |pair_of| pair_of[at]);
+                    let part = self.pair_of[at];
                     let weight = self.routing.weights()[at];
                     self.cx.kernels.add_scaled(x, weight, &self.parts[part * width..(part + 1) * width]);
                 }
@@ -122,11 +123,11 @@ impl Rope {
         }
     }
 
-    /// Computes the angles of `tokens` positions from `position` on.
-    pub(crate) fn prepare(&mut self, position: usize, tokens: usize) {
+    /// Computes the angles of the rows of `runs`.
+    pub(crate) fn prepare(&mut self, runs: &[Run]) {
         self.cos.clear();
         self.sin.clear();
-        for position in position..position + tokens {
+        for position in runs.iter().flat_map(|run| run.position..run.position + run.rows.len()) {
             for frequency in &self.inv_freq {
                 let (sin, cos) = (position as f32 * frequency).sin_cos();
                 self.cos.push(cos);

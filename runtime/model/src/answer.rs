@@ -1,0 +1,141 @@
+//! One answer in the making: logits in, the next token out, until it ends.
+//!
+//! Owns when an answer ends (an end token, a stop string, the limit, the context, the caller) and the text that it makes,
+//! whole characters only. It runs nothing: whoever drives it runs the tokens that it gives, alone or with others'.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::engine::Engine;
+use crate::sampler::{Sampler, SamplerError};
+use crate::text::TextStream;
+
+/// When an answer ends, besides the model's own end tokens.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// At most this many tokens; `None` goes on until the context is full.
+    pub max_tokens: Option<usize>,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end token, or a stop string.
+    Stop,
+    /// The limit of tokens, or the end of the context.
+    Length,
+    /// The caller asked for it.
+    Cancelled,
+    /// The model failed; what was made before is whole.
+    Error,
+}
+
+/// What comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// This token is to be run; its logits are wanted.
+    Token(u32),
+    /// The answer is over.
+    Finish(FinishReason),
+}
+
+/// An answer as far as it is made.
+#[derive(Debug)]
+pub struct Answer {
+    engine: Arc<Engine>,
+    stream: TextStream,
+    max_tokens: usize,
+    /// Tokens that can still be run.
+    room: usize,
+    ids: Vec<u32>,
+    text: String,
+    /// What of the text was taken.
+    taken: usize,
+    finish_reason: Option<FinishReason>,
+}
+
+impl Answer {
+    /// An answer of the model of `engine`, where the context has room for `room` tokens after the prompt.
+    pub fn new(engine: &Arc<Engine>, options: &GenerateOptions, room: usize) -> Self {
+        let max_tokens = options.max_tokens.unwrap_or(usize::MAX);
+        Self {
+            engine: Arc::clone(engine),
+            stream: TextStream::new(options.stop.clone()),
+            max_tokens,
+            room,
+            ids: Vec::with_capacity(max_tokens.min(256).min(room)),
+            text: String::new(),
+            taken: 0,
+            finish_reason: None,
+        }
+    }
+
+    /// Chooses the next token by the logits of the latest (at first, of the prompt's last).
+    ///
+    /// # Errors
+    /// Where `sampler` finds none; the answer stays as it is.
+    pub fn next(&mut self, logits: &[f32], sampler: &mut Sampler) -> Result<Next, SamplerError> {
+        if let Some(reason) = self.finish_reason {
+            return Ok(Next::Finish(reason));
+        }
+        if self.ids.len() >= self.max_tokens {
+            return Ok(Next::Finish(self.finish(FinishReason::Length)));
+        }
+        let id = sampler.sample(logits)?;
+        sampler.accept(id);
+        self.ids.push(id);
+        if self.engine.end_ids().contains(&id) {
+            return Ok(Next::Finish(self.finish(FinishReason::Stop)));
+        }
+        let tokenizer = self.engine.tokenizer();
+        let step = self.stream.push(tokenizer.map_or(&[][..], |tokenizer| tokenizer.visible_bytes(id)));
+        self.text.push_str(step.text);
+        if step.stopped.is_some() {
+            return Ok(Next::Finish(self.finish(FinishReason::Stop)));
+        }
+        if self.ids.len() > self.room || self.ids.len() >= self.max_tokens {
+            return Ok(Next::Finish(self.finish(FinishReason::Length)));
+        }
+        Ok(Next::Token(id))
+    }
+
+    /// Ends it, if it has not ended: what was held back for a stop string that might have come is text now. Returns why it
+    /// ended.
+    pub fn finish(&mut self, reason: FinishReason) -> FinishReason {
+        if self.finish_reason.is_none() {
+            self.text.push_str(self.stream.finish().text);
+        }
+        *self.finish_reason.get_or_insert(reason)
+    }
+
+    /// The text that was added since this was called last; empty where a character is still incomplete, or a stop string may
+    /// be coming.
+    pub fn take_text(&mut self) -> &str {
+        let from = std::mem::replace(&mut self.taken, self.text.len());
+        &self.text[from..]
+    }
+
+    /// The text, without end tokens and stop strings; empty where the file has no tokenizer.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The token ids made, an end token included.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Why it ended; `None` while it goes on.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish_reason
+    }
+
+    /// Text and ids, taken out.
+    pub(crate) fn into_parts(self) -> (String, Vec<u32>) {
+        (self.text, self.ids)
+    }
+}

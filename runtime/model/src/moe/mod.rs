@@ -1,0 +1,242 @@
+//! The experts of a layer: `x += Σ weight · down · (up·y ⊙ relu(gate·y))` over the chosen ones.
+//!
+//! Owns the order: experts are computed as they land in the cache, each (row, expert) pair into a place of its own, and
+//! added in the order of the router's ranks, so that the order of arrival never shows in a bit. Each expert is acquired
+//! once for all rows; one that few rows chose goes through the sparse kernels, others through the dense ones.
+
+mod dense;
+mod pairs;
+mod sparse;
+
+use candle_core::Tensor;
+use st_experts::{ExpertStore, Lease, Use, Waves};
+use st_gguf::Matrix;
+use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, UNIT_ROWS};
+
+use crate::batch::BatchKind;
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::observer::Observer;
+use crate::ops::{self, ActsScratch, Compute};
+use crate::router::Routing;
+use crate::work::Work;
+use dense::DenseScratch;
+use pairs::Pairs;
+use sparse::SparseScratch;
+
+/// Rows of one expert up to which the sparse kernels are the faster ones.
+const SPARSE_ROWS: usize = 3;
+
+/// The experts of all layers.
+#[derive(Debug)]
+pub(crate) struct Moe {
+    store: ExpertStore,
+    format: ExpertFormat,
+    n_experts: usize,
+    /// Rows of a batch's inputs that are gathered at once, at most.
+    rows_at_once: usize,
+}
+
+/// Buffers of [`Moe::forward`], reused from layer to layer.
+#[derive(Debug, Default)]
+pub(crate) struct MoeScratch {
+    pairs: Pairs,
+    /// What each pair contributes, unweighted; `[pairs, n_embd]`.
+    parts: Vec<f32>,
+    /// Ranks that can be computed now: all, and those of few rows.
+    ready: Vec<usize>,
+    few: Vec<usize>,
+    sparse: SparseScratch,
+    dense: DenseScratch,
+    /// Experts of a guess, each once.
+    guessed: Vec<u32>,
+    /// Live neurons of one expert's rows, for an observer.
+    live: Vec<u32>,
+}
+
+/// A layer's experts on their way, from the router's choice to the moment they are needed.
+pub(crate) enum Pending<'a> {
+    /// Few enough to be held at once: acquired when needed.
+    Together(Use),
+    /// In waves.
+    Waves(Waves<'a>),
+}
+
+/// One layer of one pass: what its experts are computed with, and who watches.
+pub(crate) struct ExpertLayer<'a> {
+    pub(crate) layer: usize,
+    pub(crate) cx: &'a Compute,
+    pub(crate) acts: &'a mut ActsScratch,
+    pub(crate) scratch: &'a mut MoeScratch,
+    pub(crate) routing: &'a Routing,
+    pub(crate) observer: &'a mut dyn Observer,
+}
+
+impl Moe {
+    /// Experts of `store`, lying in its slots as `format` has it, for batches of at most `batch` rows.
+    pub(crate) fn new(store: ExpertStore, format: ExpertFormat, config: &ModelConfig, batch: usize) -> Self {
+        Self { store, format, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
+    }
+
+    /// The cache.
+    pub(crate) fn store(&self) -> &ExpertStore {
+        &self.store
+    }
+
+    /// Whether the next layer's choice should be guessed: for tokens one after the other, where not every expert has a slot.
+    pub(crate) fn guesses(&self, kind: BatchKind) -> bool {
+        kind != BatchKind::Prompt && self.store.guesses()
+    }
+
+    /// Begins to read what the router of `layer` would choose as things stand.
+    pub(crate) fn guess(&self, layer: usize, guess: &Routing, scratch: &mut MoeScratch) {
+        let ids = &mut scratch.guessed;
+        ids.clear();
+        for &id in guess.ids() {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        self.store.prefetch_guess(layer, ids);
+    }
+
+    /// Bytes of scratch for a batch of `rows`.
+    pub(crate) fn scratch_bytes(config: &ModelConfig, rows: usize) -> usize {
+        let few = rows.min(FEW_ROWS) * config.n_experts_used;
+        rows * config.n_experts_used * config.n_embd * 4
+            + SparseScratch::bytes(few, config.n_ff)
+            + DenseScratch::bytes(rows, config.n_embd, config.n_ff)
+    }
+
+    /// Tells the cache what the router chose, before attention runs.
+    pub(crate) fn prefetch(
+        &self,
+        layer: usize,
+        kind: BatchKind,
+        routing: &Routing,
+        scratch: &mut MoeScratch,
+    ) -> Pending<'_> {
+        scratch.pairs.group(routing, self.n_experts);
+        let experts = scratch.pairs.experts();
+        let how = match kind {
+            BatchKind::Prompt => Use::Sweep,
+            BatchKind::Decode | BatchKind::Verify => Use::Keep,
+        };
+        if how == Use::Sweep || experts.len() > self.store.capacity() {
+            return Pending::Waves(self.store.waves(layer, experts, how));
+        }
+        self.store.prefetch(layer, experts);
+        Pending::Together(how)
+    }
+
+    /// Adds the experts' part to the residual stream `x` for the normed input `y`; both `[rows, n_embd]`.
+    pub(crate) fn forward(
+        &self,
+        pass: ExpertLayer<'_>,
+        pending: Pending<'_>,
+        y: &Tensor,
+        x: &Tensor,
+    ) -> Result<Work, ModelError> {
+        let ExpertLayer { layer, cx, acts, scratch, routing, observer } = pass;
+        let mut work = Work::default();
+        let n_embd = self.format.n_embd();
+        ops::with_slice(y, |floats| {
+            let acts = acts.of(n_embd);
+            if self.format.ty().is_quantized() {
+                cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
+            }
+            let needed = scratch.pairs.len() * n_embd;
+            if scratch.parts.len() < needed {
+                scratch.parts.resize(needed, 0.0);
+            }
+            let input = ExpertInput { floats, acts };
+            match pending {
+                Pending::Together(how) => {
+                    let lease = self.store.acquire_for(layer, scratch.pairs.experts(), how)?;
+                    work.add(&self.compute(layer, cx, &lease, scratch, input, observer)?);
+                }
+                Pending::Waves(mut waves) => {
+                    while let Some(lease) = waves.next_wave()? {
+                        work.add(&self.compute(layer, cx, &lease, scratch, input, observer)?);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        ops::add_experts(cx, x, &scratch.parts, scratch.pairs.pair_of(), routing)?;
+        Ok(work)
+    }
+
+    /// The experts of a lease as they land, for all rows that chose them.
+    fn compute(
+        &self,
+        layer: usize,
+        cx: &Compute,
+        lease: &Lease<'_>,
+        scratch: &mut MoeScratch,
+        input: ExpertInput<'_>,
+        observer: &mut dyn Observer,
+    ) -> Result<Work, ModelError> {
+        let MoeScratch { pairs, parts, ready, few, sparse, dense, live, .. } = scratch;
+        let (format, n_ff) = (&self.format, self.format.n_ff());
+        let is_small = pairs.rows_in_all() <= FEW_ROWS;
+        let bytes = Matrix::ALL.map(|matrix| format.canonical_bytes(matrix) as u64);
+        let watched = observer.watches_neurons();
+        let mut work = Work::default();
+        let mut landing = lease.as_they_land(Matrix::Up);
+        loop {
+            ready.clear();
+            landing.next_batch(ready)?;
+            if ready.is_empty() {
+                return Ok(work);
+            }
+            ready.sort_unstable_by_key(|&rank| lease.id(rank));
+            few.clear();
+            ready.retain(|&rank| {
+                let is_few = is_small && pairs.of(lease.id(rank)).len() <= SPARSE_ROWS;
+                if is_few {
+                    few.push(rank);
+                }
+                !is_few
+            });
+            if !few.is_empty() {
+                sparse.compute(cx, format, lease, few, pairs, input, parts)?;
+                for expert in few.iter().map(|&rank| lease.id(rank)) {
+                    let of = pairs.of(expert);
+                    work.add(&sparse.work(format, of.clone(), bytes));
+                    if watched {
+                        let hidden = sparse.hidden(of.clone(), n_ff);
+                        show(observer, layer, expert, &pairs.rows()[of], hidden, live)?;
+                    }
+                }
+            }
+            let mut done = 0;
+            while done < ready.len() {
+                done += dense.group.fill(&ready[done..], |rank| lease.id(rank), pairs, self.rows_at_once);
+                dense.compute(cx, format, lease, input, parts)?;
+                if watched {
+                    for (rank, of, hidden) in dense.hidden(n_ff) {
+                        let hidden = hidden.chunks(n_ff).flat_map(|row| row.chunks(BLOCK_LEN));
+                        show(observer, layer, lease.id(rank), &pairs.rows()[of], hidden, live)?;
+                    }
+                }
+            }
+            work.weight_bytes += done as u64 * bytes.iter().sum::<u64>();
+        }
+    }
+}
+
+/// Shows an observer which neurons of one expert are not 0, `hidden` being groups of up to 32 of them, row after row.
+fn show<'h>(
+    observer: &mut dyn Observer,
+    layer: usize,
+    expert: u32,
+    rows: &[u32],
+    hidden: impl Iterator<Item = &'h [f32]>,
+    live: &mut Vec<u32>,
+) -> Result<(), ModelError> {
+    live.clear();
+    let bit = |(i, value): (usize, &f32)| u32::from(*value != 0.0) << i;
+    live.extend(hidden.map(|group| group.iter().enumerate().map(bit).fold(0, |mask, bit| mask | bit)));
+    observer.neurons(layer, expert, rows, live).map_err(|cause| ModelError::Observer { what: "live neurons", cause })
+}

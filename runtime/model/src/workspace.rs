@@ -1,0 +1,146 @@
+//! The buffers of one forward pass, reused from pass to pass.
+//!
+//! There is one for each engine that runs, whatever the number of sequences: what a pass leaves behind is its logits.
+
+use crate::activations::Activations;
+use crate::batch::Run;
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::moe::MoeScratch;
+use crate::ops::{Rope, Scratch};
+use crate::router::Routing;
+use crate::work::Work;
+
+/// Rows whose logits one pass gives, at most, where there are `sequences` sequences: one of each, or some of one.
+pub(crate) fn logit_rows(sequences: usize) -> usize {
+    sequences.max(8)
+}
+
+/// Rows that need no more than the small activations, which are there from the beginning.
+const SMALL: usize = 8;
+
+/// What computing needs besides weights and sequences. Made by [`Engine::workspace`](crate::Engine::workspace).
+pub struct Workspace {
+    /// The engine that it belongs to.
+    pub(crate) engine: u64,
+    pub(crate) scratch: Scratch,
+    pub(crate) moe: MoeScratch,
+    pub(crate) routing: Routing,
+    /// What the next layer's router would choose by this layer's residual stream.
+    pub(crate) guess: Routing,
+    pub(crate) rope: Rope,
+    /// The rows of the batch, sequence by sequence.
+    pub(crate) runs: Vec<Run>,
+    pub(crate) head: HeadBuffers,
+    pub(crate) work: Work,
+    /// The part of each layer in [`Workspace::work`].
+    pub(crate) layer_work: Vec<Work>,
+    activations: Rooms,
+}
+
+/// What the head reads and writes.
+#[derive(Debug, Default)]
+pub(crate) struct HeadBuffers {
+    /// The normed residual stream of the rows whose logits are computed; `[rows, n_embd]`.
+    pub(crate) input: Vec<f32>,
+    /// `[rows, n_vocab]`.
+    pub(crate) logits: Vec<f32>,
+    pub(crate) n_vocab: usize,
+}
+
+/// Activations of two sizes: a prompt's are made when there is one.
+struct Rooms {
+    small: Activations,
+    large: Option<Activations>,
+    /// Most rows of a batch.
+    batch: usize,
+    /// What was given out last, and for how many rows.
+    latest: (usize, Activations),
+}
+
+impl Workspace {
+    /// Buffers for batches of at most `batch` rows.
+    ///
+    /// # Errors
+    /// Where they cannot be allocated.
+    pub(crate) fn new(engine: u64, config: &ModelConfig, n_vocab: usize, batch: usize) -> Result<Self, ModelError> {
+        let small = Activations::new(config, SMALL)?;
+        Ok(Self {
+            engine,
+            scratch: Scratch::default(),
+            moe: MoeScratch::default(),
+            routing: Routing::default(),
+            guess: Routing::default(),
+            rope: Rope::new(config),
+            runs: Vec::new(),
+            head: HeadBuffers { input: vec![0.0; config.n_embd], logits: vec![0.0; n_vocab], n_vocab },
+            work: Work::default(),
+            layer_work: vec![Work::default(); config.n_layers],
+            activations: Rooms { latest: (1, small.first(1)?), small, large: None, batch },
+        })
+    }
+
+    /// The `i`-th logits that the latest batch wanted; `[n_vocab]`.
+    ///
+    /// # Panics
+    /// Where it wanted fewer.
+    pub fn logits(&self, i: usize) -> &[f32] {
+        &self.head.logits[i * self.head.n_vocab..(i + 1) * self.head.n_vocab]
+    }
+
+    /// What was computed so far.
+    pub fn work(&self) -> Work {
+        self.work
+    }
+
+    /// What of it was computed in each layer.
+    pub fn layer_work(&self) -> &[Work] {
+        &self.layer_work
+    }
+
+    /// Bytes that a workspace takes for batches of at most `batch` rows and the logits of `logit_rows`, but for what experts need.
+    pub(crate) fn bytes(config: &ModelConfig, n_vocab: usize, batch: usize, logit_rows: usize) -> usize {
+        let head = logit_rows * (config.n_embd + n_vocab) * size_of::<f32>();
+        (batch + SMALL) * Activations::bytes_per_token(config) + head
+    }
+
+    /// Activations for `rows` rows: views of what was allocated before.
+    pub(crate) fn activations(&mut self, config: &ModelConfig, rows: usize) -> Result<Activations, ModelError> {
+        let rooms = &mut self.activations;
+        if rooms.latest.0 != rows {
+            let room = if rows <= SMALL {
+                &rooms.small
+            } else {
+                match &mut rooms.large {
+                    Some(large) => large,
+                    None => rooms.large.insert(Activations::new(config, rooms.batch)?),
+                }
+            };
+            rooms.latest = (rows, room.first(rows)?);
+        }
+        Ok(rooms.latest.1.clone())
+    }
+
+    /// Activations of the latest batch.
+    pub(crate) fn latest(&self) -> Activations {
+        self.activations.latest.1.clone()
+    }
+}
+
+impl HeadBuffers {
+    /// Room for `rows` rows: input and logits.
+    pub(crate) fn rows(&mut self, rows: usize, n_embd: usize) -> (&mut [f32], &mut [f32]) {
+        let (input, logits) = (rows * n_embd, rows * self.n_vocab);
+        if self.logits.len() < logits {
+            self.input.resize(input, 0.0);
+            self.logits.resize(logits, 0.0);
+        }
+        (&mut self.input[..input], &mut self.logits[..logits])
+    }
+}
+
+impl std::fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workspace").field("work", &self.work).finish_non_exhaustive()
+    }
+}

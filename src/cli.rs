@@ -274,6 +274,10 @@ pub(crate) struct BenchArgs {
     /// Tokens in the context before either begins.
     #[arg(short = 'd', value_name = "DEPTH", default_value_t = 0, value_parser = count)]
     pub(crate) depth: usize,
+    /// Conversations that generate together, one token of each in every step, each from a text of its own; tokens per
+    /// second are those of all.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) parallel: usize,
     /// How often each is measured.
     #[arg(short = 'r', value_name = "REPS", default_value_t = 5, value_parser = positive)]
     pub(crate) repetitions: usize,

@@ -107,3 +107,36 @@ fn a_model_of_many_experts_stays_within_its_budget() {
         stays_within(arg(&path), &[0, 5, 12, 25, 60]);
     }
 }
+
+/// The promise holds with several conversations at once, each with a text of several batches.
+#[test]
+fn many_conversations_stay_within_one_budget() {
+    let folder = tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    write_model(Layout::Gguf, &path);
+    let mut least_of = Vec::new();
+    for n in ["1", "2", "8"] {
+        let within = |memory: &str| {
+            ["bench", arg(&path), "-p", "0", "-n", "24", "-d", "700", "-r", "1", "-o", "json", "-q", "--parallel", n]
+                .into_iter()
+                .chain(["--memory", memory])
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        let refused = run(within("1MiB")).fails(&["not enough"]);
+        let least = refused.hint().split_whitespace().nth(1).expect("a size").trim_end_matches("MiB").to_owned();
+        let least: u64 = least.parse().expect("a number");
+        for extra in [0, 6, 30] {
+            let args = within(&format!("{}MiB", least + extra));
+            let (ran, peak) = watched(&args.iter().map(String::as_str).collect::<Vec<_>>());
+            let stats: Value = serde_json::from_str(&ran.ok()).expect("JSON");
+            let own = stats["peak_resident_bytes"].as_u64().expect("bytes");
+            let budget = (least + extra) * MIB;
+            assert!(peak <= budget && own <= budget, "{n} at {extra}: {peak} and {own} bytes of {budget}");
+            let evictions = stats["tests"].as_array().expect("tests")[0]["experts"]["evictions"].as_u64();
+            assert!(extra > 0 || evictions > Some(0), "{n}: the smallest budget holds every expert");
+        }
+        least_of.push(least);
+    }
+    assert!(least_of.is_sorted() && least_of[0] < least_of[2], "{least_of:?}");
+}

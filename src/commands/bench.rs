@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Batch, Engine, Observer, Routing, Session, StoreStats, Work};
+use st_model::{Batch, BatchKind, Engine, Observer, Routing, Sequence, Session, StoreStats, Work};
 
 use super::engine;
 use super::routing::{Recorder, RoutingFile};
@@ -27,6 +27,9 @@ use crate::ui;
 const TEXT: &str = "Once upon a time there was a small fox who lived at the edge of a forest. Every morning it walked down to \
 the river to drink, and every morning the river asked it the same question: what did you learn yesterday? The fox thought \
 for a while and said that it had learned how the wind turns before rain, and that 17 + 25 = 42. ";
+
+/// Tokens between the beginnings of two conversations' texts.
+const APART: usize = 17;
 
 /// Speed of one kind of work over all repetitions.
 struct Measured {
@@ -82,7 +85,7 @@ impl Measured {
 }
 
 pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    if args.prompt_tokens == 0 && args.generated_tokens == 0 {
+    if args.parallel > 1 && args.generated_tokens == 0 || args.prompt_tokens == 0 && args.generated_tokens == 0 {
         return Err(
             Advice::new("there is nothing to measure", "give prompt tokens (-p) or generated tokens (-n)").into()
         );
@@ -96,12 +99,15 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     reset_peak_resident();
     // Generation begins after one token that it goes on from.
     let ctx = args.depth.saturating_add(args.prompt_tokens.max(args.generated_tokens.saturating_add(1)));
-    let engine = engine::load_file(file, &args.engine, Some(ctx), None, context)?;
-    let tokens = text_tokens(&engine, ctx)?;
+    let engine = engine::load_for(file, &args.engine, Some(ctx), args.parallel, None, context)?;
+    let tokens = text_tokens(&engine, ctx + args.parallel * APART)?;
 
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let watch = Watch { recorder: recorder.as_mut(), context };
-    let measured = measure_all(Session::new(&engine)?, &tokens, args, watch);
+    let measured = match args.parallel {
+        1 => measure_all(Session::new(&engine)?, &tokens, args, watch),
+        _ => measure_together(&engine, &tokens, args, watch).map(|row| vec![row]),
+    };
     let rows = match recorder {
         Some(recorder) => recorder.finish(measured, context)?,
         None => measured?,
@@ -161,6 +167,53 @@ fn measure_all(
     }
 
     Ok([prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect())
+}
+
+/// Several conversations, one token of each in every step.
+fn measure_together(
+    engine: &Engine,
+    tokens: &[u32],
+    args: &BenchArgs,
+    mut watch: Watch<'_>,
+) -> anyhow::Result<Measured> {
+    let n = args.parallel;
+    let mut generation = Measured::new(format!("generation {} × {n}", args.generated_tokens));
+    let mut sequences: Vec<Sequence> = (0..n).map(|_| engine.sequence()).collect();
+    let mut workspace = engine.workspace()?;
+    let mut greedy = Sampler::new(SamplerOptions::greedy())?;
+    let (mut batch, mut next) = (Batch::default(), vec![0; n]);
+    for repetition in 0..=args.repetitions {
+        for (i, sequence) in sequences.iter_mut().enumerate() {
+            sequence.reset();
+            let prompt = &tokens[i * APART..i * APART + args.depth + 1];
+            for piece in prompt.chunks(engine.max_rows()) {
+                batch.clear(BatchKind::Prompt);
+                let (&last, others) = piece.split_last().unwrap_or((&0, &[]));
+                others.iter().for_each(|&token| batch.push(0, token));
+                batch.push_with_logits(0, last);
+                engine.forward(&batch, &mut [&mut *sequence], &mut workspace, &mut watch)?;
+            }
+            next[i] = greedy.sample(workspace.logits(0))?;
+        }
+        let (work, experts, start) = (workspace.work(), engine.store_stats(), Instant::now());
+        for _ in 0..args.generated_tokens {
+            batch.clear(BatchKind::Decode);
+            next.iter().enumerate().for_each(|(i, &token)| {
+                batch.push_with_logits(i, token);
+            });
+            let mut all: Vec<&mut Sequence> = sequences.iter_mut().collect();
+            engine.forward(&batch, &mut all, &mut workspace, &mut watch)?;
+            for (i, next) in next.iter_mut().enumerate() {
+                *next = greedy.sample(workspace.logits(i))?;
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        if repetition > 0 {
+            let (work, experts) = (workspace.work().since(&work), engine.store_stats().since(&experts));
+            generation.add(n * args.generated_tokens, Repetition { seconds, work, experts });
+        }
+    }
+    Ok(generation)
 }
 
 /// What belongs to all rows.

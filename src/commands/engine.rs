@@ -43,6 +43,18 @@ pub(crate) fn load_file(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
+    load_for(file, args, ctx, 1, kv_type, context)
+}
+
+/// [`load_file`] for several conversations at once, each of which may fill the context.
+pub(crate) fn load_for(
+    file: GgufFile,
+    args: &EngineArgs,
+    ctx: Option<usize>,
+    sequences: usize,
+    kv_type: Option<KvName>,
+    context: &Context,
+) -> anyhow::Result<Arc<Engine>> {
     // What makes no model is refused by the engine.
     for note in file.header.model_shape().iter().flat_map(|shape| shape.ignored(&file.header)) {
         context.ui.note(format_args!("note: {note}"));
@@ -50,6 +62,7 @@ pub(crate) fn load_file(
     let options = LoadOptions {
         threads: threads(args),
         ctx,
+        sequences,
         kv_type: kv_type.map(Into::into),
         memory: args.memory,
         io: args.io.into(),

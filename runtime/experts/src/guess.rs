@@ -1,7 +1,12 @@
-//! Whether guessing pays: how often an expert that was guessed while it was missing was then really chosen, layer by layer.
+//! Whether guessing pays, asked twice: were guesses right, and were tokens faster for them.
 //!
 //! A right guess reads an expert while the layer before it computes; a wrong one keeps the drive busy for nothing. So every
-//! guess is judged when the router has spoken, and only where most were right lately are guesses read ahead at all.
+//! guess is judged when the router has spoken, layer by layer, and only where most were right lately are guesses read ahead.
+//! But a right guess, too, takes a slot from another expert, the drive from a certain read, and a core from computing, and
+//! saves only the wait that there would have been ([`GuessGate`] cannot know). So [`Payoff`] does without guesses in turn, and goes on
+//! the way that was the faster one.
+
+use std::time::{Duration, Instant};
 
 /// The share of right guesses from which on reading ahead wins.
 const WORTH: f32 = 2.0 / 3.0;
@@ -54,9 +59,130 @@ impl GuessGate {
     }
 }
 
+/// Layers of tokens that are timed together, each way in turn.
+const EPOCH: u32 = 256;
+/// Epochs of each way before it is decided; the middle one counts, so that a pause of the machine does not.
+const ROUNDS: usize = 3;
+/// Epochs that the decision lasts.
+const LASTS: u32 = 48;
+/// What guesses have to save to be followed, as a share of a token's time: less is noise.
+const SAVES: f64 = 0.01;
+
+/// Finds out which way tokens are faster: by following guesses, or without.
+#[derive(Debug)]
+pub(crate) struct Payoff {
+    following: bool,
+    /// The layer that was begun last, and when.
+    begun: Option<(usize, Instant)>,
+    /// Layers and time of the epoch that runs.
+    layers: u32,
+    time: Duration,
+    /// Time of each epoch of the trial that runs, without guesses and with.
+    trial: [Vec<Duration>; 2],
+    /// Epochs until the next trial; 0 while one runs.
+    rest: u32,
+}
+
+impl Payoff {
+    /// Begins with a trial, and that with guesses.
+    pub(crate) fn new() -> Self {
+        let epochs = || Vec::with_capacity(ROUNDS);
+        let trial = [epochs(), epochs()];
+        Self { following: true, begun: None, layers: 0, time: Duration::ZERO, trial, rest: 0 }
+    }
+
+    /// Whether guesses are followed now.
+    pub(crate) fn is_following(&self) -> bool {
+        self.following
+    }
+
+    /// A token's router has chosen in `layer`: the time since the layer before is what that took. What lies between two
+    /// tokens is nobody's.
+    pub(crate) fn begin_layer(&mut self, layer: usize, now: Instant) {
+        if let Some((before, since)) = self.begun.replace((layer, now))
+            && before + 1 == layer
+        {
+            self.time += now - since;
+            self.layers += 1;
+            if self.layers == EPOCH {
+                self.layers = 0;
+                let took = std::mem::take(&mut self.time);
+                self.end_epoch(took);
+            }
+        }
+    }
+
+    fn end_epoch(&mut self, took: Duration) {
+        if self.rest > 0 {
+            self.rest -= 1;
+            return;
+        }
+        self.trial[usize::from(self.following)].push(took);
+        self.following = !self.following;
+        if self.trial.iter().any(|epochs| epochs.len() < ROUNDS) {
+            return;
+        }
+        let [without, with] = self.trial.each_mut().map(|epochs| {
+            epochs.sort_unstable();
+            let middle = epochs[ROUNDS / 2].as_secs_f64();
+            epochs.clear();
+            middle
+        });
+        self.following = with < without * (1.0 - SAVES);
+        self.rest = LASTS;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Lets `n` epochs pass, layers taking what `takes` says of whether guesses are followed; returns in which they were.
+    fn pass(payoff: &mut Payoff, now: &mut Instant, n: usize, takes: impl Fn(bool) -> u64) -> Vec<bool> {
+        let epoch = |payoff: &mut Payoff, now: &mut Instant| {
+            let following = payoff.is_following();
+            for layer in 0..EPOCH as usize {
+                *now += Duration::from_micros(takes(following));
+                // Tokens of 17 layers: between two of them nothing is timed.
+                let pause = Duration::from_secs(u64::from(layer % 16 == 0));
+                if layer % 16 == 0 {
+                    *now += pause;
+                    payoff.begin_layer(0, *now);
+                    *now += Duration::from_micros(takes(following));
+                }
+                payoff.begin_layer(layer % 16 + 1, *now);
+            }
+            following
+        };
+        (0..n).map(|_| epoch(payoff, now)).collect()
+    }
+
+    #[test]
+    fn the_faster_way_is_gone_and_tried_again() {
+        for (with, pays) in [(80, true), (99, false), (100, false), (120, false)] {
+            let (mut payoff, mut now) = (Payoff::new(), Instant::now());
+            let takes = |following| if following { with } else { 101 };
+            let trial = pass(&mut payoff, &mut now, 2 * ROUNDS, takes);
+            assert_eq!(trial, [true, false].repeat(ROUNDS));
+            let pays = pays || with == 99;
+            assert!(
+                pass(&mut payoff, &mut now, LASTS as usize, takes).iter().all(|&followed| followed == pays),
+                "{with}"
+            );
+            // The disk has changed meanwhile.
+            let takes = |following| if following == pays { 150 } else { 100 };
+            pass(&mut payoff, &mut now, 2 * ROUNDS, takes);
+            assert_eq!(payoff.is_following(), !pays);
+        }
+    }
+
+    #[test]
+    fn one_pause_decides_nothing() {
+        let (mut payoff, mut now) = (Payoff::new(), Instant::now());
+        pass(&mut payoff, &mut now, 1, |_| 100_000);
+        pass(&mut payoff, &mut now, 2 * ROUNDS - 1, |following| if following { 80 } else { 100 });
+        assert!(payoff.is_following());
+    }
 
     /// Guesses expert 7 for layer 1 `n` times; returns how often that was worth reading.
     fn guess(gate: &mut GuessGate, n: usize, right: bool) -> usize {

@@ -8,7 +8,7 @@ use crate::SlotFormat;
 use crate::buffer::AlignedBuf;
 use crate::error::StoreError;
 use crate::eviction::Policy;
-use crate::guess::GuessGate;
+use crate::guess::{GuessGate, Payoff};
 use crate::inflight::Job;
 use crate::io::{self, ExpertIo};
 use crate::lease::Lease;
@@ -19,7 +19,7 @@ use crate::stats::StoreStats;
 use crate::table::{Blocked, Certainty, Finish, Held, Table, Use};
 use st_gguf::{ExpertIndex, Matrix, ReadAt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     landed: Condvar,
     /// Counts what `landed` signals; changed under the lock, watched without it.
     events: AtomicU64,
+    /// Whether guesses are followed now, to be looked at without the lock.
+    following: AtomicBool,
 }
 
 /// Everything the mutex guards.
@@ -60,6 +62,7 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     pub(crate) table: Table,
     gate: GuessGate,
+    payoff: Payoff,
     closing: bool,
     /// I/O threads asleep on `work`.
     idle: usize,
@@ -136,6 +139,7 @@ impl ExpertStore {
         let state = State {
             table,
             gate,
+            payoff: Payoff::new(),
             closing: false,
             idle: 0,
             waiting: 0,
@@ -150,6 +154,7 @@ impl ExpertStore {
             work: Condvar::new(),
             landed: Condvar::new(),
             events: AtomicU64::new(0),
+            following: AtomicBool::new(true),
         });
         let prefetch = options.prefetch;
         let mut store = Self { shared, threads: Vec::new(), n_slots, resident, capacity, prefetch, guesses, memory };
@@ -164,10 +169,21 @@ impl ExpertStore {
         Ok(store)
     }
 
-    /// Begins to read the missing ones among the experts that a router has chosen, and keeps those that are here for the
-    /// request that follows. Advisory: it never waits, never fails, and changes no byte that anybody gets to see. What
-    /// finds no slot is dropped.
+    /// Begins to read the missing ones among the experts that a router has chosen for tokens one after the other, and keeps
+    /// those that are here for the request that follows. Advisory: it never waits, never fails, and changes no byte that
+    /// anybody gets to see. What finds no slot is dropped.
     pub fn prefetch(&self, layer: usize, ids: &[u32]) {
+        if self.guesses {
+            let now = Instant::now();
+            let payoff = &mut self.shared.lock().payoff;
+            payoff.begin_layer(layer, now);
+            self.shared.following.store(payoff.is_following(), Ordering::Relaxed);
+        }
+        self.read_ahead(layer, ids);
+    }
+
+    /// [`ExpertStore::prefetch`] for any work.
+    pub(crate) fn read_ahead(&self, layer: usize, ids: &[u32]) {
         if let Some(keys) = self.prefetchable(layer, ids) {
             let mut state = self.shared.lock();
             let verdicts = state.gate.reveal(layer, |key| keys.clone().any(|chosen| chosen == key));
@@ -192,9 +208,10 @@ impl ExpertStore {
         }
     }
 
-    /// Whether [`ExpertStore::prefetch_guess`] can do anything.
+    /// Whether [`ExpertStore::prefetch_guess`] can do anything now: where some experts have no slot, and as long as tokens are
+    /// the faster for it.
     pub fn guesses(&self) -> bool {
-        self.guesses
+        self.guesses && self.shared.following.load(Ordering::Relaxed)
     }
 
     /// The keys of those of `ids` that exist, where prefetching is on.

@@ -41,7 +41,7 @@ impl ExpertStore {
         let (ids, n_cached) = cached_first(ids, &self.cached(layer, ids));
         let wave = if self.is_resident() { self.capacity() } else { wave_len(self.n_slots()) };
         // What is here already is promised to this request, so that its own loads do not push it out.
-        self.prefetch(layer, &ids[..n_cached]);
+        self.read_ahead(layer, &ids[..n_cached]);
         let how = if self.is_resident() { Use::Keep } else { how };
         let waves = Waves { store: self, layer, ids, done: 0, wave, how };
         waves.prefetch_from(0);
@@ -73,6 +73,6 @@ impl<'a> Waves<'a> {
 
     fn prefetch_from(&self, start: usize) {
         let end = (start + self.wave).min(self.ids.len());
-        self.store.prefetch(self.layer, &self.ids[start..end]);
+        self.store.read_ahead(self.layer, &self.ids[start..end]);
     }
 }

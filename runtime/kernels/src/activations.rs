@@ -197,7 +197,7 @@ impl<'a> RowsMut<'a> {
     /// [`Self::fill`] shared among the threads of a pool.
     pub(crate) fn fill_pool(self, pool: &Pool, fill: &(impl Fn(usize, &mut [i8], &mut [f32], &mut [Sums]) + Sync)) {
         let rows = self.rows();
-        if pool.n_threads() == 1 || rows < 2 * UNIT_ROWS {
+        if pool.n_threads() == 1 || rows <= FEW_ROWS {
             return self.fill(fill);
         }
         let per_task = rows.div_ceil(pool.n_threads()).next_multiple_of(UNIT_ROWS);

@@ -55,12 +55,12 @@ impl Company {
             for (n, text) in self.texts.iter().enumerate() {
                 let (start, left) = (sequences[n].len(), text.len() - sequences[n].len());
                 let rows = [0, 1, 1, 1, 2, 5, 30][dice.below(7)].min(left);
-                for at in start..start + rows {
+                for (at, &token) in text.iter().enumerate().skip(start).take(rows) {
                     if wanted.len() < engine.max_logits() && (at + 1 == start + rows || dice.below(4) == 0) {
-                        assert_eq!(batch.push_with_logits(n, text[at]), wanted.len());
+                        assert_eq!(batch.push_with_logits(n, token), wanted.len());
                         wanted.push((n, at));
                     } else {
-                        batch.push(n, text[at]);
+                        batch.push(n, token);
                     }
                 }
             }

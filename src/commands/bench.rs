@@ -85,7 +85,7 @@ impl Measured {
 }
 
 pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    if args.parallel > 1 && args.generated_tokens == 0 || args.prompt_tokens == 0 && args.generated_tokens == 0 {
+    if args.generated_tokens == 0 && (args.prompt_tokens == 0 || args.parallel > 1) {
         return Err(
             Advice::new("there is nothing to measure", "give prompt tokens (-p) or generated tokens (-n)").into()
         );

@@ -227,7 +227,7 @@ impl<'a> Chat<'a> {
             }
             Err(error) => {
                 // What was read on the screen is part of the conversation.
-                match error.downcast_ref::<GenerateError>().map(|failed| &failed.answer.text) {
+                match error.downcast_ref::<GenerateError>().map(|failed| &failed.answer().text) {
                     Some(text) if !text.is_empty() => self.messages.push(Message::new(Role::Assistant, text)),
                     _ => drop(self.messages.pop()),
                 }

@@ -70,14 +70,41 @@ pub struct Generation {
 }
 
 /// An answer that failed on the way: why, and what there is of it.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct GenerateError {
+#[derive(Debug)]
+pub struct GenerateError(Box<Failure>);
+
+#[derive(Debug)]
+struct Failure {
+    error: ModelError,
+    answer: Generation,
+}
+
+impl GenerateError {
+    fn new(error: ModelError, answer: Generation) -> Self {
+        Self(Box::new(Failure { error, answer }))
+    }
+
     /// What went wrong.
-    #[source]
-    pub error: ModelError,
+    pub fn error(&self) -> &ModelError {
+        &self.0.error
+    }
+
     /// The answer up to there.
-    pub answer: Box<Generation>,
+    pub fn answer(&self) -> &Generation {
+        &self.0.answer
+    }
+}
+
+impl std::fmt::Display for GenerateError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.error.fmt(f)
+    }
+}
+
+impl std::error::Error for GenerateError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0.error)
+    }
 }
 
 /// Runs `prompt` in `session` and answers it. `observer` follows all that is run, and may break while the prompt is; `on_text`
@@ -115,7 +142,7 @@ pub fn generate(
     let answer = Generation { text, ids, finish_reason, stats };
     match outcome {
         Ok(()) | Err(ModelError::Cancelled) => Ok(answer),
-        Err(error) => Err(GenerateError { error, answer: Box::new(answer) }),
+        Err(error) => Err(GenerateError::new(error, answer)),
     }
 }
 

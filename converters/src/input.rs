@@ -140,7 +140,9 @@ impl Input {
         let bytes = &self.files[file].bytes()[range.clone()];
         if let Some(gguf) = &self.gguf {
             let tensor = gguf.header.require_tensor(&source.name)?;
-            gguf.verify(tensor, range.start as u64 - tensor.offset, bytes)?;
+            // The header counts through all parts of a split file.
+            let part = gguf.source.parts().get(file).map_or(0, |part| part.start);
+            gguf.verify(tensor, part + range.start as u64 - tensor.offset, bytes)?;
         }
         Ok(bytes)
     }

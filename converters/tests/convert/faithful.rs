@@ -6,7 +6,7 @@ use crate::common::{Checkpoint, LAYOUTS, TYPES, bytes, mini, options, repository
 use st_convert::{
     Cancel, ConvertOptions, DifferenceKind, Input, Layout, NoProgress, WeightType, compare, convert, plan,
 };
-use st_gguf::{GgmlType, GgufFile};
+use st_gguf::{GgmlType, GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, WriteOptions};
 use st_kernels::{dequantize_row, quantize_row_q4_0, quantize_row_q8_0};
 
 /// What a matrix of bfloat16 has to become, computed without the converter.
@@ -217,6 +217,34 @@ fn a_gguf_of_the_source_type_is_as_good_as_the_checkpoint() {
     run(&tiny(), &options(WeightType::Q8_0, Layout::Gguf), &q8_0).unwrap();
     assert!(bytes(&q8_0, &options(WeightType::Q8_0, Layout::Gguf)) == std::fs::read(&q8_0).unwrap());
     assert!(!bytes(&q8_0, &options(WeightType::Q4_0, Layout::Gguf)).is_empty());
+}
+
+#[test]
+fn a_split_gguf_is_as_good_as_a_whole_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole.gguf");
+    run(&mini("mini-21b"), &options(WeightType::BF16, Layout::Gguf), &whole).unwrap();
+    let file = GgufFile::open(&whole).unwrap();
+    let tensors = &file.header.tensors;
+    let parts = [&tensors[..7], &tensors[7..]];
+    let path = |number: usize| dir.path().join(format!("m-{number:05}-of-00002.gguf"));
+    for (i, part) in parts.into_iter().enumerate() {
+        let mut metadata = if i == 0 { file.header.metadata.clone() } else { Metadata::new() };
+        metadata.insert("split.no", i as u32);
+        metadata.insert("split.count", 2u32);
+        metadata.insert("split.tensors.count", tensors.len() as u32);
+        let spec = |t: &TensorInfo| TensorSpec { name: t.name.clone(), shape: t.shape.clone(), ty: t.ty };
+        let specs: Vec<TensorSpec> = part.iter().map(spec).collect();
+        let mut writer = GgufWriter::create(&path(i + 1), &metadata, &specs, WriteOptions::default()).unwrap();
+        part.iter().for_each(|tensor| writer.write(&file.read_tensor(tensor).unwrap()).unwrap());
+        writer.finish().unwrap();
+    }
+    for layout in LAYOUTS {
+        let wanted = options(WeightType::Q4_0, layout);
+        for number in [1, 2] {
+            assert!(bytes(&path(number), &wanted) == bytes(&whole, &wanted), "part {number}, {layout:?}");
+        }
+    }
 }
 
 #[test]

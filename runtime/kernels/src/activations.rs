@@ -4,8 +4,9 @@
 //!
 //! - *rows*: the int8 values of a row in natural order, padded with zeros to whole groups of 4 blocks (128 columns), beside
 //!   one f32 scale and two sums per block. Kernels for a few tokens read these.
-//! - *units*: 4 rows together, for the kernels with many tokens. For each block 160 bytes: for each of the 8 column
-//!   groups `g` the bytes of columns `4g..4g+4` of row 0, 1, 2, 3; then 4 f32 scales; then the two i16 sums of each of the 4. Missing rows
+//! - *units*: 4 rows together, for the kernels with many tokens. For each block 176 bytes: for each of the 8 column
+//!   groups `g` the bytes of columns `4g..4g+4` of row 0, 1, 2, 3; then 4 f32 scales; then the two i16 sums of each of the 4; then 4 i32
+//!   `-8 * sum`, where sums of products with an offset of 8 start. Missing rows
 //!   are zero. Filled only when there is more than one row.
 
 use crate::aligned::AlignedBuf;
@@ -18,7 +19,7 @@ pub const UNIT_ROWS: usize = 4;
 /// that are checked against a draft. More than these are a prompt.
 pub const FEW_ROWS: usize = 8;
 /// Bytes of one block of a unit.
-pub(crate) const UNIT_BLOCK: usize = 160;
+pub(crate) const UNIT_BLOCK: usize = 176;
 
 /// Sums of the first and of the last 16 values of a block: what weights with an offset or a minimum are corrected by.
 pub(crate) type Sums = [i16; 2];
@@ -246,6 +247,7 @@ impl<'a> RowsMut<'a> {
                     scales[t * 4..][..4].copy_from_slice(&d.to_ne_bytes());
                     scales[16 + t * 4..][..2].copy_from_slice(&sums[0].to_ne_bytes());
                     scales[18 + t * 4..][..2].copy_from_slice(&sums[1].to_ne_bytes());
+                    scales[32 + t * 4..][..4].copy_from_slice(&start(8, sums).to_ne_bytes());
                 }
             }
         }

@@ -109,11 +109,17 @@ impl Kernels {
         for start in groups.clone().step_by(at_once) {
             let end = groups.end.min(start + at_once);
             let neurons = start * BLOCK_LEN..n_ff.min(end * BLOCK_LEN);
+            masks[..neurons.len()].fill(0);
+            for (t, gates) in gates.chunks_exact(n_ff).enumerate() {
+                for (mask, &gate) in masks.iter_mut().zip(&gates[neurons.clone()]) {
+                    *mask |= u8::from(gate > 0.0) << t;
+                }
+            }
+            // Those that live for somebody move to the front.
             let mut live = 0;
-            for neuron in neurons.clone() {
-                let mask = (0..n).map(|t| u8::from(gates[t * n_ff + neuron] > 0.0) << t).fold(0, |all, bit| all | bit);
-                (ids[live], masks[live]) = (neuron as u32, mask);
-                live += usize::from(mask != 0);
+            for (i, neuron) in neurons.clone().enumerate() {
+                (ids[live], masks[live]) = (neuron as u32, masks[i]);
+                live += usize::from(masks[live] != 0);
             }
             let live = LiveRows { ids: &ids[..live], masks: &masks[..live] };
             let ups = &mut ups[..live.ids.len() * n];

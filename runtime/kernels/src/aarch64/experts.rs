@@ -74,17 +74,16 @@ pub(super) fn down(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
 ) {
-    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |rows, scales, token, chunk, out| {
         let d_a = vdupq_n_f32(token.d);
         // 16 of the chunk's 64 bytes at a time: sums 0..4 are outputs 16v + 4 part.., 4..8 are 64 + 16v + 4 part..
         for part in 0..4 {
             let mut sums = [vdupq_n_s32(token.bias); 8];
-            for (rows, &quad) in token.quads() {
+            for (at, &quad) in token.quads() {
                 let q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
                 // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                let w: [uint8x16_t; 4] = std::array::from_fn(|i| unsafe {
-                    vld1q_u8(group.rows.add(rows[i] as usize + chunk * 64 + part * 16))
-                });
+                let w: [uint8x16_t; 4] =
+                    std::array::from_fn(|i| unsafe { vld1q_u8(rows.add(at[i] as usize + chunk * 64 + part * 16)) });
                 for (v, w) in interleave(w).into_iter().enumerate() {
                     let (lo, hi) = nibbles(w);
                     sums[v] = sdot(sums[v], lo, q);
@@ -95,7 +94,7 @@ pub(super) fn down(
                 let at = v * 16 + part * 4;
                 // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
                 unsafe {
-                    let d_w = load_f16(group.scales.add((chunk * OUTPUT_CHUNK + at) * 2));
+                    let d_w = load_f16(scales.add((chunk * OUTPUT_CHUNK + at) * 2));
                     let p = out.as_mut_ptr().add(at);
                     vst1q_f32(p, add_block(vld1q_f32(p), sum, d_w, d_a));
                 }

@@ -75,16 +75,16 @@ pub(super) fn down(
     out: &mut [&mut [f32]],
 ) {
     let low = _mm256_set1_epi8(15);
-    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |rows, scales, token, chunk, out| {
         let d_a = _mm256_set1_ps(token.d);
         let bias = _mm256_set1_epi32(token.bias);
         // Half of the chunk's bytes at a time: sums 0..4 are outputs 16v + 8 half.., 4..8 are 64 + 16v + 8 half..
         for half in 0..2 {
             let mut pairs = [_mm256_setzero_si256(); 8];
-            for (rows, &quad) in token.quads() {
+            for (at, &quad) in token.quads() {
                 let q = _mm256_set1_epi32(quad);
                 // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                let w = unsafe { load_rows(group.rows, rows, chunk, half) };
+                let w = unsafe { load_rows(rows, at, chunk, half) };
                 for (v, w) in interleave(w).into_iter().enumerate() {
                     let lo = _mm256_maddubs_epi16(_mm256_and_si256(w, low), q);
                     pairs[v] = _mm256_add_epi16(pairs[v], lo);
@@ -97,7 +97,7 @@ pub(super) fn down(
                 let at = v * 16 + half * 8;
                 // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
                 unsafe {
-                    let d_w = _mm_loadu_si128(group.scales.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
+                    let d_w = _mm_loadu_si128(scales.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
                     let d = _mm256_mul_ps(_mm256_cvtph_ps(d_w), d_a);
                     let p = out.as_mut_ptr().add(at);
                     _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), d, _mm256_loadu_ps(p)));

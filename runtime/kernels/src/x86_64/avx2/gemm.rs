@@ -168,7 +168,12 @@ pub(super) unsafe fn load_group(w: *const u8, g: usize) -> [__m256i; 2] {
 #[target_feature(enable = "avx2")]
 pub(super) unsafe fn start_sums(a: *const i8, t: usize, offset: i32) -> __m256i {
     // SAFETY: the caller's promise.
-    _mm256_madd_epi16(unsafe { broadcast_quad(a.add(144 + t * 4)) }, _mm256_set1_epi16(-offset as i16))
+    unsafe {
+        if offset == 8 {
+            return broadcast_quad(a.add(160 + t * 4));
+        }
+        _mm256_madd_epi16(broadcast_quad(a.add(144 + t * 4)), _mm256_set1_epi16(-offset as i16))
+    }
 }
 
 /// Four tokens at a time; `sums` takes one block of the panel and of the unit.

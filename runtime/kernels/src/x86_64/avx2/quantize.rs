@@ -60,7 +60,7 @@ pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Su
         // SAFETY: q has 32 bytes.
         unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes) };
         *d = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(scale))));
-        *sums = half_sums(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes));
+        *sums = half_sums(bytes);
     }
 }
 

@@ -111,14 +111,14 @@ pub(super) fn down(
     out: &mut [&mut [f32]],
 ) {
     let low = _mm512_set1_epi8(15);
-    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |rows, scales, token, chunk, out| {
         let d_a = _mm512_set1_ps(token.d);
         // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
         let mut sums = [_mm512_set1_epi32(token.bias); 8];
-        for (rows, &quad) in token.quads() {
+        for (at, &quad) in token.quads() {
             let q = _mm512_set1_epi32(quad);
             // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-            let w = unsafe { load_rows(group.rows, rows, chunk) };
+            let w = unsafe { load_rows(rows, at, chunk) };
             for (v, w) in interleave(w).into_iter().enumerate() {
                 sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
                 let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
@@ -128,7 +128,7 @@ pub(super) fn down(
         for (v, sum) in sums.into_iter().enumerate() {
             // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
             unsafe {
-                let d_w = _mm256_loadu_si256(group.scales.add(chunk * 256 + v * 32).cast());
+                let d_w = _mm256_loadu_si256(scales.add(chunk * 256 + v * 32).cast());
                 let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
                 let p = out.as_mut_ptr().add(v * 16);
                 _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));

@@ -137,63 +137,84 @@ pub(super) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 
 
 type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
     assert!(panel.len() >= kb * kind.block_bytes() && units.len().is_multiple_of(kb * UNIT_BLOCK));
     let offset = match kind.values {
         Values::Nibbles { offset } => offset,
         Values::Signed => 128,
     };
-    // SAFETY: the callers of a table's functions have the CPU features; the sizes are checked.
+    // SAFETY: a unit's block has both kinds of sums of token `t`.
+    let eights = |a: *const i8, t: usize| unsafe { a.add(160 + t * 4).cast::<i32>().read_unaligned() };
+    // SAFETY: as above; the sizes are checked.
     unsafe {
-        match (kind.sub_blocks, kind.has_minima) {
-            (1, false) => units_of::<1, false>(offset, kb, panel, units, out),
-            (1, true) => units_of::<1, true>(offset, kb, panel, units, out),
-            (_, false) => units_of::<2, false>(offset, kb, panel, units, out),
-            (_, true) => units_of::<2, true>(offset, kb, panel, units, out),
+        match (kind.sub_blocks, kind.has_minima, offset) {
+            (1, false, 8) => units_of::<1, false>(kb, panel, units, out, |a, t, _| _mm512_set1_epi32(eights(a, t))),
+            (1, false, 128) => {
+                units_of::<1, false>(kb, panel, units, out, |a, t, _| _mm512_set1_epi32(16 * eights(a, t)));
+            }
+            (1, false, _) => {
+                let minus = _mm512_set1_epi16(-offset as i16);
+                units_of::<1, false>(kb, panel, units, out, |a, t, _| start_sums(a.add(144 + t * 4), minus));
+            }
+            (1, true, _) => {
+                let minus = _mm512_set1_epi16(-offset as i16);
+                units_of::<1, true>(kb, panel, units, out, |a, t, _| start_sums(a.add(144 + t * 4), minus));
+            }
+            (_, has_minima, _) => {
+                let minus = [0, 16].map(|shift| _mm512_set1_epi32((-offset & 0xffff) << shift));
+                let start = |a: *const i8, t: usize, sub: usize| start_sums(a.add(144 + t * 4), minus[sub]);
+                match has_minima {
+                    false => units_of::<2, false>(kb, panel, units, out, start),
+                    true => units_of::<2, true>(kb, panel, units, out, start),
+                }
+            }
         }
     }
 }
 
 /// # Safety
 /// As [`tokens`], for whole units.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn units_of<const SUBS: usize, const MINIMA: bool>(
-    offset: i32,
     kb: usize,
     panel: &[u8],
     units: &[u8],
     out: &mut Outputs,
+    start: impl Fn(*const i8, usize, usize) -> __m512i,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match units.len() / (kb * UNIT_BLOCK) {
-            1 => tokens::<1, SUBS, MINIMA>(offset, kb, panel, units, out),
-            2 => tokens::<2, SUBS, MINIMA>(offset, kb, panel, units, out),
-            3 => tokens::<3, SUBS, MINIMA>(offset, kb, panel, units, out),
+            1 => tokens::<1, SUBS, MINIMA>(kb, panel, units, out, start),
+            2 => tokens::<2, SUBS, MINIMA>(kb, panel, units, out, start),
+            3 => tokens::<3, SUBS, MINIMA>(kb, panel, units, out, start),
             n => unreachable!("{n} units"),
         }
     }
 }
 
-/// `U` units of 4 tokens; bytes of the panel are `offset` more than values, and blocks have `SUBS` scales for each row.
+/// `U` units of 4 tokens; blocks have `SUBS` scales for each row. Sums of sub-block `sub` of token `t` begin at `start(block, t, sub)`.
 ///
 /// # Safety
 /// `panel` has kb blocks, `units` has U units of kb blocks.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn tokens<const U: usize, const SUBS: usize, const MINIMA: bool>(
-    offset: i32,
     kb: usize,
     panel: &[u8],
     units: &[u8],
     out: &mut [f32],
+    start: impl Fn(*const i8, usize, usize) -> __m512i,
 ) {
     let mut acc = [[_mm512_setzero_ps(); UNIT_ROWS]; U];
     let unit_bytes = kb * UNIT_BLOCK;
     let block_bytes = PANEL_VALUES + SUBS * 64 * (1 + usize::from(MINIMA));
-    // A number for the sum of each half of a block, or for that of sub-block `sub` alone.
-    let halves = |n: i32, sub: usize| match SUBS {
-        1 => _mm512_set1_epi16(n as i16),
-        _ => _mm512_set1_epi32((n & 0xffff) << (16 * sub)),
+    // Picks the sum of a whole block, or that of sub-block `sub`.
+    let one = |sub: usize| match SUBS {
+        1 => _mm512_set1_epi16(1),
+        _ => _mm512_set1_epi32(1 << (16 * sub)),
     };
     for b in 0..kb {
         for sub in 0..SUBS {
@@ -202,11 +223,10 @@ unsafe fn tokens<const U: usize, const SUBS: usize, const MINIMA: bool>(
                 let w = panel.as_ptr().add(b * block_bytes);
                 let a: [*const i8; U] =
                     std::array::from_fn(|u| units.as_ptr().add(u * unit_bytes + b * UNIT_BLOCK).cast());
-                let minus = halves(-offset, sub);
                 let mut sums = [[_mm512_setzero_si512(); UNIT_ROWS]; U];
                 for (a, sums) in a.iter().zip(&mut sums) {
                     for (t, sum) in sums.iter_mut().enumerate() {
-                        *sum = start_sums(a.add(144 + t * 4), minus);
+                        *sum = start(*a, t, sub);
                     }
                 }
                 for g in sub * 8 / SUBS..(sub + 1) * 8 / SUBS {
@@ -224,7 +244,7 @@ unsafe fn tokens<const U: usize, const SUBS: usize, const MINIMA: bool>(
                         *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*sum), _mm512_mul_ps(d_w, d_a), *acc);
                         if MINIMA {
                             let m_w = _mm512_loadu_ps(w.add(PANEL_VALUES + (SUBS + sub) * 64).cast());
-                            let sum = _mm512_cvtepi32_ps(start_sums(a.add(144 + t * 4), halves(1, sub)));
+                            let sum = _mm512_cvtepi32_ps(start_sums(a.add(144 + t * 4), one(sub)));
                             *acc = _mm512_fmadd_ps(sum, _mm512_mul_ps(m_w, d_a), *acc);
                         }
                     }

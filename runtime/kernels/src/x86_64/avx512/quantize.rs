@@ -43,7 +43,7 @@ pub(super) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Su
         }
         let half = _mm_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm_set_ss(scale));
         *d = _mm_cvtss_f32(_mm_cvtph_ps(half));
-        *sums = half_sums(q0, q1);
+        *sums = half_sums(_mm256_set_m128i(q1, q0));
     }
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn run(file: &GgufFile, context: &Context) -> anyhow::Result<Checked>
         _ => None,
     };
     bar.finish();
-    let (file, unfit) = (file.header.file_name().to_owned(), file.checksums().are_of_other_tensors());
+    let (file, unfit) = (file.header.file_name().to_owned(), file.checksums().are_of_another_file());
     Ok(Checked { file, sums, unfit, sha256 })
 }
 

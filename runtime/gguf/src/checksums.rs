@@ -2,13 +2,15 @@
 //!
 //! The unit is the *part*: a whole tensor, one expert's matrix of a stacked tensor, one expert's record of a packed one. The
 //! sums of parts stand in the metadata, where programs that do not know them pass over them: those of records under the
-//! layout's own key, all others under [`checksum_keys::CRC32C`] in the order of the file. A file whose list does not fit its
-//! tensors was rewritten by a program that copies keys; its sums say nothing about it and are not used.
+//! layout's own key, all others under [`checksum_keys::CRC32C`] in the order of the file. Where the rest of the header
+//! is not what the sums were made with, another program has rewritten the file and copied keys that it does not know: its
+//! sums say nothing about it and are not used.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, PoisonError};
 
+use crate::encode::{self, ALIGNMENT_KEY};
 use crate::error::{GgufError, Result};
 use crate::expert_index::{Layout, layout_keys, tensor_names};
 use crate::{GgmlType, GgufFile, Header, Metadata, TensorInfo, TensorSpec};
@@ -17,13 +19,14 @@ use crate::{GgmlType, GgufFile, Header, Metadata, TensorInfo, TensorSpec};
 pub mod checksum_keys {
     /// Version of what is summed and in which order: [`VERSION_NUMBER`].
     pub const VERSION: &str = "st.checksums.version";
-    /// CRC-32C of the names, types and shapes of all tensors, each with its name, a zero byte, its type and
-    /// dimensions (32 and 64 bits, little-endian), and the number of dimensions in 32 bits.
-    pub const TENSORS: &str = "st.checksums.tensors";
+    /// CRC-32C of what else the header says: each key with its value as the file has them, but for sums, alignment and the keys of split
+    /// files; then each tensor's name, a zero byte, its type and dimensions (32 and 64 bits, little-endian), and the number of
+    /// dimensions in 32 bits.
+    pub const HEADER: &str = "st.checksums.header";
     /// CRC-32C of every part that is no record, in the order of the file.
     pub const CRC32C: &str = "st.checksums.crc32c";
     /// All of them, in the order they are written.
-    pub const ALL: [&str; 3] = [VERSION, TENSORS, CRC32C];
+    pub const ALL: [&str; 3] = [VERSION, HEADER, CRC32C];
     /// The version this crate knows.
     pub const VERSION_NUMBER: u32 = 1;
 }
@@ -58,9 +61,17 @@ fn places<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u64])>) -> Vec<Place>
         .collect()
 }
 
-/// What [`checksum_keys::TENSORS`] states.
-fn tensor_list<'a>(tensors: impl Iterator<Item = (&'a str, GgmlType, &'a [u64])>) -> u32 {
-    tensors.fold(0, |sum, (name, ty, shape)| {
+/// What [`checksum_keys::HEADER`] states.
+fn header_sum<'a>(metadata: &Metadata, tensors: impl Iterator<Item = (&'a str, GgmlType, &'a [u64])>) -> u32 {
+    let ours = |key: &str| checksum_keys::ALL.contains(&key) || key == layout_keys::CRC32C;
+    let free = |key: &str| key == ALIGNMENT_KEY || key.starts_with("split.");
+    let keys = metadata.iter().filter(|(key, _)| !ours(key) && !free(key)).fold(0, |sum, (key, value)| {
+        let mut bytes = Vec::new();
+        // What cannot be written is refused by the writer; a reader never holds such a value.
+        let _ = encode::put_value(&mut bytes, key, value);
+        crc32c::crc32c_append(crc32c::crc32c_append(sum, key.as_bytes()), &bytes)
+    });
+    tensors.fold(keys, |sum, (name, ty, shape)| {
         let mut bytes = [name.as_bytes(), &[0], &ty.id().to_le_bytes()].concat();
         bytes.extend(shape.iter().flat_map(|n| n.to_le_bytes()));
         bytes.extend((shape.len() as u32).to_le_bytes());
@@ -108,8 +119,8 @@ pub(crate) fn state(metadata: &mut Metadata, tensors: &[TensorSpec], mut sums: &
         metadata.insert(layout_keys::CRC32C, records);
     }
     metadata.insert(checksum_keys::VERSION, checksum_keys::VERSION_NUMBER);
-    let list = tensor_list(tensors.iter().map(|spec| (spec.name.as_str(), spec.ty, spec.shape.as_slice())));
-    metadata.insert(checksum_keys::TENSORS, list);
+    let header = header_sum(metadata, tensors.iter().map(|spec| (spec.name.as_str(), spec.ty, spec.shape.as_slice())));
+    metadata.insert(checksum_keys::HEADER, header);
     metadata.insert(checksum_keys::CRC32C, parts);
 }
 
@@ -133,7 +144,7 @@ impl Checksums {
         let number = |key| header.metadata.u32(key).ok().flatten();
         let tensors = header.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.ty, tensor.shape.as_slice()));
         let fits = number(checksum_keys::VERSION) == Some(checksum_keys::VERSION_NUMBER)
-            && number(checksum_keys::TENSORS) == Some(tensor_list(tensors));
+            && number(checksum_keys::HEADER) == Some(header_sum(&header.metadata, tensors));
         let parts = list(checksum_keys::CRC32C, false).filter(|_| fits);
         let records = list(layout_keys::CRC32C, true);
         let mut of = HashMap::new();
@@ -160,8 +171,8 @@ impl Checksums {
         self.of.is_empty()
     }
 
-    /// Whether there is a list, but not for these tensors: another program has rewritten the file.
-    pub fn are_of_other_tensors(&self) -> bool {
+    /// Whether there is a list, but not of this file: another program has rewritten it.
+    pub fn are_of_another_file(&self) -> bool {
         self.unfit
     }
 }

@@ -150,7 +150,7 @@ fn put_string(out: &mut Vec<u8>, string: &str) {
     out.extend_from_slice(string.as_bytes());
 }
 
-fn put_value(out: &mut Vec<u8>, key: &str, value: &Value) -> Result<()> {
+pub(crate) fn put_value(out: &mut Vec<u8>, key: &str, value: &Value) -> Result<()> {
     macro_rules! put {
         ($id:ident, $v:expr) => {{
             out.extend_from_slice(&value_type::$id.to_le_bytes());

@@ -159,15 +159,16 @@ fn a_list_that_does_not_fit_is_not_used() {
     let none = with(&|metadata| {
         metadata.remove(checksum_keys::CRC32C);
     });
-    assert!(none.is_empty() && !none.are_of_other_tensors());
+    assert!(none.is_empty() && !none.are_of_another_file());
     for change in [
         (&|m: &mut Metadata| drop(m.insert(checksum_keys::CRC32C, vec![0u32; 5]))) as &dyn Fn(&mut Metadata),
         &|m| drop(m.insert(checksum_keys::CRC32C, "none")),
         &|m| drop(m.insert(checksum_keys::VERSION, 9u32)),
         &|m| drop(m.remove(checksum_keys::VERSION)),
+        &|m| drop(m.insert("tokenizer.chat_template", "another")),
     ] {
         let sums = with(change);
-        assert!(sums.is_empty() && sums.are_of_other_tensors());
+        assert!(sums.is_empty() && sums.are_of_another_file());
     }
     for change in [
         (&|tensors: &mut Vec<TensorInfo>| drop(tensors.pop())) as &dyn Fn(&mut Vec<TensorInfo>),
@@ -177,6 +178,6 @@ fn a_list_that_does_not_fit_is_not_used() {
     ] {
         let mut other = header.clone();
         change(&mut other.tensors);
-        assert!(Checksums::from_header(&other).are_of_other_tensors());
+        assert!(Checksums::from_header(&other).are_of_another_file());
     }
 }

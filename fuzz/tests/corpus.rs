@@ -9,7 +9,6 @@ fn every_input_of_the_corpus_ends_in_a_value_or_an_error() {
         let files: Vec<_> = std::fs::read_dir(&folder).expect("a corpus").map(|entry| entry.unwrap().path()).collect();
         assert!(!files.is_empty(), "{} is empty", folder.display());
         for file in files {
-            println!("{}", file.display());
             run(&std::fs::read(&file).unwrap());
         }
     }

@@ -7,7 +7,7 @@ use crate::error::ConvertError;
 
 /// States how `format` lays records out.
 pub(crate) fn describe(format: &ExpertFormat, metadata: &mut Metadata) {
-    let ty = format.ty().ggml();
+    let ty = format.type_of(Matrix::Gate).ggml();
     let starts = Matrix::ALL.map(|matrix| format.region(matrix).start as u64);
     describe_records(metadata, ty, format.record_bytes() as u64, starts);
 }

@@ -167,11 +167,6 @@ impl ExpertFormat {
         self.matrix(matrix).ty
     }
 
-    /// Weight type of experts whose matrices are all of one; else that of gate.
-    pub fn ty(&self) -> WeightType {
-        self.type_of(Matrix::Gate)
-    }
-
     /// Whether gate or up is multiplied with quantized activations.
     pub fn takes_acts(&self) -> bool {
         self.type_of(Matrix::Gate).is_quantized() || self.type_of(Matrix::Up).is_quantized()

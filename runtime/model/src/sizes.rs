@@ -80,7 +80,8 @@ pub(crate) fn plan(
             scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
         };
-        let page = kv_cache::format(config, options.kv_type_for(source.format().ty())).page_bytes() as u64;
+        let page =
+            kv_cache::format(config, options.kv_type_for(source.format().type_of(Matrix::Gate))).page_bytes() as u64;
         let ctx = options.ctx.unwrap_or(config.context_length);
         let of = |window: &Option<usize>| page * kv_cache::most_pages(*window, ctx, residency.batch()) as u64;
         let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;

@@ -88,9 +88,10 @@ impl DenseScratch {
         let (n_embd, n_ff) = (format.n_embd(), format.n_ff());
         let acts = acts.get_or_insert_with(|| Q8Acts::new(n_embd, 1));
         let hidden_acts = hidden_acts.get_or_insert_with(|| Q8Acts::new(n_ff, 1));
-        if format.ty().is_quantized() {
+        if format.takes_acts() {
             cx.kernels.gather_acts_pool(&cx.pool, input.acts, &group.batch_rows, acts);
-        } else {
+        }
+        if format.takes_floats() {
             floats.clear();
             for &row in &group.batch_rows {
                 floats.extend_from_slice(&input.floats[row as usize * n_embd..][..n_embd]);
@@ -107,7 +108,7 @@ impl DenseScratch {
         cx.pool.run_columns_of(hidden, n_ff, &group.rows, TASK_NEURONS, &|i, mut out| {
             cx.kernels.expert_gate_up_batch(format, gates[i], ups[i], gathered, group.rows[i].start, &mut out);
         });
-        if format.ty().is_quantized() {
+        if format.type_of(Matrix::Down).is_quantized() {
             cx.kernels.quantize_acts_pool(&cx.pool, hidden, hidden_acts);
         }
         let downs = landed(Matrix::Down)?;

@@ -142,7 +142,7 @@ impl Moe {
         let n_embd = self.format.n_embd();
         ops::with_slice(y, |floats| {
             let acts = acts.of(n_embd);
-            if self.format.ty().is_quantized() {
+            if self.format.takes_acts() {
                 cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
             }
             let needed = scratch.pairs.len() * n_embd;

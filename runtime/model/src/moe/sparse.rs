@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use st_experts::Lease;
 use st_gguf::Matrix;
-use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, WeightType};
+use st_kernels::{Arrangement, BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK};
 
 use super::pairs::Pairs;
 use crate::error::ModelError;
@@ -107,11 +107,12 @@ impl SparseScratch {
             let down = any(|group| group.live);
             (live_groups, live) = (live_groups + u64::from(down != 0), live + count(down));
         }
-        let weight_bytes = match format.ty() {
-            WeightType::Q4_0 => gate + active * up / n_ff + live_groups * 2 * n_embd + live * n_embd / 2,
-            // Other types skip the rows of up alone.
-            _ => gate + down + active * up / n_ff,
+        let down = match format.matrix(Matrix::Down).arrangement {
+            Arrangement::Columns => live_groups * 2 * n_embd + live * n_embd / 2,
+            // Otherwise the rows of up alone are skipped.
+            _ => down,
         };
+        let weight_bytes = gate + active * up / n_ff + down;
         let live_neurons = groups.iter().map(|group| count(group.active)).sum();
         Work { tokens: 0, weight_bytes, neurons: of.len() as u64 * n_ff, live_neurons }
     }

@@ -17,12 +17,15 @@ struct StopAt {
     at: Option<usize>,
     plans: AtomicUsize,
     readings: AtomicUsize,
+    /// Readings before the plan: those of the tokenizer.
+    before_plan: AtomicUsize,
 }
 
 impl LoadProgress for StopAt {
     fn planned(&self, plan: &MemoryPlan) {
         assert!(plan.total() > 0);
         self.plans.fetch_add(1, Ordering::SeqCst);
+        self.before_plan.store(self.readings.load(Ordering::SeqCst), Ordering::SeqCst);
     }
 
     fn reading(&self) -> ControlFlow<()> {
@@ -60,15 +63,16 @@ fn loading_stops_at_any_reading() {
     for (plans, load) in loads {
         let (whole, seen) = stopped(None, load);
         whole.expect("a model");
-        let readings = seen.readings.into_inner();
+        let (readings, before_plan) = (seen.readings.into_inner(), seen.before_plan.into_inner());
         assert_eq!(seen.plans.into_inner(), plans);
+        assert!(before_plan < readings / 2);
         for at in [0, 1, readings / 2, readings - 1] {
             let (result, seen) = stopped(Some(at), load);
             assert!(matches!(result, Err(ModelError::Cancelled)), "at {at} of {readings}: {result:?}");
             // What is left of the matrix may still be asked for; the next one is not begun.
             let asked = seen.readings.into_inner();
             assert!(asked > at && asked < at.max(1) + readings / 2, "at {at} of {readings}: {asked}");
-            assert_eq!(seen.plans.into_inner(), plans);
+            assert_eq!(seen.plans.into_inner(), if at < before_plan { 0 } else { plans });
         }
     }
 }

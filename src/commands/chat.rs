@@ -296,7 +296,7 @@ const CONVERSATION: Kind = Kind {
 };
 
 fn template(engine: &Engine) -> anyhow::Result<&ChatTemplate> {
-    let template = engine.chat_template().map_err(bad_template)?;
+    let template = engine.chat_template().map_err(|error| bad_template(&error))?;
     Ok(template.ok_or_else(|| no_template("a chat needs one"))?)
 }
 

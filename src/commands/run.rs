@@ -210,7 +210,7 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     if args.raw {
         return Ok(tokenizer.encode_prompt(text, true)?);
     }
-    let Some(template) = engine.chat_template().map_err(bad_template)? else {
+    let Some(template) = engine.chat_template().map_err(|error| bad_template(&error))? else {
         if args.system.is_some() {
             return Err(no_template("a system message needs one").into());
         }

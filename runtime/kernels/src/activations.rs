@@ -18,6 +18,8 @@ pub const UNIT_ROWS: usize = 4;
 /// Most rows that go through a matrix together at the price of reading it once: the tokens of several conversations, or those
 /// that are checked against a draft. More than these are a prompt.
 pub const FEW_ROWS: usize = 8;
+/// Rows up to which one thread quantizes alone: what a token of each of a few conversations makes, which allocates nothing.
+const MAX_ALONE: usize = 8 * FEW_ROWS;
 /// Bytes of one block of a unit.
 pub(crate) const UNIT_BLOCK: usize = 176;
 
@@ -144,6 +146,8 @@ impl Q8Acts {
         if rows <= self.capacity {
             return;
         }
+        // In steps, so that batches of about one size settle soon.
+        let rows = if rows > 1 { rows.next_multiple_of(MAX_ALONE) } else { rows };
         let kbp = padded_blocks(self.k);
         let blocks = rows.checked_mul(kbp).expect("activation buffer size overflows");
         self.q = AlignedBuf::zeroed(blocks.checked_mul(BLOCK_LEN).expect("activation buffer size overflows"));
@@ -198,7 +202,7 @@ impl<'a> RowsMut<'a> {
     /// [`Self::fill`] shared among the threads of a pool.
     pub(crate) fn fill_pool(self, pool: &Pool, fill: &(impl Fn(usize, &mut [i8], &mut [f32], &mut [Sums]) + Sync)) {
         let rows = self.rows();
-        if pool.n_threads() == 1 || rows <= FEW_ROWS {
+        if pool.n_threads() == 1 || rows <= MAX_ALONE {
             return self.fill(fill);
         }
         let per_task = rows.div_ceil(pool.n_threads()).next_multiple_of(UNIT_ROWS);

@@ -34,9 +34,9 @@ pub struct Engine {
     id: u64,
     model: Model,
     tokenizer: Option<Tokenizer>,
-    chat_template: Result<Option<ChatTemplate>, ChatError>,
+    chat_template: Result<Option<ChatTemplate>, Arc<ChatError>>,
     /// Whether the template compiles, once somebody asked for it.
-    template_check: OnceLock<Result<(), ChatError>>,
+    template_check: OnceLock<Result<(), Arc<ChatError>>>,
     end_ids: Vec<u32>,
     plan: MemoryPlan,
     /// The memory of all sequences' keys and values.
@@ -96,7 +96,7 @@ impl Engine {
     ) -> Result<Arc<Self>, ModelError> {
         let config = file.header.model_shape()?;
         let tokenizer = Tokenizer::from_metadata_with(&file.header.metadata, progress)?;
-        let chat_template = ChatTemplate::unchecked(&file.header.metadata);
+        let chat_template = ChatTemplate::unchecked(&file.header.metadata).map_err(Arc::new);
         let end_ids = match &tokenizer {
             Some(tokenizer) => tokenizer.end_ids().to_vec(),
             None => crate::tokenizer::end_ids(&file.header.metadata)?,
@@ -226,10 +226,11 @@ impl Engine {
     ///
     /// # Errors
     /// Where it cannot be used. Only chats need one, so this keeps no model from being loaded.
-    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, &ChatError> {
-        let template = self.chat_template.as_ref()?.as_ref();
+    pub fn chat_template(&self) -> Result<Option<&ChatTemplate>, Arc<ChatError>> {
+        let template = self.chat_template.as_ref().map_err(Arc::clone)?.as_ref();
         // Compiled when first asked for: what needs no template runs however broken it is.
-        self.template_check.get_or_init(|| template.map_or(Ok(()), ChatTemplate::check)).as_ref()?;
+        let check = || template.map_or(Ok(()), ChatTemplate::check).map_err(Arc::new);
+        self.template_check.get_or_init(check).clone()?;
         Ok(template)
     }
 

@@ -116,6 +116,15 @@ pub enum ModelError {
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),
+    /// A text for a model whose file has no tokenizer.
+    #[error("the file has no tokenizer, so it takes no text")]
+    NoTokenizer,
+    /// A chat with a model whose file has no format for one.
+    #[error("the file has no chat template")]
+    NoChatTemplate,
+    /// The file's chat template cannot be used, or refuses the messages.
+    #[error(transparent)]
+    Chat(#[from] std::sync::Arc<crate::chat::ChatError>),
     /// Whoever watched could not take what was shown.
     #[error("the {what} could not be recorded")]
     Observer {

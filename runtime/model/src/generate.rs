@@ -69,6 +69,13 @@ pub struct Generation {
     pub stats: GenerateStats,
 }
 
+impl Generation {
+    /// Whether it ended before it was over: somebody stopped it, or something failed.
+    pub fn is_cut_off(&self) -> bool {
+        matches!(self.finish_reason, FinishReason::Cancelled | FinishReason::Error)
+    }
+}
+
 /// An answer that failed on the way: why, and what there is of it.
 #[derive(Debug)]
 pub struct GenerateError(Box<Failure>);
@@ -104,6 +111,19 @@ impl std::fmt::Display for GenerateError {
 impl std::error::Error for GenerateError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         Some(&self.0.error)
+    }
+}
+
+impl From<ModelError> for GenerateError {
+    /// A failure before there is an answer.
+    fn from(error: ModelError) -> Self {
+        let answer = Generation {
+            text: String::new(),
+            ids: Vec::new(),
+            finish_reason: FinishReason::Error,
+            stats: GenerateStats::default(),
+        };
+        Self::new(error, answer)
     }
 }
 

@@ -5,6 +5,29 @@
 //! each row gets the logits that it would have alone, bit for bit. [`Reference`] is the same model in plain f32, for
 //! comparison. This crate reads model files and nothing else: it knows no checkpoints, no hub and no command line, prints
 //! nothing and reads no environment.
+//!
+//! ```
+//! use std::ops::ControlFlow;
+//!
+//! use st_model::sampler::SamplerOptions;
+//! use st_model::{Chat, Engine, GenerateOptions, LoadOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let options = LoadOptions { threads: 2, ..LoadOptions::default() };
+//! let engine = Engine::open("../../models/tiny/tiny-q4_0.gguf", &options)?;
+//! let mut chat = Chat::new(&engine, SamplerOptions { seed: 7, ..SamplerOptions::default() })?;
+//! let limits = GenerateOptions { max_tokens: Some(40), ..GenerateOptions::default() };
+//! for question in ["Tell me a story.", "And then?"] {
+//!     let answer = chat.ask(question, &limits, &mut (), &mut |text| {
+//!         print!("{text}");
+//!         ControlFlow::Continue(())
+//!     })?;
+//!     assert!(answer.text.len() > 10);
+//! }
+//! assert_eq!(chat.messages().len(), 4);
+//! # Ok(())
+//! # }
+//! ```
 
 mod activations;
 mod added;
@@ -13,6 +36,7 @@ mod batch;
 mod bpe;
 pub mod chat;
 mod config;
+mod conversation;
 mod cut;
 mod engine;
 mod error;
@@ -43,6 +67,7 @@ mod workspace;
 pub use answer::{Answer, FinishReason, GenerateOptions, Next};
 pub use batch::{Batch, BatchKind};
 pub use config::{Gating, ModelConfig};
+pub use conversation::Chat;
 pub use engine::Engine;
 pub use error::ModelError;
 pub use generate::{GenerateError, GenerateStats, Generation, generate};

@@ -27,6 +27,14 @@ pub struct SamplerOptions {
     pub seed: u64,
 }
 
+impl Default for SamplerOptions {
+    /// What most programs of this kind choose: temperature 0.8 among the 40 likeliest, top-p 0.95, min-p 0.05, no penalty. The seed
+    /// is 0, the same text every time.
+    fn default() -> Self {
+        Self { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, repeat_penalty: 1.0, seed: 0 }
+    }
+}
+
 impl SamplerOptions {
     /// Always the likeliest token, no penalty: the same text every time.
     pub fn greedy() -> Self {

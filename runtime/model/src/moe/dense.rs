@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use st_experts::Lease;
+use st_experts::{Lease, MAX_LEASE};
 use st_gguf::Matrix;
 use st_kernels::{ExpertFormat, ExpertInput, OUTPUT_CHUNK, Q8Acts, UNIT_ROWS};
 
@@ -101,8 +101,13 @@ impl DenseScratch {
             hidden.resize(group.batch_rows.len() * n_ff, 0.0);
         }
         let hidden = &mut hidden[..group.batch_rows.len() * n_ff];
-        let landed =
-            |matrix| -> Result<Vec<&[u8]>, _> { group.ranks.iter().map(|&rank| lease.wait(rank, matrix)).collect() };
+        // In place: a list of them would be allocated for each group.
+        let landed = |matrix| {
+            let mut bytes = [&[][..]; MAX_LEASE];
+            let waits = group.ranks.iter().zip(&mut bytes);
+            waits.into_iter().try_for_each(|(&rank, bytes)| lease.wait(rank, matrix).map(|landed| *bytes = landed))?;
+            Ok::<_, ModelError>(bytes)
+        };
         let (gates, ups) = (landed(Matrix::Gate)?, landed(Matrix::Up)?);
         let gathered = ExpertInput { floats, acts };
         cx.pool.run_columns_of(hidden, n_ff, &group.rows, TASK_NEURONS, &|i, mut out| {

@@ -3,7 +3,6 @@
 //! What is written here are logits, and what goes with them: they come first in the file, which is how it is known again.
 
 use std::io::{self, Read, Write as _};
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -80,7 +79,7 @@ impl TensorFile {
         let (start, row_bytes) = self.places[tensor];
         self.buffer.clear();
         self.buffer.extend(values.flatten());
-        self.file.file().write_all_at(&self.buffer, start + (first * row_bytes) as u64)
+        st_sys::write_all_at(self.file.file(), &self.buffer, start + (first * row_bytes) as u64)
     }
 
     /// Gives the complete file its name.

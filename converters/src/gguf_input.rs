@@ -11,7 +11,7 @@ use st_gguf::{GgmlType, GgufFile, Header, Metadata, Part};
 
 use crate::error::ConvertError;
 use crate::input::{Input, Slot, SourceTensor, SourceType};
-use crate::mapped::MappedFile;
+use crate::mapped::map_weights;
 use crate::tensor_map::{ModelShape, Scope, TABLE, Tensor};
 
 /// Opens and validates the GGUF file at `path`.
@@ -29,7 +29,7 @@ pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
     if carried.get("tokenizer.ggml.tokens").is_none() {
         warnings.push("the file has no tokenizer: the output takes and gives token ids only".into());
     }
-    let files = parts.iter().map(|part| MappedFile::open(part.path)).collect::<Result<Vec<_>, _>>()?;
+    let files = parts.iter().map(|part| map_weights(part.path)).collect::<Result<Vec<_>, _>>()?;
     let mut ends = parts.iter().zip(&files).map(|(part, file)| part.start + file.bytes().len() as u64);
     if ends.next_back() != Some(header.file_len) {
         let source = std::io::Error::other("the file changed its length while it was opened");

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use st_gguf::{GgufFile, Metadata};
 
 use crate::error::ConvertError;
-use crate::mapped::MappedFile;
 use crate::tensor_map::{ModelShape, Tensor, rule_of};
 use crate::{checkpoint, gguf_input};
+use st_sys::MappedFile;
 
 /// Types that weights may be stored as in an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

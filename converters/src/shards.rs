@@ -12,7 +12,8 @@ use serde::de::{IgnoredAny, MapAccess};
 
 use crate::error::ConvertError;
 use crate::json::{Members, read_members};
-use crate::mapped::MappedFile;
+use crate::mapped::map_weights;
+use st_sys::MappedFile;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -217,7 +218,7 @@ impl Shards {
 
     /// Maps one shard and adds its tensors.
     fn scan(&mut self, path: &Path) -> Result<(), ConvertError> {
-        let mapped = MappedFile::open(path)?;
+        let mapped = map_weights(path)?;
         let (header, metadata) = SafeTensors::read_metadata(mapped.bytes())
             .map_err(|error| ConvertError::BadShard { path: path.into(), message: error.to_string() })?;
         let data = header + size_of::<u64>();

@@ -17,11 +17,12 @@ use super::routing::{Recorder, RoutingFile};
 use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
 use crate::cli::{BenchArgs, BenchFormat};
 use crate::context::Context;
-use crate::machine::{peak_resident, read_bandwidth, reset_peak_resident};
+use crate::machine::read_bandwidth;
 use crate::models::Model;
 use crate::report::Advice;
 use crate::size::show_size;
 use crate::ui;
+use st_sys::{peak_resident, reset_peak_resident};
 
 /// Repeated until it is long enough.
 const TEXT: &str = "Once upon a time there was a small fox who lived at the edge of a forest. Every morning it walked down to \

@@ -9,9 +9,9 @@ use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
 
 use crate::cli::{EngineArgs, IoName, KvName};
 use crate::context::Context;
-use crate::machine::physical_cores;
 use crate::models::Model;
 use crate::size::show_size;
+use st_sys::physical_cores;
 
 /// Compute threads of a command.
 pub(crate) fn threads(args: &EngineArgs) -> usize {

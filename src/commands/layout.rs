@@ -7,10 +7,10 @@ use st_convert::{RelayoutOptions, relayout};
 use super::check_converted;
 use crate::cli::LayoutArgs;
 use crate::context::Context;
-use crate::machine::available_threads;
 use crate::models::not_stdin;
 use crate::size::show_size;
 use crate::ui::ConvertBar;
+use st_sys::available_threads;
 
 pub(crate) fn run(args: &LayoutArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let options = RelayoutOptions {

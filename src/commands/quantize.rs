@@ -9,10 +9,10 @@ use st_gguf::Layout;
 use super::check_converted;
 use crate::cli::QuantizeArgs;
 use crate::context::Context;
-use crate::machine::available_threads;
 use crate::models::{Fetch, Model, not_stdin};
 use crate::size::show_size;
 use crate::ui::{self, ConvertBar};
+use st_sys::available_threads;
 
 pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let model = Model::resolve(&args.model)?;

@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use st_model::{Engine, GenerateStats, StoreStats};
 
-use crate::machine::peak_resident;
 use crate::size::show_size;
 use crate::table;
+use st_sys::peak_resident;
 
 /// The lines that `--stats` prints.
 pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {

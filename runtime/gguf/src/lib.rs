@@ -52,7 +52,7 @@ pub use placeholder::Placeholder;
 pub use reader::GgufFile;
 pub use source::{FileSource, Part, ReadAt, StaticSource};
 pub use st_format::{Array, GgmlType, Matrix, ModelShape, StringArray, Value};
-pub use writer::{GgufWriter, WriteOptions, available_space};
+pub use writer::{GgufWriter, WriteOptions};
 
 /// Caps on what a header may claim, far above any real file, far below what would hurt.
 pub mod limits {

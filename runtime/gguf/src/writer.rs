@@ -2,9 +2,7 @@
 //!
 //! Owns the order and the padding of what is written; [`OutputFile`] owns the file and its name.
 
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::Metadata;
@@ -120,7 +118,7 @@ impl GgufWriter {
             return Err(GgufError::malformed(self.path.display(), "replaced metadata", problem));
         }
         let sink = &mut self.stream_mut().sink;
-        let written = sink.flush().and_then(|()| sink.get_ref().file().write_all_at(&header, 0));
+        let written = sink.flush().and_then(|()| st_sys::write_all_at(sink.get_ref().file(), &header, 0));
         written.map_err(|source| self.write_error(source))
     }
 
@@ -169,7 +167,8 @@ impl GgufWriter {
         let end = self.plan.header_bytes + stream.position;
         while end >= self.handed_over + WRITEBACK_BYTES + BUFFER_BYTES as u64 {
             for start in [Some(self.handed_over), self.handed_over.checked_sub(RELEASE_LAG)].into_iter().flatten() {
-                advise_done(stream.sink.get_ref().file(), start, WRITEBACK_BYTES);
+                let written = start..start + WRITEBACK_BYTES;
+                st_sys::advise(stream.sink.get_ref().file(), written, st_sys::Advice::DontNeed);
             }
             self.handed_over += WRITEBACK_BYTES;
         }
@@ -182,7 +181,7 @@ impl GgufWriter {
 
     fn free_space(&self) -> Option<u64> {
         let output = self.stream.as_ref()?.sink.get_ref();
-        available_space(output.folder()).ok().flatten()
+        st_sys::free_space(output.folder()).ok().flatten()
     }
 
     fn write_error(&self, source: io::Error) -> GgufError {
@@ -201,17 +200,6 @@ impl Drop for GgufWriter {
         }
     }
 }
-
-/// Says that `len` bytes from `start` will not be needed: dirty pages then start on their way to the disk, clean ones are
-/// dropped.
-#[cfg(target_os = "linux")]
-fn advise_done(file: &File, start: u64, len: u64) {
-    let _ = rustix::fs::fadvise(file, start, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
-}
-
-/// Other systems take no such advice.
-#[cfg(not(target_os = "linux"))]
-fn advise_done(_file: &File, _start: u64, _len: u64) {}
 
 /// An error of writing, with a full disk or an exhausted quota told apart.
 fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Error) -> GgufError {
@@ -294,16 +282,6 @@ impl<W: Write> TensorStream<W> {
         }
         Ok(())
     }
-}
-
-/// Bytes that an ordinary user can still write to the file system of `dir`, or `None` where it does not
-/// say.
-///
-/// # Errors
-/// What the system reports, such as that `dir` does not exist.
-pub fn available_space(dir: &Path) -> io::Result<Option<u64>> {
-    let stat = rustix::fs::statvfs(dir)?;
-    Ok((stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
 #[cfg(test)]

@@ -77,6 +77,9 @@ pub enum ModelError {
         /// The context length that the minimum is for.
         ctx: usize,
     },
+    /// A budget on a system that does not tell what the process takes.
+    #[error("a memory budget cannot be kept here: the system does not tell how much memory this process uses")]
+    BudgetUnknown,
     /// A weight that is no number.
     #[error("tensor `{name}` holds {got}: the file is damaged")]
     NotFinite {

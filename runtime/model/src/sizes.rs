@@ -67,7 +67,8 @@ pub(crate) fn plan(
         max_ctx: config.context_length,
         ctx_step: POSITION_STEP,
     };
-    let (process, dense) = (resident_bytes(), dense(source, config)?);
+    let process = process_bytes(options.memory, st_sys::resident())?;
+    let dense = dense(source, config)?;
     let slots = slot_format(source, options.kernels()?);
     // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
@@ -147,10 +148,25 @@ fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize, sequences: usize)
         + sampling) as u64
 }
 
-/// Resident memory of this process now, in bytes; 0 where the system does not tell.
-fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+/// What the process takes before anything is loaded. Without a budget nobody relies on it.
+///
+/// # Errors
+/// [`ModelError::BudgetUnknown`] where there is a budget and the system does not tell what is `resident`.
+fn process_bytes(budget: Option<u64>, resident: Option<u64>) -> Result<u64, ModelError> {
+    match (budget, resident) {
+        (Some(_), None) => Err(ModelError::BudgetUnknown),
+        (_, resident) => Ok(resident.unwrap_or(0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_that_cannot_be_measured_is_not_promised() {
+        assert!(matches!(process_bytes(Some(1 << 30), None), Err(ModelError::BudgetUnknown)));
+        assert_eq!(process_bytes(Some(1 << 30), Some(7)).unwrap(), 7);
+        assert_eq!(process_bytes(None, None).unwrap(), 0);
+    }
 }

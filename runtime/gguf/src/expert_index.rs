@@ -7,7 +7,6 @@
 
 use st_format::Tensor;
 
-use crate::checksums::Checksums;
 use crate::error::{GgufError, Result};
 use crate::header::{Header, TensorInfo};
 use crate::{GgmlType, Matrix, Metadata, ModelShape};
@@ -169,7 +168,7 @@ impl ExpertIndex {
             }
             index.starts.push(starts);
         }
-        let checksums = Checksums::from_header(header);
+        let checksums = header.checksums();
         for layer in 0..shape.n_layers {
             let of = Matrix::ALL.map(|matrix| checksums.of(&tensor_names::stacked(layer, matrix)));
             index

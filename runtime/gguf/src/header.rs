@@ -2,9 +2,11 @@
 //! file, aligned and apart from the others, once [`Header::parse`] has returned it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use st_format::{Described, ModelShape, same_shape};
 
+use crate::checksums::Checksums;
 use crate::encode::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC};
 use crate::error::{GgufError, Result};
 use crate::parse::{Context, Cursor};
@@ -51,6 +53,8 @@ pub struct Header {
     pub file_len: u64,
     index: HashMap<String, usize>,
     file: String,
+    /// As the file states them: whoever takes keys out of `metadata` to save memory does not change them.
+    checksums: Arc<Checksums>,
 }
 
 impl Header {
@@ -100,7 +104,20 @@ impl Header {
         let data_offset = cursor.pos().next_multiple_of(alignment);
         let file_len = source.len();
         place(&mut tensors, &file, alignment, data_offset, file_len)?;
-        Ok(Self { version, metadata, tensors, alignment, data_offset, file_len, index, file })
+        let checksums = Arc::default();
+        let header = Self { version, metadata, tensors, alignment, data_offset, file_len, index, file, checksums };
+        Ok(header.with_checksums())
+    }
+
+    /// The header with the sums that it states.
+    fn with_checksums(mut self) -> Self {
+        self.checksums = Arc::new(Checksums::from_header(&self));
+        self
+    }
+
+    /// The sums that the file states.
+    pub fn checksums(&self) -> &Checksums {
+        &self.checksums
     }
 
     /// The header of a file in parts: the first one's, with the tensors of all, each part starting at its offset.
@@ -119,7 +136,7 @@ impl Header {
             }
         }
         joined.file_len = file_len;
-        Ok(joined)
+        Ok(joined.with_checksums())
     }
 
     /// The tensor called `name`.

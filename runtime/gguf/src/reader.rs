@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::checksums::{Checksums, Verifier};
+use crate::checksums::Verifier;
 use crate::error::{GgufError, Result};
 use crate::source::name_of;
 use crate::split;
@@ -51,7 +51,7 @@ impl GgufFile {
     }
 
     fn with(header: Header, source: Arc<dyn ReadAt>) -> Self {
-        let verifier = Arc::new(Verifier::new(Checksums::from_header(&header)));
+        let verifier = Arc::new(Verifier::new(header.checksums().clone()));
         Self { header, source, verifier }
     }
 

@@ -52,7 +52,7 @@ pub(crate) fn print(text: &str) -> Result<(), OutputError> {
     print_bytes(text.as_bytes())
 }
 
-/// Writes JSON and a line break to stdout, as [`print`] does: at a terminal with the escapes that JSON has.
+/// Writes JSON and a line break to stdout, as [`print()`] does: at a terminal with the escapes that JSON has.
 pub(crate) fn print_json(value: &Value) -> Result<(), OutputError> {
     let line = format!("{value}\n");
     let line = if io::stdout().is_terminal() { harmless_json(&line) } else { line };

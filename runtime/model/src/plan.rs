@@ -101,13 +101,13 @@ pub struct PlanShape {
 pub struct MemoryPlan {
     /// The budget, where there is one.
     pub budget: Option<u64>,
-    /// See [`FixedCosts::process`].
+    /// What the process takes before anything is loaded, in bytes.
     pub process: u64,
-    /// See [`FixedCosts::dense`].
+    /// Weights that are always resident: everything but the experts, in bytes.
     pub dense: u64,
-    /// See [`FixedCosts::scratch`].
+    /// Buffers of one forward pass, and what sampling needs, in bytes.
     pub scratch: u64,
-    /// See [`FixedCosts::io`].
+    /// Buffers of expert reads, and what whole large pages add to the slots, in bytes.
     pub io: u64,
     /// Conversations at once.
     pub sequences: usize,

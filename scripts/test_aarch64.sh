@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds st-kernels for AArch64 and runs its tests under emulation, on a CPU with dot products (Cortex-A76) and one with i8mm (Neoverse V1).
+# Builds st-kernels for AArch64 and runs its tests under emulation: a CPU without dot products (Cortex-A72), one with them (Cortex-A76), and all
+# that the emulator has, i8mm among it (max).
 #
 #     scripts/test_aarch64.sh            # installs nothing; says SKIPPED where tools are missing
 #     scripts/test_aarch64.sh --install  # first installs what is missing, where this is Debian and the user is root
@@ -51,8 +52,8 @@ if ! has_rustup_target; then
 fi
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-for cpu in cortex-a76 neoverse-v1; do
+for cpu in cortex-a72 cortex-a76 max; do
     printf '*** st-kernels on an emulated %s ***\n' "$cpu"
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu $cpu" \
-        timeout 1200 cargo test --locked --package st-kernels --target "$target" --target-dir target/aarch64
+        timeout 1200 cargo test --locked --package st-kernels --lib --tests --target "$target" --target-dir target/aarch64
 done

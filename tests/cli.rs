@@ -340,7 +340,11 @@ fn memory_that_is_not_to_be_had_is_one_error() {
         format!("layout {tiny} {out} --to offload --force -q --threads 8"),
     ] {
         for kib in steps().filter(|&kib| kib >= starts) {
-            let run = Run::checked(limited(kib, &words));
+            let output = limited(kib, &words);
+            if is_end_of_a_library(&output.stderr) {
+                continue;
+            }
+            let run = Run::checked(output);
             if run.status == 0 {
                 break;
             }
@@ -349,6 +353,13 @@ fn memory_that_is_not_to_be_had_is_one_error() {
         }
     }
     assert!(failed > 0, "the least that it starts with is enough");
+}
+
+/// Whether a thread had no memory for the stack of its signals or for its own variables. The standard library and libc end the process
+/// for that before a line of ours runs in the thread; with memory that just suffices it is a matter of the order in which threads start.
+fn is_end_of_a_library(stderr: &[u8]) -> bool {
+    let said = String::from_utf8_lossy(stderr);
+    said.contains("sys/pal/unix/stack_overflow.rs") || said.contains("cannot allocate memory for thread-local data")
 }
 
 #[test]

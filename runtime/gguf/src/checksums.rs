@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{ControlFlow, Range};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::encode::{self, ALIGNMENT_KEY};
 use crate::error::{GgufError, Result};
@@ -181,7 +181,7 @@ impl Checksums {
 /// compared as soon as all of it was seen.
 #[derive(Debug)]
 pub(crate) struct Verifier {
-    pub(crate) sums: Checksums,
+    sums: Arc<Checksums>,
     seen: Mutex<Seen>,
 }
 
@@ -210,7 +210,7 @@ impl Shift {
 }
 
 impl Verifier {
-    pub(crate) fn new(sums: Checksums) -> Self {
+    pub(crate) fn new(sums: Arc<Checksums>) -> Self {
         Self { sums, seen: Mutex::default() }
     }
 

@@ -54,7 +54,7 @@ pub struct Header {
     index: HashMap<String, usize>,
     file: String,
     /// As the file states them: whoever takes keys out of `metadata` to save memory does not change them.
-    checksums: Arc<Checksums>,
+    pub(crate) checksums: Arc<Checksums>,
 }
 
 impl Header {

@@ -51,7 +51,7 @@ impl GgufFile {
     }
 
     fn with(header: Header, source: Arc<dyn ReadAt>) -> Self {
-        let verifier = Arc::new(Verifier::new(header.checksums().clone()));
+        let verifier = Arc::new(Verifier::new(Arc::clone(&header.checksums)));
         Self { header, source, verifier }
     }
 

@@ -188,6 +188,9 @@ pub fn compare(
 impl<'a> Job<'a> {
     fn new(input: &'a Input, options: &ConvertOptions) -> Result<Self, ConvertError> {
         let types = [Some(options.ty), options.output_type];
+        if let Some(ty) = types.into_iter().flatten().find(|ty| !WeightType::WRITTEN.contains(ty)) {
+            return Err(ConvertError::Options(format!("weights of type {ty} are read, not written")));
+        }
         if options.search && !types.contains(&Some(WeightType::Q4_0)) {
             return Err(ConvertError::Options("a search for scales needs a Q4_0 output".into()));
         }

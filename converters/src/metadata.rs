@@ -9,7 +9,7 @@ use crate::tensor_map::ModelShape;
 /// The version of ggml's block formats that this project writes.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// llama.cpp's number for "mostly this type".
+/// llama.cpp's number for "mostly this type", one that is written.
 fn file_type(ty: WeightType) -> u32 {
     match ty {
         WeightType::F32 => 0,
@@ -17,6 +17,7 @@ fn file_type(ty: WeightType) -> u32 {
         WeightType::Q4_0 => 2,
         WeightType::Q8_0 => 7,
         WeightType::BF16 => 32,
+        _ => unreachable!("{ty} is not written"),
     }
 }
 

@@ -6,7 +6,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use serde_json::Value;
 use st_convert::{Cancel, ConvertError, ConvertOptions, ConvertPlan, Input, Layout, NoProgress, WeightType, convert};
 
-pub(crate) const TYPES: [WeightType; 5] = WeightType::ALL;
+pub(crate) const TYPES: [WeightType; 5] = WeightType::WRITTEN;
 pub(crate) const LAYOUTS: [Layout; 2] = [Layout::Gguf, Layout::Offload];
 
 pub(crate) fn repository(path: &str) -> PathBuf {

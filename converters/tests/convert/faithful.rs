@@ -20,6 +20,7 @@ fn expected(data: &[u8], ty: WeightType) -> Vec<u8> {
         WeightType::BF16 => out.copy_from_slice(data),
         WeightType::F16 => out = floats.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
         WeightType::F32 => out = floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        _ => unreachable!("{ty} is not written"),
     }
     out
 }

@@ -192,7 +192,8 @@ pub fn dequantize_row(ty: WeightType, bytes: &[u8], out: &mut [f32]) {
                 o.copy_from_slice(&BlockQ4_0::from_bytes(b.try_into().expect("18 bytes")).dequantize());
             }
         }
-        WeightType::Q8_0 => {
+        ty if ty.has_codes() => crate::codes::dequantize(ty, bytes, out),
+        _ => {
             for (b, o) in bytes.chunks_exact(34).zip(out.chunks_exact_mut(BLOCK_LEN)) {
                 o.copy_from_slice(&BlockQ8_0::from_bytes(b.try_into().expect("34 bytes")).dequantize());
             }

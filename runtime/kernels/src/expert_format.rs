@@ -14,7 +14,8 @@
 //!   (`unpack epi8`, then `epi16`, lane by lane) gives in vector `v`, lane `i`, the four neurons' nibbles of outputs `16v + i`
 //!   and `64 + 16v + i`, in natural order for vectors of 16, 32 and 64 bytes alike. Outputs that pad have scale 0 and nibble 8.
 //!
-//! A matrix of another type is canonical: row-major blocks. Regions start at multiples of 64 bytes, in this order, and
+//! A matrix of Q8_0 or of floats is canonical: row-major blocks. Those of other types are permutations of the canonical bits, as
+//! [`planes`](crate::planes) has them: tiles for gate and down, rows for up. Regions start at multiples of 64 bytes, in this order, and
 //! the record is padded with zeros to a multiple of 4096 bytes.
 
 use std::ops::Range;
@@ -22,6 +23,8 @@ use std::ops::Range;
 pub use st_format::Matrix;
 use thiserror::Error;
 
+use crate::codes::Coding;
+use crate::planes;
 use crate::r16;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -63,7 +66,7 @@ pub enum FormatError {
 pub enum Arrangement {
     /// Row-major blocks, as in a GGUF file.
     Canonical,
-    /// 16 rows interleaved: gate.
+    /// 16 rows interleaved: gate, and down of types that have codes.
     Tiles,
     /// All scales, then one run of bytes for each row: up.
     Rows,
@@ -88,6 +91,8 @@ impl MatrixFormat {
             (WeightType::Q4_0, Matrix::Up) => Arrangement::Rows,
             (WeightType::Q4_0, Matrix::Down) => Arrangement::Columns,
             (WeightType::Q8_0 | WeightType::F32 | WeightType::F16 | WeightType::BF16, _) => Arrangement::Canonical,
+            (_, Matrix::Gate | Matrix::Down) => Arrangement::Tiles,
+            (_, Matrix::Up) => Arrangement::Rows,
         };
         Self { ty, arrangement }
     }
@@ -97,9 +102,8 @@ impl MatrixFormat {
         match self.arrangement {
             Arrangement::Canonical | Arrangement::Tiles => self.ty.row_bytes(columns)?.checked_mul(rows),
             Arrangement::Rows => {
-                let scales = rows.checked_mul(columns / BLOCK_LEN)?.checked_mul(2)?;
-                let row = (columns / 2).checked_next_multiple_of(64)?;
-                rows.checked_mul(row)?.checked_add(scales.checked_next_multiple_of(REGION_ALIGN)?)
+                let up = UpLayout::new(self.ty, rows, columns)?;
+                rows.checked_mul(up.row_bytes)?.checked_add(up.scales_bytes)
             }
             Arrangement::Columns => {
                 let padded = rows.checked_next_multiple_of(OUTPUT_CHUNK)?;
@@ -135,10 +139,18 @@ impl ExpertFormat {
     /// # Errors
     /// If a dimension is 0, not a multiple of 32 where one of the types is quantized, or too large.
     pub fn with_types(types: [WeightType; 3], n_embd: usize, n_ff: usize) -> Result<Self, FormatError> {
-        let ty = types.into_iter().find(|ty| ty.is_quantized()).unwrap_or(types[0]);
-        let multiple = ty.block_len();
+        let ty = types.into_iter().max_by_key(|ty| ty.block_len()).unwrap_or(types[0]);
+        let multiple = ty.block_len().min(BLOCK_LEN);
+        let fits = |matrix: Matrix| {
+            let columns = if matrix == Matrix::Down { n_ff } else { n_embd };
+            columns.is_multiple_of(types[matrix as usize].block_len())
+        };
         if n_embd == 0 || n_ff == 0 || !n_embd.is_multiple_of(multiple) || !n_ff.is_multiple_of(multiple) {
             return Err(FormatError::Shape { ty, n_embd, n_ff, multiple });
+        }
+        if let Some(matrix) = Matrix::ALL.into_iter().find(|&matrix| !fits(matrix)) {
+            let ty = types[matrix as usize];
+            return Err(FormatError::Shape { ty, n_embd, n_ff, multiple: ty.block_len() });
         }
         Self::layout(types, n_embd, n_ff).ok_or(FormatError::TooLarge { n_embd, n_ff })
     }
@@ -223,6 +235,7 @@ impl ExpertFormat {
         match arrangement {
             Arrangement::Canonical => region.copy_from_slice(canonical),
             Arrangement::Tiles => r16::pack(ty, n_rows, n_columns, canonical, region),
+            Arrangement::Rows if ty.has_codes() => planes::pack_rows(&self.up(), canonical, region),
             Arrangement::Rows => {
                 let up = self.up();
                 let (scales, rows) = region.split_at_mut(up.scales_bytes);
@@ -258,6 +271,7 @@ impl ExpertFormat {
         match arrangement {
             Arrangement::Canonical => canonical.copy_from_slice(region),
             Arrangement::Tiles => r16::unpack(ty, n_rows, n_columns, region, canonical),
+            Arrangement::Rows if ty.has_codes() => planes::unpack_rows(&self.up(), region, canonical),
             Arrangement::Rows => {
                 let up = self.up();
                 let (scales, rows) = region.split_at(up.scales_bytes);
@@ -306,14 +320,9 @@ impl ExpertFormat {
         assert_eq!(region, self.regions[matrix as usize].1, "{matrix:?}: region bytes");
     }
 
-    /// Sizes inside the up region of Q4_0.
+    /// Sizes inside an up region of rows.
     pub(crate) fn up(&self) -> UpLayout {
-        let kb = self.n_embd / BLOCK_LEN;
-        UpLayout {
-            kb,
-            scales_bytes: (self.n_ff * kb * 2).next_multiple_of(REGION_ALIGN),
-            row_bytes: (kb * 16).next_multiple_of(64),
-        }
+        UpLayout::new(self.type_of(Matrix::Up), self.n_ff, self.n_embd).expect("checked on construction")
     }
 
     /// Sizes inside the down region of Q4_0.
@@ -323,15 +332,35 @@ impl ExpertFormat {
     }
 }
 
-/// Sizes inside the up region of Q4_0.
+/// Sizes inside an up region of rows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct UpLayout {
-    /// Blocks of a row.
+    pub ty: WeightType,
+    /// Times 32 columns: blocks of a row of Q4_0.
     pub kb: usize,
-    /// Bytes of all scales, padding included: where the nibble rows start.
+    /// Bytes of the scales of a neuron.
+    pub head_bytes: usize,
+    /// Bytes of all scales, padding included: where the rows of nibbles or planes start.
     pub scales_bytes: usize,
-    /// Bytes of the nibbles of a neuron, padding included.
+    /// Bytes of the nibbles or planes of a neuron, padding included.
     pub row_bytes: usize,
+}
+
+impl UpLayout {
+    /// For `rows × columns` of a quantized type; `None` where sizes overflow.
+    fn new(ty: WeightType, rows: usize, columns: usize) -> Option<Self> {
+        let kb = columns / BLOCK_LEN;
+        let (head, bits) = match ty {
+            WeightType::Q4_0 => (2, 4),
+            _ => (Coding::of(ty).head_bytes(), Coding::of(ty).bits()),
+        };
+        let head_bytes = (columns / ty.block_len()).checked_mul(head)?;
+        let scales_bytes = rows.checked_mul(head_bytes)?.checked_next_multiple_of(REGION_ALIGN)?;
+        // Whole nibbles for each block of Q4_0; of other types whole pieces of 128 columns.
+        let pieces = if bits == 4 { kb } else { kb.checked_next_multiple_of(4)? };
+        let row_bytes = pieces.checked_mul(4 * bits)?.checked_next_multiple_of(64)?;
+        Some(Self { ty, kb, head_bytes, scales_bytes, row_bytes })
+    }
 }
 
 /// Sizes inside the down region of Q4_0.
@@ -420,6 +449,13 @@ mod tests {
             ExpertFormat::with_types(mixed, 32, 48),
             Err(FormatError::Shape { ty: WeightType::Q8_0, .. })
         ));
+        // Gate and up need whole blocks of n_embd, down of n_ff.
+        let k = [WeightType::Q4_K, WeightType::Q4_K, WeightType::Q5_0];
+        assert!(ExpertFormat::with_types(k, 256, 32).is_ok());
+        assert!(matches!(
+            ExpertFormat::new(WeightType::Q6_K, 256, 32),
+            Err(FormatError::Shape { ty: WeightType::Q6_K, multiple: 256, .. })
+        ));
         assert!(matches!(ExpertFormat::new(WeightType::F32, 0, 32), Err(FormatError::Shape { multiple: 1, .. })));
         let huge = usize::MAX / 32 * 32;
         assert!(matches!(ExpertFormat::new(WeightType::Q4_0, huge, 64), Err(FormatError::TooLarge { .. })));
@@ -430,7 +466,8 @@ mod tests {
         fn unpack_undoes_pack(
             eb in 1usize..10, fb in 1usize..5, types in prop::array::uniform3(prop::sample::select(&WeightType::ALL)), seed: u64,
         ) {
-            let format = ExpertFormat::with_types(types, eb * 32, fb * 32).unwrap();
+            let len = types.into_iter().map(WeightType::block_len).max().unwrap_or(1);
+            let format = ExpertFormat::with_types(types, (eb * 32).next_multiple_of(len), (fb * 32).next_multiple_of(len)).unwrap();
             let mut state = seed | 1;
             for matrix in Matrix::ALL {
                 let canonical: Vec<u8> = (0..format.canonical_bytes(matrix))

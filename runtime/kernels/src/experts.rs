@@ -12,7 +12,7 @@ use crate::linear::units_of;
 use crate::live::LiveRows;
 use crate::out::ColumnsMut;
 use crate::panel::{PanelKind, unpack16};
-use crate::r16::{R16_ROWS, tile_bytes};
+use crate::r16::{R16_ROWS, group_bytes};
 use crate::scratch::{with_bytes, with_floats, with_sums};
 use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
@@ -58,7 +58,7 @@ impl Kernels {
         match arrangement {
             Arrangement::Tiles => {
                 let kb = format.n_embd() / BLOCK_LEN;
-                let group = kb * tile_bytes(ty);
+                let group = group_bytes(ty, kb);
                 // n_ff is a multiple of 32, so these are whole row groups.
                 let tiles = &gate[neurons.start / R16_ROWS * group..neurons.end / R16_ROWS * group];
                 let acts = few_rows(format, input, rows);
@@ -266,6 +266,13 @@ impl Kernels {
                     }
                 }
             }
+            Arrangement::Tiles => {
+                let fb = n_ff / BLOCK_LEN;
+                let group = group_bytes(ty, fb);
+                // n_embd is a multiple of 32, so these are whole row groups.
+                let tiles = &down[outputs.start / R16_ROWS * group..outputs.end / R16_ROWS * group];
+                with_hidden_rows(hidden, fb, padded_blocks(n_ff), |rows| self.gemv(ty, fb, tiles, rows, out));
+            }
             _ if ty.is_quantized() => {
                 let fb = n_ff / BLOCK_LEN;
                 let kbp = padded_blocks(n_ff);
@@ -401,10 +408,7 @@ impl Kernels {
         let MatrixFormat { ty, arrangement } = format.matrix(matrix);
         match arrangement {
             Arrangement::Tiles => {
-                let bytes = kb * tile_bytes(ty);
-                let group = first / R16_ROWS;
-                // SAFETY: the table is of this CPU; kb tiles and kb panel blocks.
-                unsafe { (self.table.panel_r16)(ty, kb, &region[group * bytes..(group + 1) * bytes], panel) };
+                self.tile_panel(ty, kb, region, first, panel);
             }
             // SAFETY: the table is of this CPU; 16 rows exist since n_ff is a multiple of 32, and kb panel blocks.
             Arrangement::Rows => unsafe { (self.table.panel_up)(&format.up(), region, first, panel) },
@@ -412,7 +416,14 @@ impl Kernels {
         }
     }
 
-    /// 16 canonical rows of a quantized type as a weight panel.
+    /// 16 rows of a region of tiles as a weight panel of `kb` blocks.
+    fn tile_panel(self, ty: WeightType, kb: usize, region: &[u8], first: usize, panel: &mut [u8]) {
+        let (bytes, group) = (group_bytes(ty, kb), first / R16_ROWS);
+        // SAFETY: the table is of this CPU; the tiles of kb blocks and as many panel blocks.
+        unsafe { (self.table.panel_r16)(ty, kb, &region[group * bytes..(group + 1) * bytes], panel) };
+    }
+
+    /// 16 canonical rows of Q8_0 as a weight panel.
     fn canonical_panel(self, ty: WeightType, k: usize, region: &[u8], first: usize, panel: &mut [u8]) {
         let kb = k / BLOCK_LEN;
         let row_bytes = kb * ty.block_bytes();
@@ -447,19 +458,20 @@ impl Kernels {
         let units = units_of(hidden.acts, first, tokens);
         let kind = PanelKind::of(ty);
         let panel_bytes = fb * kind.block_bytes();
-        let layout = format.down();
         let is_packed = arrangement == Arrangement::Columns;
         with_bytes(8 * panel_bytes, |panels| {
             for start in outputs.clone().step_by(OUTPUT_CHUNK) {
                 if is_packed {
                     // SAFETY: the table is of this CPU; the chunk exists since n_embd is padded to whole ones, and there
                     // are 8 panels of fb blocks.
-                    unsafe { (self.table.panel_down)(&layout, down, start / OUTPUT_CHUNK, panels) };
+                    unsafe { (self.table.panel_down)(&format.down(), down, start / OUTPUT_CHUNK, panels) };
                 }
                 let columns = (start..outputs.end.min(start + OUTPUT_CHUNK)).step_by(R16_ROWS);
                 for (column, panel) in columns.zip(panels.chunks_exact_mut(panel_bytes)) {
-                    if !is_packed {
-                        self.canonical_panel(ty, n_ff, down, column, panel);
+                    match arrangement {
+                        Arrangement::Tiles => self.tile_panel(ty, fb, down, column, panel),
+                        Arrangement::Columns => (),
+                        _ => self.canonical_panel(ty, n_ff, down, column, panel),
                     }
                     self.gemm_panel(kind, fb, panel, units, column, out);
                 }

@@ -6,7 +6,7 @@ use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat};
 use crate::out::ColumnsMut;
 use crate::panel::PanelKind;
 use crate::pool::Pool;
-use crate::r16::{R16, R16_ROWS, packed_bytes, tile_bytes};
+use crate::r16::{R16, R16_ROWS, group_bytes, packed_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
 use crate::table::GEMM_UNITS;
@@ -95,7 +95,7 @@ impl Kernels {
         if n == 0 || tokens == 0 {
             return;
         }
-        let group = kb * tile_bytes(ty);
+        let group = group_bytes(ty, kb);
         assert_eq!(tiles.len(), n.div_ceil(R16_ROWS) * group, "gemv: tiles of {n} rows");
         let (whole, last) = (n / R16_ROWS * R16_ROWS, n % R16_ROWS);
         let mut rows: [&mut [f32]; FEW_ROWS] = Default::default();

@@ -27,6 +27,21 @@ pub(crate) fn each_row_group(
     }
 }
 
+/// Runs `row(id, token, its output)` for each row and each token that it lives for, as `Table::up_rows` has them.
+#[inline(always)]
+pub(crate) fn each_live_row(
+    rows: LiveRows<'_>,
+    acts: &[ActRow<'_>],
+    out: &mut [f32],
+    row: impl Fn(usize, ActRow<'_>, &mut f32),
+) {
+    for ((&id, mask), out) in rows.ids.iter().zip(rows.masks).zip(out.chunks_exact_mut(acts.len())) {
+        for (_, (a, out)) in acts.iter().zip(out).enumerate().filter(|(t, _)| mask >> t & 1 != 0) {
+            row(id as usize, *a, out);
+        }
+    }
+}
+
 /// Where the rows of the live neurons of a group of 32 start.
 #[derive(Clone, Copy)]
 struct Offsets {
@@ -272,12 +287,12 @@ impl UpBlock {
         let (scales, nibbles) = region.split_at(up.scales_bytes);
         let rows_at = |i: usize| {
             let row = rows.get(i).or(rows.last()).map_or(0, |&row| row as usize);
-            (nibbles.as_ptr().wrapping_add(row * up.row_bytes), scales.as_ptr().wrapping_add(row * up.kb * 2))
+            (nibbles.as_ptr().wrapping_add(row * up.row_bytes), scales.as_ptr().wrapping_add(row * up.head_bytes))
         };
         Self {
             rows: std::array::from_fn(rows_at),
             is_empty: rows.is_empty(),
-            scale_lines: up.kb.div_ceil(32) + 1,
+            scale_lines: up.head_bytes.div_ceil(64) + 1,
             lines: up.row_bytes.div_ceil(64),
         }
     }

@@ -8,11 +8,12 @@
 //! acc = fma( f32( Σ a   ),  m_w·d_a,  acc )        where there are minima
 //! ```
 //!
-//! A type that has no code of its own for some instruction set needs [`PanelKind::of`] and [`unpack16`] alone.
+//! A type that has no code of its own for some instruction set needs [`PanelKind::of`] and a way to unpack 16 rows alone.
 
 use half::f16;
 
 use crate::block::level;
+use crate::codes::{Coding, Meaning};
 use crate::r16::R16_ROWS;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
@@ -58,6 +59,14 @@ impl PanelKind {
             WeightType::Q4_0 => Values::Nibbles { offset: 8 },
             WeightType::Q8_0 => Values::Signed,
             WeightType::F32 | WeightType::F16 | WeightType::BF16 => panic!("{ty} has no panels"),
+            _ => {
+                let coding = Coding::of(ty);
+                let values = match coding.meaning {
+                    Meaning::Less(offset) if coding.bits() <= 4 => Values::Nibbles { offset },
+                    _ => Values::Signed,
+                };
+                return Self { sub_blocks: BLOCK_LEN / coding.sub_len, has_minima: coding.has_minima, values };
+            }
         };
         Self { sub_blocks: 1, has_minima: false, values }
     }
@@ -125,7 +134,7 @@ pub(crate) fn place(layout: PanelLayout, row: usize, column: usize) -> usize {
     column / k * k * R16_ROWS + row * k + column % k
 }
 
-/// Up to 16 canonical rows of `kb` blocks as a panel; rows that are missing are zero.
+/// Up to 16 canonical rows of `kb` blocks of Q4_0 or Q8_0 as a panel; rows that are missing are zero.
 pub(crate) fn unpack16(ty: WeightType, kb: usize, canonical: &[u8], layout: PanelLayout, panel: &mut [u8]) {
     let mut panel = PanelMut::zeroed(layout, PanelKind::of(ty), panel);
     let bytes = ty.block_bytes();

@@ -6,6 +6,7 @@
 //! - Q4_0, 288 bytes: 16 f16 scales, then for `g` in 0..4, for each of the 16 rows, bytes `4g..4g+4` of the block's nibbles as
 //!   Q4_0 has them (low nibble: column `4g + j`, high: column `16 + 4g + j`).
 //! - Q8_0, 544 bytes: 16 f16 scales, then for `g` in 0..8, for each of the 16 rows, values `4g..4g+4`.
+//! - Other types: see [`planes`]. Blocks, and so tiles, may be 256 columns long.
 //!
 //! It is a permutation of the canonical bytes, so it can be undone bit for bit; rows that pad have scale 0 and values 0.
 
@@ -14,6 +15,7 @@ use std::ops::Range;
 use half::f16;
 
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
+use crate::planes;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
 /// Rows of a tile.
@@ -28,6 +30,11 @@ pub(crate) const TILE_SCALES: usize = 32;
 pub fn tile_bytes(ty: WeightType) -> usize {
     assert!(ty.is_quantized(), "{ty} has no R16 form");
     R16_ROWS * ty.block_bytes()
+}
+
+/// Bytes of the tiles of 16 rows of `kb` times 32 columns.
+pub(crate) fn group_bytes(ty: WeightType, kb: usize) -> usize {
+    kb * BLOCK_LEN / ty.block_len() * tile_bytes(ty)
 }
 
 /// Bytes of a whole matrix in R16; `None` if `ty` has no such form, `k` is not whole blocks or the size overflows.
@@ -50,6 +57,9 @@ fn check(what: &str, ty: WeightType, rows: usize, k: usize, canonical: usize, pa
 /// If a length does not fit `rows × k` of `ty`, or `ty` is not quantized.
 pub fn pack(ty: WeightType, rows: usize, k: usize, canonical: &[u8], tiles: &mut [u8]) {
     check("r16 pack", ty, rows, k, canonical.len(), tiles.len());
+    if ty.has_codes() {
+        return planes::pack_tiles(ty, k / ty.block_len(), canonical, tiles);
+    }
     let (kb, bytes, tile) = (k / BLOCK_LEN, ty.block_bytes(), tile_bytes(ty));
     for (i, out) in tiles.chunks_exact_mut(tile).enumerate() {
         let (group, b) = (i / kb, i % kb);
@@ -79,6 +89,9 @@ pub fn pack(ty: WeightType, rows: usize, k: usize, canonical: &[u8], tiles: &mut
 /// As [`pack`].
 pub fn unpack(ty: WeightType, rows: usize, k: usize, tiles: &[u8], canonical: &mut [u8]) {
     check("r16 unpack", ty, rows, k, canonical.len(), tiles.len());
+    if ty.has_codes() {
+        return planes::unpack_tiles(ty, k / ty.block_len(), tiles, canonical);
+    }
     let (kb, bytes, tile) = (k / BLOCK_LEN, ty.block_bytes(), tile_bytes(ty));
     for (i, block) in canonical.chunks_exact_mut(bytes).enumerate() {
         let (row, b) = (i / kb, i % kb);
@@ -137,7 +150,7 @@ impl<'a> R16<'a> {
 
     /// The tiles of some groups of 16 rows.
     pub(crate) fn groups(&self, groups: Range<usize>) -> &'a [u8] {
-        let bytes = self.k / BLOCK_LEN * tile_bytes(self.ty);
+        let bytes = group_bytes(self.ty, self.k / BLOCK_LEN);
         &self.tiles[groups.start * bytes..groups.end * bytes]
     }
 
@@ -150,6 +163,9 @@ impl<'a> R16<'a> {
         assert_eq!(out.len(), self.k, "row length");
         let group = self.groups(row / R16_ROWS..row / R16_ROWS + 1);
         let r = row % R16_ROWS;
+        if self.ty.has_codes() {
+            return planes::tile_row_to_f32(self.ty, group, r, out);
+        }
         for (tile, out) in group.chunks_exact(tile_bytes(self.ty)).zip(out.chunks_exact_mut(BLOCK_LEN)) {
             if self.ty == WeightType::Q4_0 {
                 let mut block = [0; size_of::<BlockQ4_0>()];

@@ -7,6 +7,7 @@ pub const BLOCK_LEN: usize = 32;
 
 /// How the weights of a matrix are stored. A subset of the ggml types: the ones that the runtime computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types, reason = "ggml's own spelling")]
 pub enum WeightType {
     /// 32-bit floats.
     F32,
@@ -16,8 +17,30 @@ pub enum WeightType {
     BF16,
     /// Blocks of 32: one f16 scale and 4-bit values with an offset of 8 ([`crate::block::BlockQ4_0`]).
     Q4_0,
+    /// Blocks of 32: f16 scale and minimum, 4 bits.
+    Q4_1,
+    /// Blocks of 32: f16 scale, 5 bits with an offset of 16.
+    Q5_0,
+    /// Blocks of 32: f16 scale and minimum, 5 bits.
+    Q5_1,
     /// Blocks of 32: one f16 scale and signed 8-bit values ([`crate::block::BlockQ8_0`]).
     Q8_0,
+    /// Blocks of 256: for each 16 a scale and a minimum of 4 bits, 2 bits.
+    Q2_K,
+    /// Blocks of 256: for each 16 a scale of 6 bits, 3 bits with an offset of 4.
+    Q3_K,
+    /// Blocks of 256: for each 32 a scale and a minimum of 6 bits, 4 bits.
+    Q4_K,
+    /// Blocks of 256: for each 32 a scale and a minimum of 6 bits, 5 bits.
+    Q5_K,
+    /// Blocks of 256: for each 16 a scale of 8 bits, 6 bits with an offset of 32.
+    Q6_K,
+    /// Blocks of 32: f16 scale, 4 bits that stand for values of a table.
+    IQ4_NL,
+    /// Blocks of 256: for each 32 a scale of 6 bits, 4 bits that stand for values of a table.
+    IQ4_XS,
+    /// Blocks of 32: a power of two, 4-bit floats.
+    MXFP4,
 }
 
 /// A ggml type that the kernels do not compute with.
@@ -27,7 +50,26 @@ pub struct UnsupportedType(pub GgmlType);
 
 impl WeightType {
     /// Every type, in the order of their ggml ids.
-    pub const ALL: [WeightType; 5] = [Self::F32, Self::F16, Self::Q4_0, Self::Q8_0, Self::BF16];
+    pub const ALL: [WeightType; 16] = [
+        Self::F32,
+        Self::F16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2_K,
+        Self::Q3_K,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+        Self::IQ4_NL,
+        Self::IQ4_XS,
+        Self::BF16,
+        Self::MXFP4,
+    ];
+    /// The types that floats are turned into; the others are only read.
+    pub const WRITTEN: [WeightType; 5] = [Self::F32, Self::F16, Self::Q4_0, Self::Q8_0, Self::BF16];
 
     /// The ggml type that it is.
     pub const fn ggml(self) -> GgmlType {
@@ -36,7 +78,18 @@ impl WeightType {
             Self::F16 => GgmlType::F16,
             Self::BF16 => GgmlType::BF16,
             Self::Q4_0 => GgmlType::Q4_0,
+            Self::Q4_1 => GgmlType::Q4_1,
+            Self::Q5_0 => GgmlType::Q5_0,
+            Self::Q5_1 => GgmlType::Q5_1,
             Self::Q8_0 => GgmlType::Q8_0,
+            Self::Q2_K => GgmlType::Q2_K,
+            Self::Q3_K => GgmlType::Q3_K,
+            Self::Q4_K => GgmlType::Q4_K,
+            Self::Q5_K => GgmlType::Q5_K,
+            Self::Q6_K => GgmlType::Q6_K,
+            Self::IQ4_NL => GgmlType::IQ4_NL,
+            Self::IQ4_XS => GgmlType::IQ4_XS,
+            Self::MXFP4 => GgmlType::MXFP4,
         }
     }
 
@@ -50,7 +103,7 @@ impl WeightType {
         Self::ALL.map(Self::name).join(", ")
     }
 
-    /// Values per block: 32 for the quantized types, 1 for floats.
+    /// Values per block: 32 or 256 for the quantized types, 1 for floats.
     pub const fn block_len(self) -> usize {
         self.ggml().block_len() as usize
     }
@@ -61,8 +114,13 @@ impl WeightType {
     }
 
     /// Whether values come in scaled integer blocks, multiplied by int8 activations.
-    pub fn is_quantized(self) -> bool {
-        matches!(self, Self::Q4_0 | Self::Q8_0)
+    pub const fn is_quantized(self) -> bool {
+        !matches!(self, Self::F32 | Self::F16 | Self::BF16)
+    }
+
+    /// Whether blocks hold codes and scales as `codes` describes them: the quantized types beside Q4_0 and Q8_0.
+    pub(crate) const fn has_codes(self) -> bool {
+        self.is_quantized() && !matches!(self, Self::Q4_0 | Self::Q8_0)
     }
 
     /// Bytes of a row of `k` values; `None` if `k` is not a whole number of blocks or the size overflows.
@@ -106,8 +164,8 @@ mod tests {
         assert_eq!(WeightType::Q4_0.block_bytes(), size_of::<crate::block::BlockQ4_0>());
         assert_eq!(WeightType::Q8_0.block_bytes(), size_of::<crate::block::BlockQ8_0>());
         assert_eq!(WeightType::Q4_0.block_len(), BLOCK_LEN);
-        let error = WeightType::try_from(GgmlType::Q6_K).unwrap_err().to_string();
-        assert_eq!(error, "weights of type Q6_K are not computed; those of F32, F16, Q4_0, Q8_0, BF16 are");
+        let error = WeightType::try_from(GgmlType::IQ3_S).unwrap_err().to_string();
+        assert!(error.starts_with("weights of type IQ3_S are not computed; those of F32, F16, Q4_0, "), "{error}");
     }
 
     #[test]

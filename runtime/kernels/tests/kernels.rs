@@ -69,6 +69,7 @@ fn weights(rng: &mut Rng, ty: WeightType, rows: usize, k: usize) -> (Vec<u8>, Ve
             WeightType::BF16 => {
                 row.copy_from_slice(&x.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect::<Vec<_>>());
             }
+            _ => random_blocks(rng, ty, row),
         }
     }
     if ty == WeightType::Q8_0 {
@@ -80,6 +81,33 @@ fn weights(rng: &mut Rng, ty: WeightType, rows: usize, k: usize) -> (Vec<u8>, Ve
         dequantize_row(ty, b, f);
     }
     (bytes, floats)
+}
+
+/// Blocks of any bytes, but for f16 scales and powers of two of about the size of a weight.
+fn random_blocks(rng: &mut Rng, ty: WeightType, row: &mut [u8]) {
+    let scales: &[usize] = match ty {
+        WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => &[0, 2],
+        WeightType::Q2_K => &[80, 82],
+        WeightType::Q3_K => &[108],
+        WeightType::Q6_K => &[208],
+        WeightType::MXFP4 => &[],
+        _ => &[0],
+    };
+    for block in row.chunks_exact_mut(ty.block_bytes()) {
+        block.fill_with(|| (rng.next() >> 32) as u8);
+        if ty == WeightType::MXFP4 {
+            block[0] = 122 + (block[0] & 3);
+        }
+        for &at in scales {
+            block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.float() / 16.0).to_le_bytes());
+        }
+    }
+}
+
+/// Every type whose weights are integers.
+fn quantized_types() -> impl Strategy<Value = WeightType> {
+    let types: Vec<_> = WeightType::ALL.into_iter().filter(|ty| ty.is_quantized()).collect();
+    prop::sample::select(types)
 }
 
 /// Types of gate, up and down: one for all, or any.
@@ -221,10 +249,10 @@ proptest! {
     #[test]
     fn linear_r16_agrees(
         rows in 1usize..50, kb in 1usize..10, tokens in 1usize..31,
-        ty in prop::sample::select(&[WeightType::Q4_0, WeightType::Q8_0][..]), seed in 1u64..,
+        ty in quantized_types(), seed in 1u64..,
     ) {
         let mut rng = Rng(seed);
-        let k = kb * 32;
+        let k = (kb * 32).next_multiple_of(ty.block_len());
         let (bytes, floats) = weights(&mut rng, ty, rows, k);
         let x = rng.floats(tokens * k);
         let mut want = None;
@@ -289,7 +317,8 @@ proptest! {
         types in expert_types(), seed in 1u64..,
     ) {
         let mut rng = Rng(seed);
-        let (n_embd, n_ff) = (eb * 32, fb * 32);
+        let len = types.iter().map(|ty| ty.block_len()).max().unwrap();
+        let (n_embd, n_ff) = ((eb * 32).next_multiple_of(len), (fb * 32).next_multiple_of(len));
         let [gate_ty, up_ty, down_ty] = types;
         let format = ExpertFormat::with_types(types, n_embd, n_ff).unwrap();
         let (mut gate_bytes, _) = weights(&mut rng, gate_ty, n_ff, n_embd);
@@ -299,6 +328,7 @@ proptest! {
             if rng.float().abs() < dead {
                 match gate_ty {
                     WeightType::Q4_0 => row.fill(0x88),
+                    // The scale is almost 0, the value is 0.
                     _ => row.fill(0),
                 }
                 if gate_ty == WeightType::Q4_0 {

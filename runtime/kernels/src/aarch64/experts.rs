@@ -7,10 +7,14 @@ use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::live::{self, Ahead, LiveRows};
+use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    if up.ty.has_codes() {
+        return scalar::planes::up_rows(up, region, rows, acts, out);
+    }
     live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
         1 => up_fours::<1>(up, region, rows, ahead, a, out),
         2 => up_fours::<2>(up, region, rows, ahead, a, out),

@@ -9,6 +9,7 @@ use super::neon::{add_block, load_f16, nibbles, sdot_lane, smmla};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
+use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scalar;
 use crate::table::GEMM_UNITS;
@@ -53,6 +54,9 @@ fn put_nibbles<const K: usize>(block: &mut [u8], g: usize, r: usize, quad: [u8; 
 
 #[target_feature(enable = "neon")]
 pub(super) fn panel_r16<const K: usize>(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    if ty.has_codes() {
+        return planes::panel_of_tiles(layout::<K>(), ty, tiles, panel);
+    }
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
         let (scales, values) = tile.split_at(32);
         let groups = if ty == WeightType::Q4_0 { 4 } else { 8 };
@@ -96,6 +100,9 @@ unsafe fn put_two_groups<const K: usize>(block: &mut [u8], g: usize, i: usize, a
 
 #[target_feature(enable = "neon")]
 pub(super) fn panel_up<const K: usize>(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    if up.ty.has_codes() {
+        return planes::panel_of_rows(layout::<K>(), up, region, first, panel);
+    }
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     for (b, block) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
         let mut d = [0; 2 * R16_ROWS];

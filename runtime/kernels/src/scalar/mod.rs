@@ -1,6 +1,7 @@
 //! Portable versions of every kernel: plain loops that say what the SIMD versions must compute, bit for bit.
 
 mod float;
+pub(crate) mod planes;
 mod quantized;
 
 pub(crate) use float::softmax;

@@ -9,7 +9,8 @@ use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
 use crate::live::{self, LiveRows};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
-use crate::r16::{self, R16_ROWS, tile_bytes, tile_scale, tile_value};
+use crate::planes;
+use crate::r16::{self, R16_ROWS, group_bytes, tile_bytes, tile_scale, tile_value};
 use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -34,17 +35,19 @@ pub(crate) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
 }
 
 pub(crate) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    let rows = canonical.len() / (kb * ty.block_bytes());
-    r16::pack(ty, rows, kb * BLOCK_LEN, canonical, tiles);
+    r16::pack(ty, canonical.len() / group_bytes(ty, kb) * R16_ROWS, kb * BLOCK_LEN, canonical, tiles);
 }
 
 /// One step of the accumulation.
 #[inline]
-fn add_block(acc: f32, isum: i32, d_w: f32, d_a: f32) -> f32 {
+pub(super) fn add_block(acc: f32, isum: i32, d_w: f32, d_a: f32) -> f32 {
     (isum as f32).mul_add(d_w * d_a, acc)
 }
 
 pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    if ty.has_codes() {
+        return super::planes::gemv(ty, kb, tiles, acts, out);
+    }
     live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| {
         out.fill(0.0);
         for (b, tile) in group.chunks_exact(tile_bytes(ty)).enumerate() {
@@ -65,16 +68,17 @@ fn up_block(up: &UpLayout, region: &[u8], row: usize, b: usize) -> BlockQ4_0 {
 }
 
 pub(crate) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
-    for ((&row, mask), out) in rows.ids.iter().zip(rows.masks).zip(out.chunks_exact_mut(acts.len())) {
-        for (_, (a, out)) in acts.iter().zip(out).enumerate().filter(|(t, _)| mask >> t & 1 != 0) {
-            *out = 0.0;
-            for (b, q) in a.q.chunks_exact(BLOCK_LEN).enumerate().take(up.kb) {
-                let block = up_block(up, region, row as usize, b);
-                let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * level(&block.qs, c)).sum();
-                *out = add_block(*out, isum, f16::from_bits(block.d).to_f32(), a.d[b]);
-            }
-        }
+    if up.ty.has_codes() {
+        return super::planes::up_rows(up, region, rows, acts, out);
     }
+    live::each_live_row(rows, acts, out, |row, a, out| {
+        *out = 0.0;
+        for (b, q) in a.q.chunks_exact(BLOCK_LEN).enumerate().take(up.kb) {
+            let block = up_block(up, region, row, b);
+            let isum = q.iter().enumerate().map(|(c, &v)| i32::from(v) * level(&block.qs, c)).sum();
+            *out = add_block(*out, isum, f16::from_bits(block.d).to_f32(), a.d[b]);
+        }
+    });
 }
 
 pub(crate) fn q8_rows(kb: usize, region: &[u8], rows: &[u32], a: ActRow<'_>, out: &mut [f32]) {
@@ -131,12 +135,18 @@ fn fill_panel_block(
 }
 
 pub(crate) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    if ty.has_codes() {
+        return planes::panel_of_tiles(LAYOUT, ty, tiles, panel);
+    }
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
         fill_panel_block(ty, block, |r, c| tile_value(ty, tile, r, c), |r| tile_scale(tile, r));
     }
 }
 
 pub(crate) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    if up.ty.has_codes() {
+        return planes::panel_of_rows(LAYOUT, up, region, first, panel);
+    }
     for (b, out) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
         let blocks: [BlockQ4_0; R16_ROWS] = std::array::from_fn(|r| up_block(up, region, first + r, b));
         fill_panel_block(
@@ -171,34 +181,46 @@ pub(crate) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: 
 #[inline(always)]
 pub(crate) fn gemm_of(layout: PanelLayout, kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
     out.fill(0.0);
-    let float = |b: &[u8], i: usize| f32::from_ne_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
+    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
+        for (w, a) in panel.chunks_exact(kind.block_bytes()).zip(unit.chunks_exact(UNIT_BLOCK)) {
+            for (t, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let q = std::array::from_fn(|c| i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8));
+                add_panel_block(layout, kind, w, &q, float(&a[128..], t), out);
+            }
+        }
+    }
+}
+
+/// Float `i` of some bytes.
+#[inline(always)]
+fn float(bytes: &[u8], i: usize) -> f32 {
+    f32::from_ne_bytes([bytes[i * 4], bytes[i * 4 + 1], bytes[i * 4 + 2], bytes[i * 4 + 3]])
+}
+
+/// Adds to the sums of a token the products of block `w` of a panel with its values `q`.
+#[inline(always)]
+pub(super) fn add_panel_block(
+    layout: PanelLayout,
+    kind: PanelKind,
+    w: &[u8],
+    q: &[i32; BLOCK_LEN],
+    d_a: f32,
+    out: &mut [f32; R16_ROWS],
+) {
+    let (values, scales) = w.split_at(PANEL_VALUES);
     let value = |byte: u8| match kind.values {
         Values::Nibbles { offset } => i32::from(byte) - offset,
         Values::Signed => i32::from(byte.wrapping_sub(layout.signed_offset) as i8),
     };
     let columns = BLOCK_LEN / kind.sub_blocks;
-    for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
-        for (w, a) in panel.chunks_exact(kind.block_bytes()).zip(unit.chunks_exact(UNIT_BLOCK)) {
-            let (values, scales) = w.split_at(PANEL_VALUES);
-            for (t, out) in out.chunks_exact_mut(R16_ROWS).enumerate() {
-                let d_a = float(&a[128..], t);
-                for sub in 0..kind.sub_blocks {
-                    let q: [i32; BLOCK_LEN] = std::array::from_fn(|i| {
-                        let c = sub * columns + i % columns;
-                        i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8)
-                    });
-                    let q = &q[..columns];
-                    let sum = q.iter().sum();
-                    for (r, acc) in out.iter_mut().enumerate() {
-                        let isum = (q.iter().enumerate())
-                            .map(|(c, q)| q * value(values[place(layout, r, sub * columns + c)]))
-                            .sum();
-                        *acc = add_block(*acc, isum, float(scales, sub * R16_ROWS + r), d_a);
-                        if kind.has_minima {
-                            *acc = add_block(*acc, sum, float(scales, (kind.sub_blocks + sub) * R16_ROWS + r), d_a);
-                        }
-                    }
-                }
+    for (sub, q) in q.chunks_exact(columns).enumerate() {
+        let sum = q.iter().sum();
+        for (r, acc) in out.iter_mut().enumerate() {
+            let isum =
+                (q.iter().enumerate()).map(|(c, q)| q * value(values[place(layout, r, sub * columns + c)])).sum();
+            *acc = add_block(*acc, isum, float(scales, sub * R16_ROWS + r), d_a);
+            if kind.has_minima {
+                *acc = add_block(*acc, sum, float(scales, (kind.sub_blocks + sub) * R16_ROWS + r), d_a);
             }
         }
     }

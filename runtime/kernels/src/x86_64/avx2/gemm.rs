@@ -8,6 +8,7 @@ use super::gemv::{broadcast_quad, dot_signed};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
+use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scalar;
 use crate::table::GEMM_UNITS;
@@ -15,6 +16,9 @@ use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    if ty.has_codes() {
+        return planes::panel_of_tiles(LAYOUT, ty, tiles, panel);
+    }
     let low = _mm256_set1_epi8(15);
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
         if ty == WeightType::Q4_0 {
@@ -52,6 +56,9 @@ fn store_scales(scales: &[u8], out: &mut [u8]) {
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    if up.ty.has_codes() {
+        return planes::panel_of_rows(LAYOUT, up, region, first, panel);
+    }
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     for (b, block) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
         let mut d = [0u8; 32];

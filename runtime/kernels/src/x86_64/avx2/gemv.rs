@@ -5,11 +5,15 @@ use std::arch::x86_64::*;
 use crate::activations::{ActRow, start};
 use crate::live;
 use crate::r16::{R16_ROWS, tile_bytes};
+use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    if ty.has_codes() {
+        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+    }
     // SAFETY: the callers of a table's functions have the CPU features; tiles are whole and tokens have kb blocks and an output for
     // each row.
     live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| unsafe {

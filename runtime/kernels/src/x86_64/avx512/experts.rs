@@ -6,10 +6,14 @@ use std::ops::Range;
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::live::{self, Ahead, LiveRows};
+use crate::scalar;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    if up.ty.has_codes() {
+        return scalar::planes::up_rows(up, region, rows, acts, out);
+    }
     live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
         1 => up_fours::<1>(up, region, rows, ahead, a, out),
         2 => up_fours::<2>(up, region, rows, ahead, a, out),

@@ -8,12 +8,16 @@ use super::gemv::{broadcast_quad, start_sums};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
+use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
+    if ty.has_codes() {
+        return planes::panel_of_tiles(LAYOUT, ty, tiles, panel);
+    }
     let low = _mm512_set1_epi8(15);
     let offset = _mm512_set1_epi8(-128);
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
@@ -43,6 +47,9 @@ pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u
 /// Four blocks of 16 rows at a time: their 16 × 16 quads of bytes are transposed.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    if up.ty.has_codes() {
+        return planes::panel_of_rows(LAYOUT, up, region, first, panel);
+    }
     let low = _mm512_set1_epi8(15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     let scales = &scales[first * up.kb * 2..(first + R16_ROWS) * up.kb * 2];

@@ -4,11 +4,15 @@ use std::arch::x86_64::*;
 
 use crate::activations::{ActRow, Sums, start};
 use crate::r16::R16_ROWS;
+use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    if ty.has_codes() {
+        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+    }
     match acts.len() {
         1 => gemv::<1>(ty, kb, tiles, acts, out),
         2 => gemv::<2>(ty, kb, tiles, acts, out),

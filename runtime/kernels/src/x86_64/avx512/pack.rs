@@ -12,7 +12,7 @@ pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut 
         // SAFETY: the callers of a table's functions have the CPU features.
         unsafe { pack_r16_q4(kb, canonical, tiles) }
     } else {
-        r16::pack(ty, canonical.len() / (kb * ty.block_bytes()), kb * BLOCK_LEN, canonical, tiles);
+        r16::pack(ty, canonical.len() / r16::group_bytes(ty, kb) * R16_ROWS, kb * BLOCK_LEN, canonical, tiles);
     }
 }
 

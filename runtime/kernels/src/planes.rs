@@ -1,0 +1,327 @@
+//! How matrices of the types with codes ([`codes`](crate::codes)) lie in memory: permutations of their bits, for every instruction set.
+//!
+//! - A *tile* is one block of each of 16 rows. First the heads, byte by byte of the 16 rows (f16 scales: two bytes), then for each
+//!   *step* of 32 columns the low plane and the high plane, `64 · width` bytes each. Columns `4g..4g + 4` of the 16 rows are quad
+//!   group `g` of 8, 64 bytes when unpacked; byte `i` of its bits is in byte `64 · (g % width) + i` of the plane, at bit
+//!   `width · (g / width)`. For 4 bits that is a tile of Q4_0.
+//! - A *row* (up) has its heads apart, so that both are runs: f16 scales of all blocks, field by field, then the other bytes block by
+//!   block. Its planes follow each other, each in pieces of 128 columns of `16 · width` bytes: codes 0..16 of the four sub-blocks
+//!   of 32, then codes 16..32 of the four, make 128 in order; code `i` of them is in byte `i % (16 · width)` at bit
+//!   `width · (i / (16 · width))`.
+
+use crate::codes::{Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights};
+use crate::expert_format::UpLayout;
+use crate::panel::{PanelKind, PanelLayout, PanelMut};
+use crate::r16::R16_ROWS;
+use crate::weight_type::{BLOCK_LEN, WeightType};
+
+/// Codes of a step: 32 columns of 16 rows, quad group by quad group.
+pub(crate) const STEP_CODES: usize = BLOCK_LEN * R16_ROWS;
+
+/// Bytes of the heads of a tile.
+pub(crate) const fn tile_head_bytes(ty: WeightType) -> usize {
+    Coding::of(ty).head_bytes() * R16_ROWS
+}
+
+/// Bytes of the planes of a step.
+pub(crate) const fn step_bytes(ty: WeightType) -> usize {
+    Coding::of(ty).bits() * 64
+}
+
+/// Where byte `i` of a head lies in the heads of a tile, for row `r`.
+#[inline(always)]
+fn head_place(wide: usize, i: usize, r: usize) -> usize {
+    if i < 2 * wide { i / 2 * 2 * R16_ROWS + 2 * r + i % 2 } else { i * R16_ROWS + r }
+}
+
+/// The head of row `r` of a tile.
+fn tile_head(ty: WeightType, tile: &[u8], r: usize, head: &mut [u8]) {
+    let coding = Coding::of(ty);
+    for (i, byte) in head[..coding.head_bytes()].iter_mut().enumerate() {
+        *byte = tile[head_place(coding.wide(), i, r)];
+    }
+}
+
+/// Where code (row `r`, column `c`) of a step lies among its unpacked codes.
+#[inline(always)]
+const fn quad_place(r: usize, c: usize) -> usize {
+    c / 4 * 64 + r * 4 + c % 4
+}
+
+/// Adds the bits of a plane of a step to `codes`.
+#[inline(always)]
+fn read_step_plane(width: usize, shift: usize, plane: &[u8], codes: &mut [u8; STEP_CODES]) {
+    let mask = (1 << width) - 1;
+    for (g, codes) in codes.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+        let (bytes, bit) = (&plane[g % width * 64..][..64], width * (g / width));
+        for (code, byte) in codes.iter_mut().zip(bytes) {
+            *code |= (byte >> bit & mask) << shift;
+        }
+    }
+}
+
+/// Undoes [`read_step_plane`] for a plane of zeros.
+#[inline(always)]
+fn write_step_plane(width: usize, shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
+    let mask = (1 << width) - 1;
+    for (g, codes) in codes.as_chunks::<64>().0.iter().enumerate() {
+        let (bytes, bit) = (&mut plane[g % width * 64..][..64], width * (g / width));
+        for (byte, code) in bytes.iter_mut().zip(codes) {
+            *byte |= (code >> shift & mask) << bit;
+        }
+    }
+}
+
+/// The codes of a step.
+#[inline(always)]
+pub(crate) fn read_step(coding: &Coding, step: &[u8], codes: &mut [u8; STEP_CODES]) {
+    codes.fill(0);
+    let (low, high) = step.split_at(coding.low_bits() * 64);
+    read_step_plane(coding.low_bits(), 0, low, codes);
+    if coding.high_bits() > 0 {
+        read_step_plane(coding.high_bits(), coding.low_bits(), high, codes);
+    }
+}
+
+/// Canonical rows (up to 16 for each group; others are zeros) of `blocks` blocks to tiles.
+#[inline(always)]
+pub(crate) fn pack_tiles(ty: WeightType, blocks: usize, canonical: &[u8], tiles: &mut [u8]) {
+    let (coding, bytes) = (Coding::of(ty), ty.block_bytes());
+    let heads = tile_head_bytes(ty);
+    for (i, tile) in tiles.chunks_exact_mut(bytes * R16_ROWS).enumerate() {
+        let (group, b) = (i / blocks, i % blocks);
+        let mut codes = [[0; STEP_CODES]; MAX_BLOCK / BLOCK_LEN];
+        tile.fill(0);
+        for r in 0..R16_ROWS {
+            let Some(block) =
+                canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|b| b.get(..bytes))
+            else {
+                break;
+            };
+            let (mut head, mut row) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
+            coding.head(block, &mut head);
+            coding.codes(block, &mut row[..ty.block_len()]);
+            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
+                tile[head_place(coding.wide(), i, r)] = byte;
+            }
+            let quads = codes.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut().skip(r).step_by(R16_ROWS);
+            for (quad, codes) in quads.zip(row[..ty.block_len()].as_chunks::<4>().0) {
+                *quad = *codes;
+            }
+        }
+        for (step, codes) in tile[heads..].chunks_exact_mut(step_bytes(ty)).zip(&codes) {
+            let (low, high) = step.split_at_mut(coding.low_bits() * 64);
+            write_step_plane(coding.low_bits(), 0, codes, low);
+            if coding.high_bits() > 0 {
+                write_step_plane(coding.high_bits(), coding.low_bits(), codes, high);
+            }
+        }
+    }
+}
+
+/// Undoes [`pack_tiles`].
+pub(crate) fn unpack_tiles(ty: WeightType, blocks: usize, tiles: &[u8], canonical: &mut [u8]) {
+    let (coding, bytes) = (Coding::of(ty), ty.block_bytes());
+    for (i, block) in canonical.chunks_exact_mut(bytes).enumerate() {
+        let (row, b) = (i / blocks, i % blocks);
+        let tile = &tiles[(row / R16_ROWS * blocks + b) * bytes * R16_ROWS..][..bytes * R16_ROWS];
+        let (mut head, mut codes) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
+        tile_row(ty, tile, row % R16_ROWS, &mut head, &mut codes[..ty.block_len()]);
+        coding.set_head(&head, block);
+        coding.set_codes(&codes[..ty.block_len()], block);
+    }
+}
+
+/// Head and codes of row `r` of a tile.
+fn tile_row(ty: WeightType, tile: &[u8], r: usize, head: &mut [u8], codes: &mut [u8]) {
+    let coding = Coding::of(ty);
+    tile_head(ty, tile, r, head);
+    let steps = tile[tile_head_bytes(ty)..].chunks_exact(step_bytes(ty));
+    for (step, codes) in steps.zip(codes.chunks_exact_mut(BLOCK_LEN)) {
+        let mut all = [0; STEP_CODES];
+        read_step(&coding, step, &mut all);
+        codes.iter_mut().enumerate().for_each(|(c, code)| *code = all[quad_place(r, c)]);
+    }
+}
+
+/// Row `r` of a row group as floats.
+pub(crate) fn tile_row_to_f32(ty: WeightType, group: &[u8], r: usize, out: &mut [f32]) {
+    let tiles = group.chunks_exact(ty.block_bytes() * R16_ROWS);
+    for (tile, out) in tiles.zip(out.chunks_exact_mut(ty.block_len())) {
+        let (mut head, mut codes) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
+        tile_row(ty, tile, r, &mut head, &mut codes[..ty.block_len()]);
+        weights(ty, &head, &codes[..ty.block_len()], out);
+    }
+}
+
+/// Scales of a tile for each of its rows.
+#[inline(always)]
+fn tile_scales(ty: WeightType, tile: &[u8]) -> [[Scale; MAX_SCALES]; R16_ROWS] {
+    std::array::from_fn(|r| {
+        let mut head = [0; MAX_HEAD];
+        tile_head(ty, tile, r, &mut head);
+        scales(ty, &head)
+    })
+}
+
+/// A row group of tiles as a panel.
+#[inline(always)]
+pub(crate) fn panel_of_tiles(layout: PanelLayout, ty: WeightType, tiles: &[u8], panel: &mut [u8]) {
+    let coding = Coding::of(ty);
+    let mut panel = PanelMut::zeroed(layout, PanelKind::of(ty), panel);
+    let mut b = 0;
+    for tile in tiles.chunks_exact(ty.block_bytes() * R16_ROWS) {
+        let scales = tile_scales(ty, tile);
+        let subs = BLOCK_LEN / coding.sub_len;
+        for (i, step) in tile[tile_head_bytes(ty)..].chunks_exact(step_bytes(ty)).enumerate() {
+            let mut codes = [0; STEP_CODES];
+            read_step(&coding, step, &mut codes);
+            for (r, scales) in scales.iter().enumerate() {
+                (0..BLOCK_LEN).for_each(|c| panel.put(b, r, c, coding.value(codes[quad_place(r, c)])));
+                for sub in 0..subs {
+                    let (scale, minimum) = scales[i * subs + sub];
+                    panel.put_scale(b, r, sub, scale, minimum);
+                }
+            }
+            b += 1;
+        }
+    }
+}
+
+/// Canonical rows to an up region.
+#[inline(always)]
+pub(crate) fn pack_rows(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
+    let (coding, bytes, len) = (Coding::of(up.ty), up.ty.block_bytes(), up.ty.block_len());
+    let (low, high) = (coding.low_bits(), coding.high_bits());
+    let blocks = up.kb * BLOCK_LEN / len;
+    region.fill(0);
+    let (heads, rows) = region.split_at_mut(up.scales_bytes);
+    let heads = heads.chunks_exact_mut(up.head_bytes);
+    for ((row, heads), canonical) in
+        rows.chunks_exact_mut(up.row_bytes).zip(heads).zip(canonical.chunks_exact(blocks * bytes))
+    {
+        let high_plane = up.kb.div_ceil(4) * 16 * low;
+        for (b, block) in canonical.chunks_exact(bytes).enumerate() {
+            let (mut head, mut codes) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
+            coding.head(block, &mut head);
+            (0..coding.head_bytes()).for_each(|i| heads[row_head_place(&coding, blocks, b, i)] = head[i]);
+            coding.codes(block, &mut codes[..len]);
+            for (s, codes) in codes[..len].as_chunks::<BLOCK_LEN>().0.iter().enumerate() {
+                let s = b * (len / BLOCK_LEN) + s;
+                write_row_codes(low, 0, s, codes, &mut row[..high_plane]);
+                if high > 0 {
+                    write_row_codes(high, low, s, codes, &mut row[high_plane..]);
+                }
+            }
+        }
+    }
+}
+
+/// Undoes [`pack_rows`].
+pub(crate) fn unpack_rows(up: &UpLayout, region: &[u8], canonical: &mut [u8]) {
+    let (coding, bytes, len) = (Coding::of(up.ty), up.ty.block_bytes(), up.ty.block_len());
+    let blocks = up.kb * BLOCK_LEN / len;
+    for (i, block) in canonical.chunks_exact_mut(bytes).enumerate() {
+        let (row, b) = (i / blocks, i % blocks);
+        let mut codes = [0; MAX_BLOCK];
+        for (s, codes) in codes[..len].as_chunks_mut::<BLOCK_LEN>().0.iter_mut().enumerate() {
+            *codes = row_codes(up, region, row, b * (len / BLOCK_LEN) + s);
+        }
+        coding.set_head(&row_head(up, region, row, b), block);
+        coding.set_codes(&codes[..len], block);
+    }
+}
+
+/// Where byte `i` of the head of block `b` lies in the heads of a row.
+#[inline(always)]
+fn row_head_place(coding: &Coding, blocks: usize, b: usize, i: usize) -> usize {
+    let wide = coding.wide();
+    if i < 2 * wide {
+        i / 2 * 2 * blocks + 2 * b + i % 2
+    } else {
+        2 * wide * blocks + b * coding.narrow() + i - 2 * wide
+    }
+}
+
+/// The head of block `b` of a row of an up region.
+#[inline(always)]
+fn row_head(up: &UpLayout, region: &[u8], row: usize, b: usize) -> [u8; MAX_HEAD] {
+    let coding = Coding::of(up.ty);
+    let blocks = up.kb * BLOCK_LEN / up.ty.block_len();
+    let heads = &region[row * up.head_bytes..][..up.head_bytes];
+    let mut head = [0; MAX_HEAD];
+    for (i, byte) in head[..coding.head_bytes()].iter_mut().enumerate() {
+        *byte = heads[row_head_place(&coding, blocks, b, i)];
+    }
+    head
+}
+
+/// The scales of block `b` of a row of an up region.
+pub(crate) fn row_scales(up: &UpLayout, region: &[u8], row: usize, b: usize) -> [Scale; MAX_SCALES] {
+    scales(up.ty, &row_head(up, region, row, b))
+}
+
+/// Where the first 16 codes of columns `32 s..` lie in a plane of a row, and at which bit; then the last 16.
+#[inline(always)]
+const fn row_places(width: usize, s: usize) -> [(usize, usize); 2] {
+    let bytes = 16 * width;
+    let piece = s / 4 * bytes;
+    let (first, last) = (s % 4 * 16, 64 + s % 4 * 16);
+    [(piece + first % bytes, first / bytes * width), (piece + last % bytes, last / bytes * width)]
+}
+
+#[inline(always)]
+fn write_row_codes(width: usize, shift: usize, s: usize, codes: &[u8; BLOCK_LEN], plane: &mut [u8]) {
+    let mask = (1 << width) - 1;
+    for ((at, bit), codes) in row_places(width, s).into_iter().zip(codes.as_chunks::<16>().0) {
+        for (byte, code) in plane[at..at + 16].iter_mut().zip(codes) {
+            *byte |= (code >> shift & mask) << bit;
+        }
+    }
+}
+
+#[inline(always)]
+fn read_row_codes(width: usize, shift: usize, s: usize, plane: &[u8], codes: &mut [u8; BLOCK_LEN]) {
+    let mask = (1 << width) - 1;
+    for ((at, bit), codes) in row_places(width, s).into_iter().zip(codes.as_chunks_mut::<16>().0) {
+        for (code, byte) in codes.iter_mut().zip(&plane[at..at + 16]) {
+            *code |= (byte >> bit & mask) << shift;
+        }
+    }
+}
+
+/// The codes of columns `32 s..` of a row of an up region.
+#[inline(always)]
+pub(crate) fn row_codes(up: &UpLayout, region: &[u8], row: usize, s: usize) -> [u8; BLOCK_LEN] {
+    let coding = Coding::of(up.ty);
+    let row = &region[up.scales_bytes + row * up.row_bytes..][..up.row_bytes];
+    let (low, high) = row.split_at(up.kb.div_ceil(4) * 16 * coding.low_bits());
+    let mut codes = [0; BLOCK_LEN];
+    read_row_codes(coding.low_bits(), 0, s, low, &mut codes);
+    if coding.high_bits() > 0 {
+        read_row_codes(coding.high_bits(), coding.low_bits(), s, high, &mut codes);
+    }
+    codes
+}
+
+/// Rows `first..first + 16` of an up region as a panel.
+#[inline(always)]
+pub(crate) fn panel_of_rows(layout: PanelLayout, up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
+    let coding = Coding::of(up.ty);
+    let mut panel = PanelMut::zeroed(layout, PanelKind::of(up.ty), panel);
+    let (steps, subs) = (up.ty.block_len() / BLOCK_LEN, BLOCK_LEN / coding.sub_len);
+    for r in 0..R16_ROWS {
+        for b in 0..up.kb / steps {
+            let scales = row_scales(up, region, first + r, b);
+            for step in 0..steps {
+                let s = b * steps + step;
+                let codes = row_codes(up, region, first + r, s);
+                codes.iter().enumerate().for_each(|(c, &code)| panel.put(s, r, c, coding.value(code)));
+                for sub in 0..subs {
+                    let (scale, minimum) = scales[step * subs + sub];
+                    panel.put_scale(s, r, sub, scale, minimum);
+                }
+            }
+        }
+    }
+}

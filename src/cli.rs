@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::error::ContextKind;
 use clap::{ArgAction, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use st_model::Isa;
+use st_model::{Isa, Kernels};
 
 use crate::size::parse_size;
 
@@ -15,7 +15,7 @@ use crate::size::parse_size;
 /// MODEL is `tiny` (a small model inside this program), a .gguf file, `4b`, `21b`, or `owner/name` on the hub;
 /// for `quantize` also a folder with a checkpoint.
 #[derive(Debug, Parser)]
-#[command(name = "st-tool", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(name = "st-tool", version = env!("ST_TOOL_VERSION"), max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Cli {
     /// No progress and no notes; errors are still shown.
     #[arg(short, long, global = true, display_order = 900)]
@@ -65,6 +65,24 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
+    /// Print what a shell completes: names of verbs, options and values.
+    Completions(CompletionsArgs),
+    /// Write the manual pages.
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell that will read them.
+    #[arg(value_name = "SHELL")]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// The folder for `st-tool.1` and a page for each verb; it is made where it is missing.
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -426,13 +444,22 @@ impl Cli {
         Self::from(std::env::args_os())
     }
 
+    /// The whole command line, for whoever describes it. `--version` tells more than `-V`.
+    pub(crate) fn definition() -> clap::Command {
+        let runs = |isa: &Isa| Kernels::for_isa(*isa).is_some();
+        let sets: Vec<_> = Isa::ALL.into_iter().filter(runs).map(Isa::name).collect();
+        let used = Kernels::detect().isa().name();
+        let version = format!("{}\ninstruction sets: {}\nused here: {used}", env!("ST_TOOL_VERSION"), sets.join(", "));
+        Self::command().long_version(version)
+    }
+
     fn from(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
         // -1 is a value, for the option's own words to accept or refuse, and never an option that does not exist.
         let takes_numbers = |arg: clap::Arg| match arg.is_positional() || !arg.get_action().takes_values() {
             true => arg,
             false => arg.allow_negative_numbers(true),
         };
-        let mut command = Self::command().mut_subcommands(|verb| verb.mut_args(takes_numbers));
+        let mut command = Self::definition().mut_subcommands(|verb| verb.mut_args(takes_numbers));
         let mut matches = command.try_get_matches_from_mut(args).map_err(|mut error| {
             // "'-- --option' passes it as a value": it would be a MODEL.
             error.remove(ContextKind::Suggested);

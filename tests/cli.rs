@@ -13,6 +13,19 @@ use crate::common::{f32s, goldens, repo};
 use crate::golden::{INT8_TRAINED, within};
 use crate::program::{Run, arg, little_memory, names, patiently, program, run};
 
+const VERBS: [&str; 11] = [
+    "download",
+    "quantize",
+    "layout",
+    "run",
+    "bench",
+    "cache-sim",
+    "logits",
+    "inspect",
+    "perplexity",
+    "completions",
+    "man",
+];
 const QUESTION: &str = "What is 27 + 45?";
 const ANSWER: &str = "27 + 45 = 72";
 
@@ -32,10 +45,41 @@ fn quiet<'a>(args: &[&'a str]) -> Vec<&'a str> {
 #[test]
 fn help_and_version_are_output() {
     assert!(run(["--version"]).ok().starts_with("st-tool "));
-    for command in ["download", "quantize", "layout", "run", "bench", "cache-sim", "logits", "inspect", "perplexity"] {
+    assert!(run(["--version"]).ok().contains("instruction sets: scalar"));
+    assert_eq!(run(["-V"]).ok().lines().count(), 1);
+    for command in VERBS {
         assert!(run(["--help"]).ok().contains(command));
         assert!(run([command, "--help"]).ok().contains("Usage: st-tool"));
     }
+}
+
+#[test]
+fn every_shell_completes_every_verb() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = run(["completions", shell]).ok();
+        assert!(VERBS.into_iter().all(|verb| script.contains(verb)), "{shell}");
+    }
+    run(["completions", "tcsh"]).misused("bash");
+}
+
+#[test]
+fn every_verb_has_a_manual_page_that_replaces_only_manual_pages() {
+    let dir = tempdir().unwrap();
+    let pages = dir.path().join("man1");
+    let [folder] = [arg(&pages)];
+    for _ in 0..2 {
+        run(["man", folder]).ok();
+    }
+    for verb in VERBS {
+        let page = fs::read_to_string(pages.join(format!("st-tool-{verb}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS") && page.contains(".SH OPTIONS"), "{verb}: {page}");
+    }
+    assert!(fs::read_to_string(pages.join("st-tool.1")).unwrap().contains("perplexity"));
+    fs::write(pages.join("st-tool-run.1"), "a text of mine").unwrap();
+    fs::write(pages.join("st-tool.1"), ".old page").unwrap();
+    run(["man", folder]).fails(&["manual page", "st-tool-run.1"]);
+    assert_eq!(fs::read_to_string(pages.join("st-tool-run.1")).unwrap(), "a text of mine");
+    assert_eq!(fs::read_to_string(pages.join("st-tool.1")).unwrap(), ".old page");
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod perplexity;
 mod quantize;
 mod routing;
 mod run;
+mod shell;
 mod stats;
 mod tokens;
 
@@ -38,6 +39,8 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Logits(args) => logits::run(&args, context),
         Command::Inspect(args) => inspect::run(&args, context),
         Command::Perplexity(args) => perplexity::run(&args, context),
+        Command::Completions(args) => shell::completions(&args),
+        Command::Man(args) => shell::man(&args, context),
     }
 }
 

@@ -81,6 +81,6 @@ pub use sequence::Sequence;
 pub use session::Session;
 pub use st_experts::io::ExpertIo;
 pub use st_experts::{IoMode, StoreError, StoreStats};
-pub use st_kernels::{Isa, KvType};
+pub use st_kernels::{Isa, Kernels, KvType};
 pub use work::Work;
 pub use workspace::Workspace;

@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 use st_bench::synth::gguf::write_gguf;
+use st_bench::synth::mix::Mix;
 use st_bench::synth::recipe::{Recipe, Statistics};
 use st_bench::synth::shape::Shape;
-use st_gguf::Layout;
+use st_gguf::{GgmlType, Layout, ModelShape};
 use tempfile::tempdir;
 
 use crate::common::repo;
@@ -21,22 +22,23 @@ use crate::program::{Run, arg, program, run};
 const MIB: u64 = 1 << 20;
 
 /// A model whose experts take far more than everything else: 40 MiB of about 45.
-fn write_model(layout: Layout, path: &Path) {
-    let mut shape = Shape {
+fn write_model(mix: &Mix, layout: Layout, path: &Path) {
+    let model = ModelShape {
         n_layers: 6,
         n_embd: 256,
         n_heads: 2,
         n_kv_heads: 1,
         n_experts: 32,
         n_ff: 512,
-        vocab: 4000,
-        context: 2048,
-        ..Shape::preset_4b()
+        n_vocab: 4000,
+        context_length: 2048,
+        ..ModelShape::published_4b()
     };
+    let mut shape = Shape::of("small", model);
     shape.set_period(0);
     let statistics = Statistics { sparsity: 0.65, early_sparsity: 0.9, popular_share: 0.6, repeat_share: 0.5, seed: 1 };
     let recipe = Recipe::new(shape, &statistics).expect("the shape is possible");
-    write_gguf(&recipe, layout, path, false, &|_| ()).expect("the model can be written");
+    write_gguf(&recipe, mix, layout, path, false, &|_| ()).expect("the model can be written");
 }
 
 /// Runs the program and looks at it until it ends: what it gave, and the peak of its resident memory in bytes.
@@ -103,7 +105,7 @@ fn a_model_of_many_experts_stays_within_its_budget() {
     for layout in [Layout::Gguf, Layout::Offload] {
         let path = folder.path().join(layout.name());
         let path = path.with_extension("gguf");
-        write_model(layout, &path);
+        write_model(&Mix::pure(GgmlType::Q4_0), layout, &path);
         stays_within(arg(&path), &[0, 5, 12, 25, 60]);
     }
 }
@@ -113,7 +115,7 @@ fn a_model_of_many_experts_stays_within_its_budget() {
 fn many_conversations_stay_within_one_budget() {
     let folder = tempdir().expect("a folder");
     let path = folder.path().join("model.gguf");
-    write_model(Layout::Gguf, &path);
+    write_model(&Mix::pure(GgmlType::Q4_0), Layout::Gguf, &path);
     let mut least_of = Vec::new();
     for n in ["1", "2", "8"] {
         let within = |memory: &str| {

@@ -12,6 +12,7 @@ mod hub;
 mod identity;
 mod loading;
 mod memory;
+mod mixed;
 mod outputs;
 mod program;
 mod regression;

@@ -9,29 +9,31 @@ use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use st_bench::synth::gguf::write_gguf;
+use st_bench::synth::mix::Mix;
 use st_bench::synth::recipe::{Recipe, Statistics};
 use st_bench::synth::shape::Shape;
-use st_gguf::{GgufFile, Layout};
+use st_gguf::{GgmlType, GgufFile, Layout, ModelShape};
 use st_model::{Engine, LoadOptions, Session};
 
 const PROMPT: usize = 128;
 
 fn write_model(layout: Layout, path: &Path) {
-    let mut shape = Shape {
+    let model = ModelShape {
         n_layers: 8,
         n_embd: 768,
         n_heads: 6,
         n_experts: 16,
         n_ff: 512,
-        vocab: 16_000,
-        context: 2048,
-        ..Shape::preset_4b()
+        n_vocab: 16_000,
+        context_length: 2048,
+        ..ModelShape::published_4b()
     };
+    let mut shape = Shape::of("small", model);
     shape.set_period(0);
     let statistics =
         Statistics { sparsity: 0.65, early_sparsity: 0.92, popular_share: 0.6, repeat_share: 0.5, seed: 1 };
     let recipe = Recipe::new(shape, &statistics).expect("the shape is possible");
-    write_gguf(&recipe, layout, path, true, &|_| ()).expect("the model can be written");
+    write_gguf(&recipe, &Mix::pure(GgmlType::Q4_0), layout, path, true, &|_| ()).expect("the model can be written");
 }
 
 fn end_to_end(criterion: &mut Criterion) {

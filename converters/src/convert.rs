@@ -198,7 +198,7 @@ impl<'a> Job<'a> {
         let layout = OutputLayout::new(shape, input.has_output(options.keep_head), options)?;
         let mut metadata = metadata::describe(shape, &input.carried, options.ty);
         if let Some(format) = &layout.packing {
-            record::describe(format, &mut metadata);
+            record::describe(&vec![format.clone(); shape.n_layers], &mut metadata);
         }
         reserve_checksums(&mut metadata, &layout.tensors);
         let mut job = Self {

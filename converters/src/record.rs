@@ -1,15 +1,18 @@
 //! Records of the offload layout: the keys that describe them, and putting an expert's three matrices into one.
 
-use st_gguf::{Metadata, describe_records};
+use st_gguf::{Metadata, RecordLayout, describe_records};
 use st_kernels::{ExpertFormat, Kernels, Matrix};
 
 use crate::error::ConvertError;
 
-/// States how `format` lays records out.
-pub(crate) fn describe(format: &ExpertFormat, metadata: &mut Metadata) {
-    let ty = format.type_of(Matrix::Gate).ggml();
-    let starts = Matrix::ALL.map(|matrix| format.region(matrix).start as u64);
-    describe_records(metadata, ty, format.record_bytes() as u64, starts);
+/// States how the records of each layer lie.
+pub(crate) fn describe(formats: &[ExpertFormat], metadata: &mut Metadata) {
+    let of = |format: &ExpertFormat| RecordLayout {
+        types: Matrix::ALL.map(|matrix| format.type_of(matrix).ggml()),
+        bytes: format.record_bytes() as u64,
+        starts: Matrix::ALL.map(|matrix| format.region(matrix).start as u64),
+    };
+    describe_records(metadata, &formats.iter().map(of).collect::<Vec<_>>());
 }
 
 /// Fills `record` with an expert whose matrices, as GGUF stores them, `fetch` puts into a buffer of the right length.

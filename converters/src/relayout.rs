@@ -51,7 +51,8 @@ struct Job<'a> {
     path: &'a Path,
     file: GgufFile,
     index: ExpertIndex,
-    format: ExpertFormat,
+    /// Per layer.
+    formats: Vec<ExpertFormat>,
     kernels: Kernels,
     metadata: Metadata,
     tensors: Vec<TensorSpec>,
@@ -110,7 +111,8 @@ impl<'a> Job<'a> {
         if index.layout() == to {
             return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
         }
-        let format = expert_format(path, &index)?;
+        let formats = (0..index.n_layers()).map(|layer| expert_format(path, &index, layer));
+        let formats = formats.collect::<Result<Vec<_>, _>>()?;
 
         let mut metadata = header.metadata.clone();
         // Those of the checksums come last, as where a file is made at once.
@@ -118,10 +120,10 @@ impl<'a> Job<'a> {
             metadata.remove(key);
         }
         if to == Layout::Offload {
-            record::describe(&format, &mut metadata);
+            record::describe(&formats, &mut metadata);
         }
         let kernels = Kernels::detect();
-        let mut job = Self { path, file, index, format, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
+        let mut job = Self { path, file, index, formats, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
         job.push_resident()?;
         for layer in 0..job.index.n_layers() {
             match to {
@@ -164,19 +166,19 @@ impl<'a> Job<'a> {
     }
 
     fn push_packed(&mut self, layer: usize) {
-        let shape = vec![self.format.record_bytes() as u64, self.index.n_experts() as u64];
+        let shape = vec![self.formats[layer].record_bytes() as u64, self.index.n_experts() as u64];
         self.tensors.push(TensorSpec { name: tensor_names::packed(layer), shape, ty: GgmlType::I8 });
         self.units.extend((0..self.index.n_experts()).map(|expert| Unit::Pack { layer, expert }));
     }
 
     fn push_stacked(&mut self, layer: usize) {
-        let index = &self.index;
+        let (index, format) = (&self.index, &self.formats[layer]);
         for matrix in Matrix::ALL {
-            let (rows, columns) = self.format.shape(matrix);
+            let (rows, columns) = format.shape(matrix);
             self.tensors.push(TensorSpec {
                 name: tensor_names::stacked(layer, matrix),
                 shape: [columns, rows, index.n_experts()].map(|n| n as u64).to_vec(),
-                ty: index.expert_type(),
+                ty: format.type_of(matrix).ggml(),
             });
             self.units.extend((0..index.n_experts()).map(|expert| Unit::Unpack { layer, expert, matrix }));
         }
@@ -198,10 +200,10 @@ impl<'a> Job<'a> {
 
     /// Bytes that a unit adds to the output.
     fn unit_bytes(&self, unit: &Unit) -> usize {
-        match unit {
-            Unit::Copy { len, .. } => *len as usize,
-            Unit::Pack { .. } => self.format.record_bytes(),
-            Unit::Unpack { matrix, .. } => self.format.canonical_bytes(*matrix),
+        match *unit {
+            Unit::Copy { len, .. } => len as usize,
+            Unit::Pack { layer, .. } => self.formats[layer].record_bytes(),
+            Unit::Unpack { layer, matrix, .. } => self.formats[layer].canonical_bytes(matrix),
         }
     }
 
@@ -224,28 +226,29 @@ impl<'a> Job<'a> {
                 self.file.read_range(&self.file.header.tensors[tensor], start, out)?;
             }
             Unit::Pack { layer, expert } => {
-                record::pack(self.kernels, &self.format, scratch, out, |matrix, canonical| {
+                record::pack(self.kernels, &self.formats[layer], scratch, out, |matrix, canonical| {
                     let range = self.index.matrix(layer, expert, matrix);
                     self.read_expert(&tensor_names::stacked(layer, matrix), range, canonical)
                 })?;
             }
             Unit::Unpack { layer, expert, matrix } => {
+                let format = &self.formats[layer];
                 // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
                 // records need be read and checked only then.
                 let region = match self.index.record(layer, expert).filter(|_| matrix == Matrix::Gate) {
                     Some(range) => {
                         scratch.resize(range.len as usize, 0);
                         self.read_expert(&tensor_names::packed(layer), range, scratch)?;
-                        self.format.region(Matrix::Gate)
+                        format.region(Matrix::Gate)
                     }
                     None => {
                         let range = self.index.matrix(layer, expert, matrix);
                         scratch.resize(range.len as usize, 0);
                         self.read(range, scratch)?;
-                        0..self.format.region(matrix).len()
+                        0..format.region(matrix).len()
                     }
                 };
-                self.format.unpack(matrix, &scratch[region], out);
+                format.unpack(matrix, &scratch[region], out);
             }
         }
         Ok(())
@@ -265,20 +268,19 @@ impl<'a> Job<'a> {
     }
 }
 
-/// The record format of the file's experts; for a file in the offload layout, proved to be the one it has.
-fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, ConvertError> {
-    let cannot = |why: String| {
-        ConvertError::Options(format!(
-            "the experts of {}, of type {}, cannot be packed: {why}",
-            path.display(),
-            index.expert_type()
-        ))
+/// The record format of the experts of a layer; for a file in the offload layout, proved to be the one it has.
+fn expert_format(path: &Path, index: &ExpertIndex, layer: usize) -> Result<ExpertFormat, ConvertError> {
+    let types = index.types(layer);
+    let cannot = |ty: GgmlType, why: String| {
+        ConvertError::Options(format!("the experts of {}, of type {ty}, cannot be packed: {why}", path.display()))
     };
-    let ty = WeightType::try_from(index.expert_type())
-        .map_err(|UnsupportedType(_)| cannot(format!("only {} can", WeightType::names())))?;
-    let format = ExpertFormat::new(ty, index.n_embd() as usize, index.n_ff() as usize)
-        .map_err(|error| cannot(error.to_string()))?;
-    if let (Layout::Offload, Some(record)) = (index.layout(), index.record(0, 0)) {
+    let [gate, up, down] = types.map(|ty| {
+        let only = |UnsupportedType(_)| cannot(ty, format!("only {} can", WeightType::names()));
+        WeightType::try_from(ty).map_err(only)
+    });
+    let format = ExpertFormat::with_types([gate?, up?, down?], index.n_embd() as usize, index.n_ff() as usize)
+        .map_err(|error| cannot(types[0], error.to_string()))?;
+    if let (Layout::Offload, Some(record)) = (index.layout(), index.record(layer, 0)) {
         let check = |key: &str, got: u64, expected: usize| {
             if got == expected as u64 {
                 return Ok(());
@@ -288,7 +290,7 @@ fn expert_format(path: &Path, index: &ExpertIndex) -> Result<ExpertFormat, Conve
         };
         check(layout_keys::RECORD_BYTES, record.len, format.record_bytes())?;
         for (key, matrix) in layout_keys::OFFSETS.into_iter().zip(Matrix::ALL) {
-            let start = index.matrix(0, 0, matrix).offset - record.offset;
+            let start = index.matrix(layer, 0, matrix).offset - record.offset;
             check(key, start, format.region(matrix).start)?;
         }
     }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use serde_json::json;
-use st_gguf::{Array, ExpertIndex, GgufError, GgufFile, Header, Layout, Value};
+use st_gguf::{Array, ExpertIndex, GgufError, GgufFile, Header, Layout, Matrix, Value};
 
 use super::check::{self, Checked};
 use crate::cli::InspectArgs;
@@ -54,6 +54,51 @@ fn experts(header: &Header) -> Result<ExpertIndex, GgufError> {
     ExpertIndex::from_header(header, &header.model_shape()?)
 }
 
+/// What the experts of a layer are, in words, and the layers of which that is true.
+fn kinds_of_layers(index: &ExpertIndex) -> Vec<(Vec<usize>, String)> {
+    let mut kinds: Vec<(Vec<usize>, String)> = Vec::new();
+    for layer in 0..index.n_layers() {
+        let [gate, up, down] = index.types(layer);
+        let types = match (gate == up, up == down) {
+            (true, true) => gate.to_string(),
+            (true, false) => format!("gate and up {gate}, down {down}"),
+            _ => format!("gate {gate}, up {up}, down {down}"),
+        };
+        let bytes: u64 = match index.record(layer, 0) {
+            Some(record) => record.len,
+            None => Matrix::ALL.map(|matrix| index.matrix(layer, 0, matrix).len).iter().sum(),
+        };
+        let place = match index.layout() {
+            Layout::Gguf => "three matrices",
+            Layout::Offload => "a record",
+        };
+        let kind = format!("{types}, each expert {place} of {}", show_size(bytes));
+        match kinds.iter_mut().find(|(_, known)| *known == kind) {
+            Some((layers, _)) => layers.push(layer),
+            None => kinds.push((vec![layer], kind)),
+        }
+    }
+    kinds
+}
+
+/// Ascending numbers of layers in words: `layers 0 to 3, 6, 9`.
+fn spans(layers: &[usize]) -> String {
+    let mut spans: Vec<(usize, usize)> = Vec::new();
+    for &layer in layers {
+        match spans.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => spans.push((layer, layer)),
+        }
+    }
+    let shown = |&(first, last): &(usize, usize)| match last - first {
+        0 => first.to_string(),
+        1 => format!("{first}, {last}"),
+        _ => format!("{first} to {last}"),
+    };
+    let list = spans.iter().map(shown).collect::<Vec<_>>().join(", ");
+    if layers.len() == 1 { format!("layer {list}") } else { format!("layers {list}") }
+}
+
 fn table(file: &GgufFile, tensors: bool) -> String {
     let header = &file.header;
     let mut out = format!(
@@ -70,21 +115,10 @@ fn table(file: &GgufFile, tensors: bool) -> String {
     match experts(header) {
         Ok(index) => {
             let (layers, experts) = (index.n_layers(), index.n_experts());
-            let place = match index.layout() {
-                Layout::Gguf => "three matrices of",
-                Layout::Offload => "one record of",
-            };
-            let bytes = match index.record(0, 0) {
-                Some(record) => record.len,
-                None => index.matrix(0, 0, st_gguf::Matrix::Gate).len,
-            };
-            let _ = writeln!(
-                out,
-                "layout {}: {layers} layers of {experts} experts in {}, each {place} {}",
-                index.layout().name(),
-                index.expert_type(),
-                show_size(bytes)
-            );
+            let _ = writeln!(out, "layout {}: {layers} layers of {experts} experts each", index.layout().name());
+            for (layers, kind) in kinds_of_layers(&index) {
+                let _ = writeln!(out, "  {}: {kind}", spans(&layers));
+            }
         }
         Err(error) => {
             let _ = writeln!(out, "not a SmallThinker model that can be run: {}", escaped(&error.to_string()));

@@ -10,8 +10,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use st_bench::synth::checkpoint::write_checkpoint;
 use st_bench::synth::gguf::write_gguf;
 use st_bench::synth::measure::{Shares, measure};
+use st_bench::synth::mix::Mix;
 use st_bench::synth::recipe::{Recipe, Statistics, first_eighth};
 use st_bench::synth::shape::Shape;
+use st_format::Gating;
 use st_gguf::Layout;
 
 /// Synthetic SmallThinker checkpoints: random weights with the routing and sparsity of a trained model.
@@ -24,7 +26,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Writes a checkpoint folder (BF16 safetensors) or a Q4_0 GGUF file.
+    /// Writes a checkpoint folder (BF16 safetensors) or a GGUF file.
     Make(Box<Make>),
     /// Runs a model and prints its routing and sparsity as they are.
     Measure(Measure),
@@ -90,9 +92,9 @@ enum Preset {
 enum Format {
     /// A Hugging Face folder: BF16 safetensors shards, config, tokenizer.
     Checkpoint,
-    /// A standard Q4_0 GGUF file.
+    /// A standard GGUF file.
     Gguf,
-    /// A Q4_0 GGUF file in the offload layout.
+    /// A GGUF file in the offload layout.
     Offload,
 }
 
@@ -105,6 +107,9 @@ struct Make {
     /// The published shape to start from.
     #[arg(long, value_enum, default_value = "4b")]
     preset: Preset,
+    /// Weight types of a GGUF file: `q4_0-pure`, or what llama-quantize makes, such as `q4_k_m`.
+    #[arg(long, default_value = "q4_0-pure")]
+    mix: String,
     #[command(flatten)]
     shape: ShapeArgs,
     #[command(flatten)]
@@ -176,11 +181,13 @@ impl ShapeArgs {
         set(&mut shape.n_experts, self.experts);
         set(&mut shape.n_experts_used, self.active);
         set(&mut shape.n_ff, self.ffn);
-        set(&mut shape.vocab, self.vocab);
-        set(&mut shape.context, self.context);
+        set(&mut shape.n_vocab, self.vocab);
+        set(&mut shape.context_length, self.context);
         set(&mut shape.window, self.window);
         shape.set_period(self.period.unwrap_or(published_period));
-        shape.softmax = self.softmax.unwrap_or(shape.softmax);
+        if let Some(softmax) = self.softmax {
+            shape.gating = if softmax { Gating::Softmax } else { Gating::Sigmoid };
+        }
         shape.tied = self.tied.unwrap_or(shape.tied);
         shape.name = self.name.unwrap_or(shape.name);
         shape
@@ -232,6 +239,7 @@ fn make(args: Make) -> Result<()> {
     if args.threads > 0 {
         rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot start the threads")?;
     }
+    let mix = Mix::named(&args.mix)?;
     let statistics = args.statistics.with_seed(args.seed);
     let recipe = Recipe::new(args.shape.apply(args.preset), &statistics)?;
     let plan = recipe.calibration();
@@ -257,8 +265,8 @@ fn make(args: Make) -> Result<()> {
     };
     match args.format {
         Format::Checkpoint => write_checkpoint(&recipe, &args.output, args.shard_mib << 20, &progress)?,
-        Format::Gguf => write_gguf(&recipe, Layout::Gguf, &args.output, args.force, &progress)?,
-        Format::Offload => write_gguf(&recipe, Layout::Offload, &args.output, args.force, &progress)?,
+        Format::Gguf => write_gguf(&recipe, &mix, Layout::Gguf, &args.output, args.force, &progress)?,
+        Format::Offload => write_gguf(&recipe, &mix, Layout::Offload, &args.output, args.force, &progress)?,
     }
     let (bytes, seconds) = (written.into_inner() as f64, start.elapsed().as_secs_f64());
     println!("wrote {:.2} GB in {seconds:.1} s ({:.0} MB/s)", bytes / 1e9, bytes / 1e6 / seconds);

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use super::recipe::{Kind, Recipe, Tensor};
-use super::stream::{Encoding, encode_rows, parts, pipeline};
+use super::stream::{encode_rows, parts, pipeline};
 use super::vocab::Pieces;
+use st_gguf::GgmlType;
 
 /// Writes the folder `dir`, which must be empty or absent; shards hold at most `shard_bytes` of tensor data each (but
 /// at least one tensor).
@@ -52,7 +53,7 @@ pub fn write_checkpoint(recipe: &Recipe, dir: &Path, shard_bytes: u64, progress:
     let (shape, vocab) = (recipe.shape(), recipe.vocab());
     let pieces = Pieces::build(vocab, 0);
     write_json(&dir.join("tokenizer.json"), &pieces.tokenizer_json())?;
-    write_json(&dir.join("tokenizer_config.json"), &pieces.tokenizer_config_json(shape.context))?;
+    write_json(&dir.join("tokenizer_config.json"), &pieces.tokenizer_config_json(shape.context_length))?;
     let generation = json!({
         "bos_token_id": vocab.end_of_text(),
         "do_sample": false,
@@ -64,7 +65,7 @@ pub fn write_checkpoint(recipe: &Recipe, dir: &Path, shard_bytes: u64, progress:
 }
 
 fn tensor_bytes(tensor: &Tensor) -> u64 {
-    (tensor.rows * Encoding::Bf16.row_bytes(tensor.cols)) as u64
+    (tensor.rows * tensor.cols * 2) as u64
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
@@ -91,11 +92,8 @@ fn write_shard(recipe: &Recipe, tensors: &[&Tensor], path: &Path, progress: &(dy
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     pipeline(
-        tensors.iter().flat_map(|tensor| parts(tensor, Encoding::Bf16)),
-        |part, buffer| {
-            encode_rows(recipe, part.tensor, part.rows, part.encoding, buffer);
-            Ok(())
-        },
+        tensors.iter().flat_map(|tensor| parts(tensor, GgmlType::BF16)),
+        |part, buffer| encode_rows(recipe, part.tensor, part.rows, part.ty, buffer),
         |bytes| {
             progress(bytes.len() as u64);
             file.write_all(bytes).with_context(|| format!("cannot write {}", path.display()))

@@ -1,19 +1,19 @@
-//! Writes a synthetic model directly as a GGUF file of Q4_0 weights (norms and routers F32), with the same weights and
-//! keys that converting the BF16 checkpoint gives.
+//! Writes a synthetic model directly as a GGUF file, its weights of one type or mixed as llama-quantize mixes them; in Q4_0 with the
+//! same weights and keys that converting the BF16 checkpoint gives.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 use st_gguf::{
-    GgmlType, GgufWriter, Layout, Matrix, Metadata, StringArray, TensorSpec, Value, WriteOptions, describe_records,
-    reserve_checksums, tensor_names,
+    GgmlType, GgufWriter, Layout, Matrix, Metadata, RecordLayout, StringArray, TensorSpec, WriteOptions,
+    describe_records, reserve_checksums, tensor_names,
 };
 use st_kernels::{ExpertFormat, WeightType};
 
+use super::mix::{Mix, fitting, tensor_of};
 use super::recipe::{Kind, Recipe, Tensor};
-use super::shape::Shape;
-use super::stream::{Encoding, Part, encode_rows, parts, pipeline};
+use super::stream::{Part, encode_rows, parts, pipeline};
 use super::vocab::{CHAT_TEMPLATE, Pieces};
 
 /// Tensors start on pages.
@@ -31,41 +31,45 @@ enum Item<'a> {
     Records(Vec<[&'a Tensor; 3]>),
 }
 
-/// Writes `path` in the given layout, replacing it only where `overwrite` says so.
+/// What the file will be.
+struct Plan<'a> {
+    recipe: &'a Recipe,
+    mix: &'a Mix,
+    tensors: &'a [Tensor],
+    specs: Vec<TensorSpec>,
+    items: Vec<Item<'a>>,
+}
+
+/// Writes `path` with weights as `mix` has them, in the given layout, replacing it only where `overwrite` says so.
 ///
 /// # Errors
-/// Whatever the writer says; shapes that have no expert record.
+/// Whatever the writer says; shapes that have no expert record, and types that are not computed, in the `offload` layout.
 pub fn write_gguf(
     recipe: &Recipe,
+    mix: &Mix,
     layout: Layout,
     path: &Path,
     overwrite: bool,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<()> {
-    let shape = recipe.shape();
     let tensors = recipe.tensors();
-    let format = ExpertFormat::new(WeightType::Q4_0, shape.n_embd, shape.n_ff).context("cannot lay out experts")?;
+    let mut plan = Plan { recipe, mix, tensors: &tensors, specs: Vec::new(), items: Vec::new() };
     let mut metadata = metadata(recipe)?;
-    let mut specs = Vec::new();
-    let mut items = Vec::new();
-    plan_dense(&tensors, &mut specs, &mut items);
-    match layout {
-        Layout::Gguf => plan_stacked(shape, &tensors, &mut specs, &mut items),
-        Layout::Offload => {
-            plan_records(shape, &tensors, &format, &mut specs, &mut items);
-            let starts = Matrix::ALL.map(|matrix| format.region(matrix).start as u64);
-            describe_records(&mut metadata, GgmlType::Q4_0, format.record_bytes() as u64, starts);
+    plan.dense();
+    let formats = match layout {
+        Layout::Gguf => {
+            plan.stacked();
+            Vec::new()
         }
-    }
+        Layout::Offload => plan.records(&mut metadata)?,
+    };
+    let Plan { specs, items, .. } = plan;
     reserve_checksums(&mut metadata, &specs);
     let options = WriteOptions { overwrite, alignment: ALIGNMENT };
     let mut writer = GgufWriter::create(path, &metadata, &specs, options)?;
-    let make = |item: Item<'_>, buffer: &mut Vec<u8>| {
-        match item {
-            Item::Rows(part) => encode_rows(recipe, part.tensor, part.rows, part.encoding, buffer),
-            Item::Records(experts) => encode_records(recipe, &format, &experts, buffer),
-        }
-        Ok(())
+    let make = |item: Item<'_>, buffer: &mut Vec<u8>| match item {
+        Item::Rows(part) => encode_rows(recipe, part.tensor, part.rows, part.ty, buffer),
+        Item::Records(experts) => encode_records(recipe, &formats[experts[0][0].layer], &experts, buffer),
     };
     pipeline(items.into_iter(), make, |bytes| {
         progress(bytes.len() as u64);
@@ -75,88 +79,87 @@ pub fn write_gguf(
     writer.finish().context("cannot complete the file")
 }
 
-/// All that is always resident.
-fn plan_dense<'a>(tensors: &'a [Tensor], specs: &mut Vec<TensorSpec>, items: &mut Vec<Item<'a>>) {
-    for tensor in tensors {
-        let Some(name) = dense_name(tensor) else { continue };
-        let vector = matches!(tensor.kind, Kind::FinalNorm | Kind::AttentionNorm | Kind::FfnNorm);
-        let float = vector || tensor.kind == Kind::Router;
-        let mut ne = vec![tensor.cols as u64];
-        if !vector {
-            ne.push(tensor.rows as u64);
-        }
-        let (ty, encoding) = if float { (GgmlType::F32, Encoding::F32) } else { (GgmlType::Q4_0, Encoding::Q4_0) };
-        specs.push(TensorSpec { name, shape: ne, ty });
-        items.extend(parts(tensor, encoding).map(Item::Rows));
+impl<'a> Plan<'a> {
+    /// The type of a weight, as far as its rows allow.
+    fn type_of(&self, weight: &Tensor) -> GgmlType {
+        let shape = self.recipe.shape();
+        fitting(self.mix.type_of(tensor_of(weight), weight.layer, shape.n_layers, !shape.tied), weight.cols)
     }
-}
 
-/// The experts of one kind and layer.
-fn experts_of(tensors: &[Tensor], layer: usize, kind: Kind) -> impl Iterator<Item = &Tensor> {
-    tensors.iter().filter(move |t| t.kind == kind && t.layer == layer)
-}
-
-/// Experts as three stacked tensors per layer.
-fn plan_stacked<'a>(shape: &Shape, tensors: &'a [Tensor], specs: &mut Vec<TensorSpec>, items: &mut Vec<Item<'a>>) {
-    for layer in 0..shape.n_layers {
-        for (matrix, kind) in MATRICES {
-            let Some(first) = experts_of(tensors, layer, kind).next() else { continue };
-            let ne = vec![first.cols as u64, first.rows as u64, shape.n_experts as u64];
-            specs.push(TensorSpec { name: tensor_names::stacked(layer, matrix), shape: ne, ty: GgmlType::Q4_0 });
-            let experts = experts_of(tensors, layer, kind);
-            items.extend(experts.flat_map(|tensor| parts(tensor, Encoding::Q4_0)).map(Item::Rows));
+    /// All that is always resident.
+    fn dense(&mut self) {
+        for tensor in self.tensors {
+            if MATRICES.iter().any(|&(_, kind)| kind == tensor.kind) {
+                continue;
+            }
+            let (which, ty) = (tensor_of(tensor), self.type_of(tensor));
+            self.specs.push(TensorSpec {
+                name: which.name(tensor.layer),
+                shape: which.ggml_shape(self.recipe.shape()),
+                ty,
+            });
+            self.items.extend(parts(tensor, ty).map(Item::Rows));
         }
     }
-}
 
-/// Experts as one tensor of records per layer.
-fn plan_records<'a>(
-    shape: &Shape,
-    tensors: &'a [Tensor],
-    format: &ExpertFormat,
-    specs: &mut Vec<TensorSpec>,
-    items: &mut Vec<Item<'a>>,
-) {
-    for layer in 0..shape.n_layers {
-        let ne = vec![format.record_bytes() as u64, shape.n_experts as u64];
-        specs.push(TensorSpec { name: tensor_names::packed(layer), shape: ne, ty: GgmlType::I8 });
-        let [gate, up, down] = MATRICES.map(|(_, kind)| experts_of(tensors, layer, kind));
-        let experts: Vec<[&Tensor; 3]> = gate.zip(up).zip(down).map(|((gate, up), down)| [gate, up, down]).collect();
-        items.extend(experts.chunks(RECORDS).map(|some| Item::Records(some.to_vec())));
+    /// The experts of one kind and layer.
+    fn experts_of(&self, layer: usize, kind: Kind) -> impl Iterator<Item = &'a Tensor> + use<'a> {
+        self.tensors.iter().filter(move |tensor| tensor.kind == kind && tensor.layer == layer)
+    }
+
+    /// Experts as three stacked tensors per layer.
+    fn stacked(&mut self) {
+        for layer in 0..self.recipe.shape().n_layers {
+            for (matrix, kind) in MATRICES {
+                let Some(first) = self.experts_of(layer, kind).next() else { continue };
+                let (shape, ty) = (tensor_of(first).ggml_shape(self.recipe.shape()), self.type_of(first));
+                self.specs.push(TensorSpec { name: tensor_names::stacked(layer, matrix), shape, ty });
+                let experts = self.experts_of(layer, kind);
+                self.items.extend(experts.flat_map(|tensor| parts(tensor, ty)).map(Item::Rows));
+            }
+        }
+    }
+
+    /// Experts as one tensor of records per layer, which `metadata` is to describe; how they lie.
+    fn records(&mut self, metadata: &mut Metadata) -> Result<Vec<ExpertFormat>> {
+        let (shape, mut formats) = (self.recipe.shape(), Vec::new());
+        for layer in 0..shape.n_layers {
+            let [gate, up, down] = MATRICES.map(|(_, kind)| self.experts_of(layer, kind));
+            let experts: Vec<[&Tensor; 3]> =
+                gate.zip(up).zip(down).map(|((gate, up), down)| [gate, up, down]).collect();
+            let [gate, up, down] = experts[0].map(|tensor| WeightType::try_from(self.type_of(tensor)));
+            let format = ExpertFormat::with_types([gate?, up?, down?], shape.n_embd, shape.n_ff)
+                .context("cannot lay out experts")?;
+            let ne = vec![format.record_bytes() as u64, shape.n_experts as u64];
+            self.specs.push(TensorSpec { name: tensor_names::packed(layer), shape: ne, ty: GgmlType::I8 });
+            self.items.extend(experts.chunks(RECORDS).map(|some| Item::Records(some.to_vec())));
+            formats.push(format);
+        }
+        let of = |format: &ExpertFormat| RecordLayout {
+            types: Matrix::ALL.map(|matrix| format.type_of(matrix).ggml()),
+            bytes: format.record_bytes() as u64,
+            starts: Matrix::ALL.map(|matrix| format.region(matrix).start as u64),
+        };
+        describe_records(metadata, &formats.iter().map(of).collect::<Vec<_>>());
+        Ok(formats)
     }
 }
 
 /// Appends the records of `experts` to `out`.
-fn encode_records(recipe: &Recipe, format: &ExpertFormat, experts: &[[&Tensor; 3]], out: &mut Vec<u8>) {
+fn encode_records(recipe: &Recipe, format: &ExpertFormat, experts: &[[&Tensor; 3]], out: &mut Vec<u8>) -> Result<()> {
     let start = out.len();
     out.resize(start + experts.len() * format.record_bytes(), 0);
     let records = out[start..].par_chunks_mut(format.record_bytes());
-    records.zip(experts).for_each(|(record, matrices)| {
-        let [gate, up, down] = matrices.map(|tensor| {
-            let mut bytes = Vec::new();
-            encode_rows(recipe, tensor, 0..tensor.rows, Encoding::Q4_0, &mut bytes);
-            bytes
-        });
-        format.pack_record(&gate, &up, &down, record);
-    });
-}
-
-/// The name of a tensor that is no expert's.
-fn dense_name(tensor: &Tensor) -> Option<String> {
-    let layer = |part: &str| Some(format!("blk.{}.{part}.weight", tensor.layer));
-    match tensor.kind {
-        Kind::Embedding => Some("token_embd.weight".into()),
-        Kind::Head => Some("output.weight".into()),
-        Kind::FinalNorm => Some("output_norm.weight".into()),
-        Kind::AttentionNorm => layer("attn_norm"),
-        Kind::FfnNorm => layer("ffn_norm"),
-        Kind::Query => layer("attn_q"),
-        Kind::Key => layer("attn_k"),
-        Kind::Value => layer("attn_v"),
-        Kind::Output => layer("attn_output"),
-        Kind::Router => layer("ffn_gate_inp"),
-        Kind::Gate | Kind::Up | Kind::Down => None,
-    }
+    records.zip(experts).try_for_each(|(record, matrices)| {
+        let mut canonical = [const { Vec::new() }; 3];
+        for (i, matrix) in Matrix::ALL.into_iter().enumerate() {
+            let ty = format.type_of(matrix).ggml();
+            encode_rows(recipe, matrices[i], 0..matrices[i].rows, ty, &mut canonical[i])?;
+        }
+        let [gate, up, down] = &canonical;
+        format.pack_record(gate, up, down, record);
+        Ok(())
+    })
 }
 
 fn metadata(recipe: &Recipe) -> Result<Metadata> {
@@ -167,28 +170,8 @@ fn metadata(recipe: &Recipe) -> Result<Metadata> {
     out.insert("general.name", s.name.as_str());
     out.insert("general.file_type", 2_u32);
     out.insert("general.quantization_version", 2_u32);
-    let mut put = |key: &str, value: Value| out.insert(format!("smallthinker.{key}"), value);
-    let n = |value: usize| Value::U32(value as u32);
-    put("block_count", n(s.n_layers));
-    put("context_length", n(s.context));
-    put("embedding_length", n(s.n_embd));
-    put("feed_forward_length", n(s.n_ff));
-    put("expert_feed_forward_length", n(s.n_ff));
-    put("expert_count", n(s.n_experts));
-    put("expert_used_count", n(s.n_experts_used));
-    put("expert_gating_func", n(if s.softmax { 1 } else { 2 }));
-    put("vocab_size", n(s.vocab));
-    put("attention.head_count", n(s.n_heads));
-    put("attention.head_count_kv", n(s.n_kv_heads));
-    put("attention.key_length", n(s.head_dim));
-    put("attention.value_length", n(s.head_dim));
-    put("attention.layer_norm_rms_epsilon", Value::F32(s.rms_eps as f32));
-    put("rope.freq_base", Value::F32(s.rope_theta as f32));
-    put("rope.dimension_count", n(s.head_dim));
-    put("rope.layer_pattern", s.rope.clone().into());
-    if s.windowed.contains(&true) {
-        put("attention.sliding_window", n(s.window));
-        put("attention.sliding_window_pattern", s.windowed.clone().into());
+    for (key, value) in s.to_metadata() {
+        out.insert(key, value);
     }
     let pieces = Pieces::build(vocab, 0);
     let mut tokens = StringArray::with_capacity(vocab.total);

@@ -140,10 +140,11 @@ fn repeat_share(ids: &[u32], n_used: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::gguf::write_gguf;
+    use super::super::mix::Mix;
     use super::super::recipe::{Recipe, Statistics};
     use super::super::shape::Shape;
     use super::*;
-    use st_gguf::Layout;
+    use st_gguf::{GgmlType, Layout, ModelShape};
 
     #[test]
     fn shares_are_counted_right() {
@@ -154,7 +155,7 @@ mod tests {
 
     /// Makes a small model and measures it.
     fn run(statistics: &Statistics, layout: Layout) -> [Measured; 2] {
-        let mut shape = Shape {
+        let model = ModelShape {
             n_layers: 8,
             n_embd: 256,
             n_heads: 4,
@@ -162,14 +163,15 @@ mod tests {
             head_dim: 64,
             n_experts: 32,
             n_ff: 64,
-            vocab: 4000,
-            ..Shape::preset_4b()
+            n_vocab: 4000,
+            ..ModelShape::published_4b()
         };
+        let mut shape = Shape::of("small", model);
         shape.set_period(0);
         let recipe = Recipe::new(shape, statistics).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
-        write_gguf(&recipe, layout, &path, false, &|_| ()).unwrap();
+        write_gguf(&recipe, &Mix::pure(GgmlType::Q4_0), layout, &path, false, &|_| ()).unwrap();
         measure(&path, 200, 1, 1).unwrap()
     }
 

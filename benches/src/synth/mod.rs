@@ -4,8 +4,10 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod encode;
 pub mod gguf;
 pub mod measure;
+pub mod mix;
 pub mod recipe;
 pub mod rng;
 pub mod shape;

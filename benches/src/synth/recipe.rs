@@ -160,8 +160,8 @@ impl Recipe {
         }
         let n = shape.n_embd;
         let n_slow = shape.head_dim.min((n / 8 / 32 * 32).max(32));
-        let vocab = Vocab::sizes(shape.vocab);
-        let codes = Codes::new(vocab.n_regular, shape.vocab, shape.head_dim.min(n / 4));
+        let vocab = Vocab::sizes(shape.n_vocab);
+        let codes = Codes::new(vocab.n_regular, shape.n_vocab, shape.head_dim.min(n / 4));
         let n_code = codes.as_ref().map_or(0, |c| c.len().next_multiple_of(32));
         let constant = 0..32;
         let slow = 32..32 + n_slow;
@@ -177,8 +177,9 @@ impl Recipe {
         let slow_share = TOPIC / (TOPIC + OWN_SLOW);
         // A sum of squares of k normals varies by √(2k); the root halves that.
         let wobble = 0.5 * (2.0 * rest.len() as f64).sqrt() / n as f64;
-        let calibration = calibrate(&target, shape.head_dim, shape.rope_theta, slow_share, wobble, statistics.seed);
-        let trail = trail(&kernel(calibration.strength, shape.head_dim, shape.rope_theta));
+        let calibration =
+            calibrate(&target, shape.head_dim, shape.rope_theta.into(), slow_share, wobble, statistics.seed);
+        let trail = trail(&kernel(calibration.strength, shape.head_dim, shape.rope_theta.into()));
         let mut recipe = Self {
             shape,
             vocab,
@@ -226,7 +227,7 @@ impl Recipe {
         let s = &self.shape;
         let n = s.n_embd as f64;
         let n_layers = s.n_layers as f64;
-        let last_rotary = s.rope.iter().rposition(|&r| r).filter(|_| self.codes.is_some());
+        let last_rotary = s.rope_layers.iter().rposition(|&r| r).filter(|_| self.codes.is_some());
         let code_len = self.codes.as_ref().map_or(0, Codes::len) as f64;
         let mut slow_variance = OWN_SLOW;
         let mut wrote_topic = false;
@@ -240,7 +241,7 @@ impl Recipe {
                 + self.rest.len() as f64 * (1.0 + grown);
             let rms = (energy / n).sqrt();
             let successor = last_rotary == Some(layer);
-            let topic = (s.rope[layer] && !(successor && s.n_kv_heads == 1)).then(|| {
+            let topic = (s.rope_layers[layer] && !(successor && s.n_kv_heads == 1)).then(|| {
                 let variance = if wrote_topic { TOPIC_STEP } else { TOPIC };
                 (variance / ((1.0 + grown) * self.calibration.kernel_energy)).sqrt()
             });
@@ -293,7 +294,7 @@ impl Recipe {
         let mut add = |name: String, kind, layer, expert, rows, cols| {
             all.push(Tensor { name, kind, layer, expert, rows, cols });
         };
-        add("model.embed_tokens.weight".into(), Kind::Embedding, 0, 0, s.vocab, n);
+        add("model.embed_tokens.weight".into(), Kind::Embedding, 0, 0, s.n_vocab, n);
         for layer in 0..s.n_layers {
             let name = |rest: &str| format!("model.layers.{layer}.{rest}.weight");
             add(name("input_layernorm"), Kind::AttentionNorm, layer, 0, 1, n);
@@ -312,7 +313,7 @@ impl Recipe {
         }
         add("model.norm.weight".into(), Kind::FinalNorm, 0, 0, 1, n);
         if !s.tied {
-            add("lm_head.weight".into(), Kind::Head, 0, 0, s.vocab, n);
+            add("lm_head.weight".into(), Kind::Head, 0, 0, s.n_vocab, n);
         }
         all
     }
@@ -388,7 +389,7 @@ impl Recipe {
 
     /// Strength and rotary pairs of the constant-query head that key/value group `group` is in this layer, if it is one.
     fn constant_head(&self, plan: &LayerPlan, group: usize) -> Option<(f64, Vec<usize>)> {
-        let (head_dim, theta) = (self.shape.head_dim, self.shape.rope_theta);
+        let (head_dim, theta) = (self.shape.head_dim, f64::from(self.shape.rope_theta));
         if plan.successor && group == self.shape.n_kv_heads - 1 {
             return Some((SELF_STRENGTH, fast_pairs(head_dim, theta)));
         }
@@ -467,6 +468,8 @@ fn round_to_bf16(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use st_gguf::ModelShape;
+
     use super::*;
 
     fn statistics() -> Statistics {
@@ -474,7 +477,7 @@ mod tests {
     }
 
     fn small() -> Shape {
-        let mut shape = Shape {
+        let model = ModelShape {
             n_layers: 8,
             n_embd: 256,
             n_heads: 4,
@@ -482,10 +485,10 @@ mod tests {
             n_experts: 8,
             n_experts_used: 2,
             n_ff: 64,
-            vocab: 2048,
-            window: 64,
-            ..Shape::preset_4b()
+            n_vocab: 2048,
+            ..ModelShape::published_4b()
         };
+        let mut shape = Shape { window: 64, ..Shape::of("small", model) };
         shape.set_period(4);
         shape
     }

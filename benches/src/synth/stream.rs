@@ -5,63 +5,35 @@ use std::sync::mpsc;
 
 use anyhow::{Result, anyhow};
 use rayon::prelude::*;
-use st_kernels::quantize_row_q4_0;
+use st_gguf::GgmlType;
 
+use super::encode::{encode_row, row_bytes};
 use super::recipe::{Recipe, Tensor};
 
 /// Bytes encoded at a time.
 const CHUNK: usize = 32 << 20;
 
-/// How rows are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoding {
-    /// Two bytes per weight, exact.
-    Bf16,
-    /// Four bytes per weight, exact.
-    F32,
-    /// Quantized in blocks of 32 with the reference quantizer.
-    Q4_0,
-}
-
-impl Encoding {
-    /// Bytes of a row of `cols` weights.
-    pub fn row_bytes(self, cols: usize) -> usize {
-        match self {
-            Self::Bf16 => 2 * cols,
-            Self::F32 => 4 * cols,
-            Self::Q4_0 => cols / 32 * 18,
-        }
-    }
-
-    fn encode(self, row: &[f32], out: &mut [u8]) {
-        match self {
-            Self::Bf16 => {
-                for (bytes, x) in out.chunks_exact_mut(2).zip(row) {
-                    bytes.copy_from_slice(&x.to_bits().to_le_bytes()[2..]);
-                }
-            }
-            Self::F32 => {
-                for (bytes, x) in out.chunks_exact_mut(4).zip(row) {
-                    bytes.copy_from_slice(&x.to_le_bytes());
-                }
-            }
-            Self::Q4_0 => quantize_row_q4_0(row, out),
-        }
-    }
-}
-
-/// Appends rows `rows` of `tensor` to `out`.
-pub fn encode_rows(recipe: &Recipe, tensor: &Tensor, rows: Range<usize>, encoding: Encoding, out: &mut Vec<u8>) {
-    let row_bytes = encoding.row_bytes(tensor.cols);
+/// Appends rows `rows` of `tensor` to `out`, as weights of type `ty`.
+///
+/// # Errors
+/// As [`encode_row`].
+pub fn encode_rows(
+    recipe: &Recipe,
+    tensor: &Tensor,
+    rows: Range<usize>,
+    ty: GgmlType,
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    let row_bytes = row_bytes(ty, tensor.cols)?;
     let start = out.len();
     out.resize(start + rows.len() * row_bytes, 0);
-    out[start..].par_chunks_mut(row_bytes).zip(rows).for_each_init(
+    out[start..].par_chunks_mut(row_bytes).zip(rows).try_for_each_init(
         || vec![0.0; tensor.cols],
         |row, (bytes, i)| {
             recipe.fill_row(tensor, i, row);
-            encoding.encode(row, bytes);
+            encode_row(ty, row, bytes)
         },
-    );
+    )
 }
 
 /// A run of rows of one tensor.
@@ -72,17 +44,14 @@ pub struct Part<'a> {
     /// Its rows.
     pub rows: Range<usize>,
     /// How they are stored.
-    pub encoding: Encoding,
+    pub ty: GgmlType,
 }
 
 /// Cuts a tensor into parts of bounded size.
-pub fn parts(tensor: &Tensor, encoding: Encoding) -> impl Iterator<Item = Part<'_>> {
-    let step = (CHUNK / encoding.row_bytes(tensor.cols)).max(1);
-    (0..tensor.rows).step_by(step).map(move |start| Part {
-        tensor,
-        rows: start..(start + step).min(tensor.rows),
-        encoding,
-    })
+pub fn parts(tensor: &Tensor, ty: GgmlType) -> impl Iterator<Item = Part<'_>> {
+    // As floats: every type takes less.
+    let step = (CHUNK / (4 * tensor.cols)).max(1);
+    (0..tensor.rows).step_by(step).map(move |start| Part { tensor, rows: start..(start + step).min(tensor.rows), ty })
 }
 
 /// Makes every item's bytes with `make` and hands them, in order and in runs of bounded size, to `write`, which runs on

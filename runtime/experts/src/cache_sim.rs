@@ -6,7 +6,7 @@
 //! the future: no cache that loads only on demand can hit more often.
 
 use crate::eviction::Policy;
-use crate::inflight::Pieces;
+use crate::inflight::{FilePieces, Pieces};
 use crate::table::{Certainty, Table, Use};
 use crate::trace::{RoutingTrace, TraceRow};
 use crate::waves::{cached_first, wave_len};
@@ -149,6 +149,7 @@ impl Replay {
         let usable = self.usable(n_slots);
         let order = policy.build(usable, self.n_keys);
         let pieces = Pieces::of_record(&[0..1, 1..2, 2..3], 3, true);
+        let pieces = FilePieces::new(vec![pieces], self.n_keys);
         let mut table = Table::new(usable, self.n_keys, order, 0, pieces, Vec::new());
         let mut held = Vec::new();
         let mut request = |table: &mut Table, keys: &[u32], how: Use, next: &[u32]| {

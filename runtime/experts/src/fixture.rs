@@ -3,41 +3,67 @@
 use crate::{Matrix, SlotFormat};
 use st_format::{ModelShape, Tensor};
 use st_gguf::{
-    ExpertIndex, FileSource, GgmlType, GgufFile, GgufWriter, Layout, Metadata, ReadAt, TensorSpec, Value, WriteOptions,
-    layout_keys, reserve_checksums, tensor_names,
+    ExpertIndex, FileSource, GgmlType, GgufFile, GgufWriter, Layout, Metadata, ReadAt, RecordLayout, TensorSpec,
+    WriteOptions, describe_records, reserve_checksums, tensor_names,
 };
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A slot format that is not the canonical one: bytes are changed, regions are longer than the matrices and have gaps.
+/// A slot format that is not the canonical one: bytes are changed, regions are longer than the matrices and have gaps, and each layer
+/// has its own sizes.
 #[derive(Debug, Clone)]
 pub(crate) struct TestFormat {
-    canonical: [usize; 3],
+    /// Per layer: the types of the three matrices, and their bytes.
+    types: Vec<[GgmlType; 3]>,
+    canonical: Vec<[usize; 3]>,
 }
 
 impl TestFormat {
-    fn start(&self, matrix: Matrix) -> usize {
-        self.canonical[..matrix as usize].iter().map(|len| (len + 3).next_multiple_of(64)).sum()
+    /// Matrices of `weights` weights, of types that change from one to the next and from layer to layer.
+    fn new(n_layers: usize, weights: u64) -> Self {
+        const TYPES: [GgmlType; 3] = [GgmlType::F32, GgmlType::F16, GgmlType::I8];
+        let types: Vec<_> =
+            (0..n_layers).map(|layer| [0, 1, 2].map(|matrix| TYPES[(2 * layer + matrix) / 2 % 3])).collect();
+        let bytes = |ty: GgmlType| ty.bytes_for_shape(&[weights]).unwrap() as usize;
+        Self { canonical: types.iter().map(|types| types.map(bytes)).collect(), types }
+    }
+
+    fn start(&self, layer: usize, matrix: Matrix) -> usize {
+        self.canonical[layer][..matrix as usize].iter().map(|len| (len + 3).next_multiple_of(64)).sum()
+    }
+
+    fn records(&self) -> Vec<RecordLayout> {
+        let of = |layer| RecordLayout {
+            types: self.types[layer],
+            bytes: self.record_bytes(layer) as u64,
+            starts: Matrix::ALL.map(|matrix| self.start(layer, matrix) as u64),
+        };
+        (0..self.types.len()).map(of).collect()
     }
 }
 
 impl SlotFormat for TestFormat {
     fn slot_bytes(&self) -> usize {
-        self.region(Matrix::Down).end.next_multiple_of(4096)
+        (0..self.types.len()).map(|layer| self.record_bytes(layer)).max().unwrap()
     }
 
-    fn region(&self, matrix: Matrix) -> Range<usize> {
-        let start = self.start(matrix);
-        start..start + self.canonical[matrix as usize] + 3
+    fn record_bytes(&self, layer: usize) -> usize {
+        self.region(layer, Matrix::Down).end.next_multiple_of(4096)
     }
 
-    fn canonical_bytes(&self, matrix: Matrix) -> usize {
-        self.canonical[matrix as usize]
+    fn region(&self, layer: usize, matrix: Matrix) -> Range<usize> {
+        let start = self.start(layer, matrix);
+        start..start + self.canonical[layer][matrix as usize] + 3
     }
 
-    fn fill(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
-        assert_eq!((canonical.len(), region.len()), (self.canonical_bytes(matrix), self.region(matrix).len()));
+    fn canonical_bytes(&self, layer: usize, matrix: Matrix) -> usize {
+        self.canonical[layer][matrix as usize]
+    }
+
+    fn fill(&self, layer: usize, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
+        let sizes = (self.canonical_bytes(layer, matrix), self.region(layer, matrix).len());
+        assert_eq!((canonical.len(), region.len()), sizes);
         for (to, from) in region.iter_mut().zip(canonical) {
             *to = from.rotate_left(3) ^ 0xa5;
         }
@@ -72,8 +98,7 @@ impl Fixture {
         n_experts: usize,
         (n_embd, n_ff): (u64, u64),
     ) -> Self {
-        let matrix_bytes = (n_embd * n_ff * 4) as usize;
-        let format = TestFormat { canonical: [matrix_bytes; 3] };
+        let format = TestFormat::new(n_layers, n_embd * n_ff);
         let mut metadata = Metadata::new();
         let shape = ModelShape {
             n_layers,
@@ -91,27 +116,21 @@ impl Fixture {
                         tensors.push(TensorSpec {
                             name: tensor.name(layer),
                             shape: tensor.ggml_shape(&shape),
-                            ty: GgmlType::F32,
+                            ty: format.types[layer][matrix as usize],
                         });
-                        data.push((0..n_experts).flat_map(|e| canonical(layer, e, matrix, matrix_bytes)).collect());
+                        let bytes = format.canonical_bytes(layer, matrix);
+                        data.push((0..n_experts).flat_map(|e| canonical(layer, e, matrix, bytes)).collect());
                     }
                 }
             }
             Layout::Offload => {
                 let records: Vec<Vec<u8>> =
                     (0..n_layers * n_experts).map(|key| record(&format, key / n_experts, key % n_experts)).collect();
-                metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
-                metadata.insert(layout_keys::VERSION, Value::U32(layout_keys::VERSION_NUMBER));
-                metadata.insert(layout_keys::EXPERT_TYPE, Value::U32(GgmlType::F32.id()));
-                metadata.insert(layout_keys::RECORD_BYTES, Value::U64(format.slot_bytes() as u64));
-                let keys = [layout_keys::GATE_OFFSET, layout_keys::UP_OFFSET, layout_keys::DOWN_OFFSET];
-                for (key, matrix) in keys.into_iter().zip(Matrix::ALL) {
-                    metadata.insert(key, Value::U64(format.region(matrix).start as u64));
-                }
+                describe_records(&mut metadata, &format.records());
                 for layer in 0..n_layers {
                     tensors.push(TensorSpec {
                         name: tensor_names::packed(layer),
-                        shape: vec![format.slot_bytes() as u64, n_experts as u64],
+                        shape: vec![format.record_bytes(layer) as u64, n_experts as u64],
                         ty: GgmlType::I8,
                     });
                     data.push(records[layer * n_experts..(layer + 1) * n_experts].concat());
@@ -151,15 +170,16 @@ fn canonical(layer: usize, expert: usize, matrix: Matrix, len: usize) -> Vec<u8>
 }
 
 fn region(format: &TestFormat, layer: usize, expert: usize, matrix: Matrix) -> Vec<u8> {
-    let mut region = vec![0; format.region(matrix).len()];
-    format.fill(matrix, &canonical(layer, expert, matrix, format.canonical_bytes(matrix)), &mut region);
+    let mut region = vec![0; format.region(layer, matrix).len()];
+    let canonical = canonical(layer, expert, matrix, format.canonical_bytes(layer, matrix));
+    format.fill(layer, matrix, &canonical, &mut region);
     region
 }
 
 fn record(format: &TestFormat, layer: usize, expert: usize) -> Vec<u8> {
-    let mut record = vec![0; format.slot_bytes()];
+    let mut record = vec![0; format.record_bytes(layer)];
     for matrix in Matrix::ALL {
-        record[format.region(matrix)].copy_from_slice(&region(format, layer, expert, matrix));
+        record[format.region(layer, matrix)].copy_from_slice(&region(format, layer, expert, matrix));
     }
     record
 }

@@ -13,7 +13,7 @@ pub(crate) const MAX_PIECES: usize = 3;
 /// Every matrix of an expert, as a mask over `Matrix as usize`.
 pub(crate) const ALL_MATRICES: u8 = 0b111;
 
-/// How one expert's bytes are split into pieces, the same for every expert of a file.
+/// How one expert's bytes are split into pieces, the same for every expert of a layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Pieces {
     n: usize,
@@ -84,6 +84,31 @@ impl Pieces {
         // Combining takes tens of microseconds, and this runs under the store's lock.
         let first = pieces.next().map_or(0, |piece| crcs[piece]);
         pieces.fold(first, |crc, piece| crc32c::crc32c_combine(crc, crcs[piece], self.ranges[piece].len()))
+    }
+}
+
+/// The pieces of every expert of a file.
+#[derive(Debug, Clone)]
+pub(crate) struct FilePieces {
+    /// Per layer; there is one at least.
+    layers: Vec<Pieces>,
+    n_experts: usize,
+}
+
+impl FilePieces {
+    /// Those of the layers of a file, each of `n_experts` experts.
+    pub(crate) fn new(layers: Vec<Pieces>, n_experts: usize) -> Self {
+        Self { layers, n_experts }
+    }
+
+    /// The pieces of the expert `key`.
+    pub(crate) fn of(&self, key: u32) -> &Pieces {
+        &self.layers[key as usize / self.n_experts]
+    }
+
+    /// Checksums that an expert of any layer has.
+    pub(crate) fn n_sums(&self) -> usize {
+        self.layers.first().map_or(1, Pieces::n_sums)
     }
 }
 

@@ -49,7 +49,7 @@ impl<'a> Lease<'a> {
         let held = self.held[rank];
         let ready = held.ready | if held.ready == ALL_MATRICES { 0 } else { self.ready_now(held) };
         // SAFETY: the table says that the matrix has landed, and this lease pins the slot as long as `self` is borrowed.
-        (ready & 1 << matrix as usize != 0).then(|| unsafe { self.shared.reader.region(held.slot, matrix) })
+        (ready & 1 << matrix as usize != 0).then(|| unsafe { self.shared.reader.region(held.slot, held.key, matrix) })
     }
 
     /// A matrix's bytes in the slot's format, once they are there.
@@ -66,7 +66,7 @@ impl<'a> Lease<'a> {
             }
         }
         // SAFETY: as in `get`.
-        Ok(unsafe { self.shared.reader.region(held.slot, matrix) })
+        Ok(unsafe { self.shared.reader.region(held.slot, held.key, matrix) })
     }
 
     /// Every rank once: first those whose `matrix` is there, then each as its `matrix` lands.

@@ -48,18 +48,20 @@ pub use waves::Waves;
 
 use std::ops::Range;
 
-/// What a slot holds, and how the canonical matrices of a file in the `gguf` layout become that.
+/// What a slot holds, and how the canonical matrices of a file in the `gguf` layout become that; layers may differ.
 ///
 /// A record of the `offload` layout is a slot's bytes already: there the format only says where the matrices lie, and
 /// [`SlotFormat::fill`] is not called.
 pub trait SlotFormat: Send + Sync + std::fmt::Debug {
-    /// Bytes of one slot; in the `offload` layout exactly the record's.
+    /// Bytes of one slot: as many as the largest record of any layer has.
     fn slot_bytes(&self) -> usize;
+    /// Bytes that an expert of `layer` takes of a slot; in the `offload` layout exactly the record's.
+    fn record_bytes(&self, layer: usize) -> usize;
     /// Where a matrix lies within a slot. The three follow each other as gate, up, down and do not overlap.
-    fn region(&self, matrix: Matrix) -> Range<usize>;
+    fn region(&self, layer: usize, matrix: Matrix) -> Range<usize>;
     /// Bytes of a matrix as the `gguf` layout stores it.
-    fn canonical_bytes(&self, matrix: Matrix) -> usize;
+    fn canonical_bytes(&self, layer: usize, matrix: Matrix) -> usize;
     /// Turns `canonical` (of [`SlotFormat::canonical_bytes`] bytes) into `region` (as long as [`SlotFormat::region`]). It
     /// writes every byte of the region and gives the same bytes every time; it runs on I/O threads, on every cache miss.
-    fn fill(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]);
+    fn fill(&self, layer: usize, matrix: Matrix, canonical: &[u8], region: &mut [u8]);
 }

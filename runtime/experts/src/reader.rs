@@ -5,7 +5,7 @@
 use crate::SlotFormat;
 use crate::buffer::{AlignedBuf, PAGE};
 use crate::error::{StoreError, matrix_name};
-use crate::inflight::{Job, Pieces};
+use crate::inflight::{FilePieces, Job, Pieces};
 use crate::io::{ExpertIo, bounce_bytes, read_covering, read_into};
 use crate::slots::Slab;
 use st_gguf::{ByteRange, ExpertIndex, Layout, Matrix};
@@ -24,7 +24,7 @@ pub(crate) struct Reader {
     maps: bool,
     index: ExpertIndex,
     format: Arc<dyn SlotFormat>,
-    pub(crate) pieces: Pieces,
+    pub(crate) pieces: FilePieces,
     pub(crate) slab: Slab,
 }
 
@@ -69,13 +69,18 @@ impl Reader {
         bounce_bytes_for(&self.index, self.format.as_ref())
     }
 
-    /// The bytes of slot `slot` that hold `matrix`.
+    /// The bytes of slot `slot` that hold `matrix` of the expert `key`.
     ///
     /// # Safety
     /// The matrix has landed and the slot stays pinned while the slice lives.
-    pub(crate) unsafe fn region(&self, slot: u32, matrix: Matrix) -> &[u8] {
+    pub(crate) unsafe fn region(&self, slot: u32, key: u32, matrix: Matrix) -> &[u8] {
         // SAFETY: passed on to the caller.
-        unsafe { self.slab.read(slot, self.format.region(matrix)) }
+        unsafe { self.slab.read(slot, self.format.region(self.expert(key).0, matrix)) }
+    }
+
+    /// The bytes of its slot that the job's piece fills.
+    fn slot_range(&self, job: &Job) -> Range<usize> {
+        self.pieces.of(job.key).range(job.piece)
     }
 
     /// Reads the job's piece into its slot; a read that fails is made once more. Returns the piece's checksum where the job
@@ -108,7 +113,7 @@ impl Reader {
     /// The piece is this thread's, which writes no more to it.
     unsafe fn sum_in_slot(&self, job: &Job) -> u32 {
         // SAFETY: passed on to the caller.
-        let sum = || crc32c::crc32c(unsafe { self.slab.read(job.slot, self.pieces.range(job.piece)) });
+        let sum = || crc32c::crc32c(unsafe { self.slab.read(job.slot, self.slot_range(job)) });
         if job.verify { sum() } else { 0 }
     }
 
@@ -117,7 +122,7 @@ impl Reader {
     unsafe fn map_once(&self, job: &Job, file_range: &Range<u64>, file: &File, cost: &mut Cost) -> io::Result<u32> {
         let started = Instant::now();
         cost.reads += 1;
-        let len = self.pieces.range(job.piece).len();
+        let len = self.slot_range(job).len();
         // SAFETY: the table hands a load to one thread and shows it to readers only when it is finished.
         let mapped = unsafe { self.slab.map(job.slot, len, file, file_range.start) };
         cost.reading += started.elapsed();
@@ -140,7 +145,7 @@ impl Reader {
         cost.reads += 1;
         // SAFETY: the table hands each piece of a load to one thread and shows it to readers only when it is finished; the
         // ranges of different pieces do not overlap.
-        let dest = unsafe { self.slab.write(job.slot, self.pieces.range(job.piece)) };
+        let dest = unsafe { self.slab.write(job.slot, self.slot_range(job)) };
         match self.index.layout() {
             Layout::Offload => {
                 let delivered = read_into(self.io.as_ref(), bounce, file_range.clone(), dest);
@@ -157,7 +162,7 @@ impl Reader {
                 let started = Instant::now();
                 // Summed up first: what this brings into the processor's cache is what filling reads.
                 let crc = if job.verify { crc32c::crc32c(canonical) } else { 0 };
-                self.format.fill(Matrix::ALL[job.piece as usize], canonical, dest);
+                self.format.fill(self.expert(job.key).0, Matrix::ALL[job.piece as usize], canonical, dest);
                 cost.filling += started.elapsed();
                 Ok(crc)
             }
@@ -174,7 +179,7 @@ impl Reader {
         let (layer, expert) = self.expert(job.key);
         match self.index.record(layer, expert) {
             Some(record) => {
-                let piece = self.pieces.range(job.piece);
+                let piece = self.slot_range(job);
                 record.offset + piece.start as u64..record.offset + piece.end as u64
             }
             None => {
@@ -229,7 +234,10 @@ pub(crate) fn bounce_bytes_for(index: &ExpertIndex, format: &dyn SlotFormat) -> 
     match index.layout() {
         Layout::Offload if records_on_pages(index) => 0,
         Layout::Offload => bounce_bytes(format.slot_bytes()),
-        Layout::Gguf => bounce_bytes(Matrix::ALL.map(|m| format.canonical_bytes(m)).into_iter().max().unwrap_or(0)),
+        Layout::Gguf => {
+            let of = |layer| Matrix::ALL.map(|matrix| format.canonical_bytes(layer, matrix));
+            bounce_bytes((0..index.n_layers()).flat_map(of).max().unwrap_or(0))
+        }
     }
 }
 
@@ -240,36 +248,43 @@ pub(crate) fn records_on_pages(index: &ExpertIndex) -> bool {
     (0..index.n_layers()).all(|layer| index.record(layer, 0).is_some_and(on_page))
 }
 
-/// Compares the index with the format and splits an expert into pieces.
-fn check_format(index: &ExpertIndex, format: &dyn SlotFormat, whole: bool) -> Result<Pieces, StoreError> {
+/// Compares the index with the format and splits the experts of each layer into pieces.
+fn check_format(index: &ExpertIndex, format: &dyn SlotFormat, whole: bool) -> Result<FilePieces, StoreError> {
+    let layers = (0..index.n_layers()).map(|layer| layer_pieces(index, format, layer, whole));
+    Ok(FilePieces::new(layers.collect::<Result<_, _>>()?, index.n_experts()))
+}
+
+fn layer_pieces(index: &ExpertIndex, format: &dyn SlotFormat, layer: usize, whole: bool) -> Result<Pieces, StoreError> {
     let mismatch = |what, expected: usize, got: u64| {
         let expected = expected as u64;
         if expected == got { Ok(()) } else { Err(StoreError::Format { what, expected, got }) }
     };
-    let regions = Matrix::ALL.map(|matrix| format.region(matrix));
+    let (regions, record_bytes) = (Matrix::ALL.map(|matrix| format.region(layer, matrix)), format.record_bytes(layer));
+    if record_bytes > format.slot_bytes() {
+        let (expected, got) = (format.slot_bytes() as u64, record_bytes as u64);
+        return Err(StoreError::Format { what: "slot", expected, got });
+    }
     let mut end = 0;
     for (matrix, region) in Matrix::ALL.into_iter().zip(&regions) {
-        if region.start < end || region.end < region.start || region.end > format.slot_bytes() {
-            let (expected, got) = (format.slot_bytes() as u64, region.end as u64);
+        if region.start < end || region.end < region.start || region.end > record_bytes {
+            let (expected, got) = (record_bytes as u64, region.end as u64);
             return Err(StoreError::Format { what: matrix_name(matrix), expected, got });
         }
         end = region.end;
     }
-    match index.record(0, 0) {
+    match index.record(layer, 0) {
         Some(record) => {
-            mismatch("record", format.slot_bytes(), record.len)?;
+            mismatch("record", record_bytes, record.len)?;
             for (matrix, region) in Matrix::ALL.into_iter().zip(&regions) {
-                mismatch(
-                    offset_name(matrix),
-                    region.start,
-                    index.matrix(0, 0, matrix).offset.wrapping_sub(record.offset),
-                )?;
+                let start = index.matrix(layer, 0, matrix).offset.wrapping_sub(record.offset);
+                mismatch(offset_name(matrix), region.start, start)?;
             }
-            Ok(Pieces::of_record(&regions, format.slot_bytes(), whole))
+            Ok(Pieces::of_record(&regions, record_bytes, whole))
         }
         None => {
             for matrix in Matrix::ALL {
-                mismatch(matrix_name(matrix), format.canonical_bytes(matrix), index.matrix(0, 0, matrix).len)?;
+                let canonical = format.canonical_bytes(layer, matrix);
+                mismatch(matrix_name(matrix), canonical, index.matrix(layer, 0, matrix).len)?;
             }
             Ok(Pieces::per_matrix(regions))
         }

@@ -16,7 +16,7 @@
 
 use crate::error::StoreError;
 use crate::eviction::{Eviction, Warmth};
-use crate::inflight::{ALL_MATRICES, Arrival, Job, Load, Pieces, Queue};
+use crate::inflight::{ALL_MATRICES, Arrival, FilePieces, Job, Load, Queue};
 use crate::list::{NONE, SlotList};
 use crate::stats::StoreStats;
 
@@ -138,7 +138,7 @@ pub(crate) struct Table<E = Box<dyn Eviction>> {
     n_guesses: usize,
     max_guesses: usize,
     queue: Queue,
-    pieces: Pieces,
+    pieces: FilePieces,
     /// Per expert: the checksums of its record or matrices; empty where the file has none.
     checksums: Vec<u32>,
     /// Per expert: in the cache once already.
@@ -159,7 +159,7 @@ impl<E: Eviction> Table<E> {
         n_keys: usize,
         policy: E,
         max_guesses: usize,
-        pieces: Pieces,
+        pieces: FilePieces,
         checksums: Vec<u32>,
     ) -> Self {
         let slot = || Slot {
@@ -233,7 +233,7 @@ impl<E: Eviction> Table<E> {
             if !slot.load.wants(&job) {
                 continue;
             }
-            if slot.intent == Intent::Guess && slot.load.is_untouched(&self.pieces) {
+            if slot.intent == Intent::Guess && slot.load.is_untouched(self.pieces.of(slot.key)) {
                 // Makes its other pieces in the queue void, too.
                 slot.load.todo = 0;
                 self.slot_of[slot.key as usize] = NONE;
@@ -440,7 +440,7 @@ impl<E: Eviction> Table<E> {
         }
         let n = self.pieces.n_sums();
         let expected = self.checksums.get(slot.key as usize * n..).and_then(|sums| sums.get(..n)).unwrap_or(&[]);
-        match slot.load.arrive(&self.pieces, job.piece, crc, expected) {
+        match slot.load.arrive(self.pieces.of(slot.key), job.piece, crc, expected) {
             Arrival::Ready(matrices) => {
                 slot.ready |= matrices;
                 if job.verify && slot.ready == ALL_MATRICES {
@@ -516,7 +516,7 @@ impl<E: Eviction> Table<E> {
         self.n_guesses += usize::from(intent == Intent::Guess);
         self.slot_of[key as usize] = at;
         let slot = &mut self.slots[at as usize];
-        slot.load.begin(&self.pieces, verify);
+        slot.load.begin(self.pieces.of(key), verify);
         slot.key = key;
         slot.pins = 0;
         slot.place = Place::Loading;

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::eviction::Lru;
-use crate::inflight::MAX_PIECES;
+use crate::inflight::{MAX_PIECES, Pieces};
 use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
@@ -68,6 +68,11 @@ fn pieces(n: usize) -> Pieces {
     }
 }
 
+/// [`pieces`] for every one of `n_keys` experts.
+fn file_pieces(n: usize, n_keys: usize) -> FilePieces {
+    FilePieces::new(vec![pieces(n)], n_keys)
+}
+
 /// A piece's checksum: right or wrong for expert `key`.
 fn crc(key: u32, piece: u8, right: bool) -> u32 {
     let bytes = [key as u8, piece, u8::from(right)];
@@ -94,8 +99,9 @@ impl World {
         let of = |key| sums(&pieces, config.n_pieces, key);
         let checksums = if config.verify { (0..config.n_keys).flat_map(of).collect() } else { Vec::new() };
         let policy = Lru::new(config.n_slots);
-        let table =
-            Table::new(config.n_slots, config.n_keys as usize, policy, config.max_guesses, pieces.clone(), checksums);
+        let n_keys = config.n_keys as usize;
+        let pieces = file_pieces(config.n_pieces, n_keys);
+        let table = Table::new(config.n_slots, n_keys, policy, config.max_guesses, pieces, checksums);
         let memory = vec![[Bytes::Garbage; MAX_PIECES]; config.n_slots];
         World { table, leases: Vec::new(), reading: Vec::new(), memory }
     }
@@ -135,7 +141,9 @@ impl World {
     fn apply(&mut self, op: &Op) {
         match op {
             Op::Prefetch(key, certainty) => {
-                let stale = |slot: &Slot| slot.intent == Intent::Guess && slot.load.is_untouched(&self.table.pieces);
+                let stale = |slot: &Slot| {
+                    slot.intent == Intent::Guess && slot.load.is_untouched(self.table.pieces.of(slot.key))
+                };
                 let before =
                     self.table.slots.iter().map(|slot| (slot.key, slot.place, stale(slot))).collect::<Vec<_>>();
                 self.table.prefetch(std::iter::once(*key), *certainty);
@@ -252,8 +260,9 @@ impl World {
 
     /// Whether a set of ready matrices shows a piece's bytes.
     fn shown(&self, ready: u8, piece: u8) -> bool {
-        let without = self.table.pieces.all() & !(1 << piece);
-        ready & !self.table.pieces.ready(without) != 0
+        let pieces = self.table.pieces.of(0);
+        let without = pieces.all() & !(1 << piece);
+        ready & !pieces.ready(without) != 0
     }
 
     /// From here, I/O alone brings every lease to an answer, and giving the leases back makes every slot available.
@@ -387,7 +396,7 @@ fn drain(table: &mut Table<Lru>) {
 }
 
 fn small_table(n_slots: usize, max_guesses: usize) -> Table<Lru> {
-    Table::new(n_slots, 200, Lru::new(n_slots), max_guesses, pieces(1), Vec::new())
+    Table::new(n_slots, 200, Lru::new(n_slots), max_guesses, file_pieces(1, 200), Vec::new())
 }
 
 fn use_once(table: &mut Table<Lru>, key: u32, how: Use) -> bool {
@@ -466,7 +475,7 @@ fn guesses_stay_within_their_share_and_come_last() {
 
 #[test]
 fn a_load_that_failed_is_not_read_on() {
-    let mut table = Table::new(2, 2, Lru::new(2), 0, pieces(2), Vec::new());
+    let mut table = Table::new(2, 2, Lru::new(2), 0, file_pieces(2, 2), Vec::new());
     let mut held = Vec::new();
     table.acquire(&[0], Use::Keep, &mut held).unwrap();
     let job = table.next_job().unwrap();

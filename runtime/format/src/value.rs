@@ -273,6 +273,7 @@ from! {
     Vec<u32> => |v| Value::Array(Array::U32(v));
     Vec<i32> => |v| Value::Array(Array::I32(v));
     Vec<f32> => |v| Value::Array(Array::F32(v));
+    Vec<u64> => |v| Value::Array(Array::U64(v));
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub mod layout_keys {
     pub const KIND: &str = "st.layout.kind";
     /// Version of the record format: [`VERSION_NUMBER`].
     pub const VERSION: &str = "st.layout.version";
-    /// Bytes of one record.
+    /// Bytes of one record; in version [`VERSION_BY_LAYER`] of those of each layer.
     pub const RECORD_BYTES: &str = "st.layout.record_bytes";
     /// Where the gate matrix starts in a record.
     pub const GATE_OFFSET: &str = "st.layout.gate_offset";
@@ -29,7 +29,7 @@ pub mod layout_keys {
     pub const DOWN_OFFSET: &str = "st.layout.down_offset";
     /// CRC-32C of every record, layer by layer.
     pub const CRC32C: &str = "st.layout.crc32c";
-    /// ggml's number for the type of the experts' weights.
+    /// ggml's number for the type of the experts' weights; in version [`VERSION_BY_LAYER`] those of gate, up and down of each layer.
     pub const EXPERT_TYPE: &str = "st.layout.expert_type";
     /// All of them, in the order they are written.
     pub const ALL: [&str; 8] = [KIND, VERSION, EXPERT_TYPE, RECORD_BYTES, GATE_OFFSET, UP_OFFSET, DOWN_OFFSET, CRC32C];
@@ -37,23 +37,48 @@ pub mod layout_keys {
     pub const OFFSETS: [&str; 3] = [GATE_OFFSET, UP_OFFSET, DOWN_OFFSET];
     /// The value of [`KIND`].
     pub const KIND_OFFLOAD: &str = "offload";
-    /// The record format this crate knows.
+    /// All records of a file lie alike, and hold weights of one type.
     pub const VERSION_NUMBER: u32 = 2;
+    /// The keys are lists, with an entry for each layer: types differ between matrices or layers.
+    pub const VERSION_BY_LAYER: u32 = 3;
     /// A record is a whole number of these.
     pub const RECORD_ALIGNMENT: u64 = 4096;
     /// Each matrix of a record starts at a multiple of this.
     pub const REGION_ALIGNMENT: u64 = 64;
 }
 
-/// States the keys of the `offload` layout: records of `record_bytes`, in which gate, up and down start at `starts`. The records'
-/// checksums are [`reserve_checksums`](crate::reserve_checksums)'s.
-pub fn describe_records(metadata: &mut Metadata, expert_type: GgmlType, record_bytes: u64, starts: [u64; 3]) {
+/// How the records of one layer lie in the `offload` layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordLayout {
+    /// Types of gate, up and down.
+    pub types: [GgmlType; 3],
+    /// Bytes of one record.
+    pub bytes: u64,
+    /// Where gate, up and down start in a record.
+    pub starts: [u64; 3],
+}
+
+/// States the keys of the `offload` layout: how the records of each layer lie. The records' checksums are
+/// [`reserve_checksums`](crate::reserve_checksums)'s.
+pub fn describe_records(metadata: &mut Metadata, layers: &[RecordLayout]) {
+    let Some(&first) = layers.first() else { return };
     metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
-    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
-    metadata.insert(layout_keys::EXPERT_TYPE, expert_type.id());
-    metadata.insert(layout_keys::RECORD_BYTES, record_bytes);
-    for (key, start) in layout_keys::OFFSETS.into_iter().zip(starts) {
-        metadata.insert(key, start);
+    if first.types == [first.types[0]; 3] && layers.iter().all(|layer| *layer == first) {
+        metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
+        metadata.insert(layout_keys::EXPERT_TYPE, first.types[0].id());
+        metadata.insert(layout_keys::RECORD_BYTES, first.bytes);
+        for (key, start) in layout_keys::OFFSETS.into_iter().zip(first.starts) {
+            metadata.insert(key, start);
+        }
+        return;
+    }
+    let each = |value: &dyn Fn(&RecordLayout) -> u64| layers.iter().map(value).collect::<Vec<_>>();
+    metadata.insert(layout_keys::VERSION, layout_keys::VERSION_BY_LAYER);
+    let types = layers.iter().flat_map(|layer| layer.types.map(GgmlType::id));
+    metadata.insert(layout_keys::EXPERT_TYPE, types.collect::<Vec<_>>());
+    metadata.insert(layout_keys::RECORD_BYTES, each(&|layer| layer.bytes));
+    for (i, key) in layout_keys::OFFSETS.into_iter().enumerate() {
+        metadata.insert(key, each(&|layer| layer.starts[i]));
     }
 }
 
@@ -114,28 +139,33 @@ impl ByteRange {
 #[derive(Clone, Debug)]
 pub struct ExpertIndex {
     layout: Layout,
-    n_layers: usize,
     n_experts: usize,
     n_embd: u64,
     n_ff: u64,
-    expert_type: GgmlType,
-    /// Per layer: where the tensors of the three matrices start; where the records start, thrice.
-    starts: Vec<[u64; 3]>,
-    /// Distance from one expert to the next, per matrix.
-    strides: [u64; 3],
-    /// Each matrix within a stride.
-    regions: [ByteRange; 3],
+    layers: Vec<LayerExperts>,
     /// CRC-32C per record, or per matrix, layer by layer and expert by expert; empty where the file states none.
     checksums: Vec<u32>,
 }
 
+/// Where the experts of one layer lie; gate, up, down.
+#[derive(Clone, Debug)]
+struct LayerExperts {
+    types: [GgmlType; 3],
+    /// Where the tensors of the three matrices start; where the records start, thrice.
+    starts: [u64; 3],
+    /// Distance from one expert to the next.
+    strides: [u64; 3],
+    /// Each matrix within a stride.
+    regions: [ByteRange; 3],
+}
+
 impl ExpertIndex {
-    /// Finds the experts of a model of this shape in `header`, and proves that every tensor has the shape and type
-    /// that it implies.
+    /// Finds the experts of a model of this shape in `header`, and proves that every tensor has the shape and size
+    /// that it implies. Any matrix of any layer may have a type of its own.
     ///
     /// # Errors
-    /// A missing or mistyped key, a missing tensor, a tensor of another shape or type, experts of more than
-    /// one type, or an `offload` layout of another version or with offsets that cannot be.
+    /// A missing or mistyped key, a missing tensor, a tensor of another shape, rows that are no whole blocks of their type, or an
+    /// `offload` layout of another version or with offsets that cannot be.
     pub fn from_header(header: &Header, shape: &ModelShape) -> Result<Self> {
         match header.metadata.str(layout_keys::KIND)? {
             None => Self::stacked(header, shape),
@@ -149,24 +179,21 @@ impl ExpertIndex {
     }
 
     fn stacked(header: &Header, shape: &ModelShape) -> Result<Self> {
-        let first = header.require_tensor(&tensor_names::stacked(0, Matrix::Gate))?;
-        let expert_type = first.ty;
-        let mut index = Self::empty(Layout::Gguf, shape, expert_type);
-        for matrix in Matrix::ALL {
-            let i = matrix as usize;
-            let len = matrix_bytes(shape, header, first, matrix, expert_type)?;
-            index.strides[i] = len;
-            index.regions[i] = ByteRange { offset: 0, len };
-        }
+        let mut index = Self::empty(Layout::Gguf, shape);
         for layer in 0..shape.n_layers {
-            let mut starts = [0; 3];
-            for matrix in Matrix::ALL {
-                let tensor = header.require_tensor(&tensor_names::stacked(layer, matrix))?;
-                header.expect_shape(tensor, &Tensor::experts(matrix).ggml_shape(shape))?;
-                header.expect_type(tensor, expert_type)?;
-                starts[matrix as usize] = tensor.offset;
+            let mut found = LayerExperts::NOWHERE;
+            let [gate, up, down] =
+                Matrix::ALL.map(|matrix| header.require_tensor(&tensor_names::stacked(layer, matrix)));
+            let tensors = [gate?, up?, down?];
+            for (i, matrix) in Matrix::ALL.into_iter().enumerate() {
+                let len = matrix_bytes(shape, header, tensors[i], matrix, tensors[i].ty)?;
+                found.regions[i] = ByteRange { offset: 0, len };
+                (found.types[i], found.starts[i], found.strides[i]) = (tensors[i].ty, tensors[i].offset, len);
             }
-            index.starts.push(starts);
+            for (tensor, matrix) in tensors.into_iter().zip(Matrix::ALL) {
+                header.expect_shape(tensor, &Tensor::experts(matrix).ggml_shape(shape))?;
+            }
+            index.layers.push(found);
         }
         let checksums = header.checksums();
         for layer in 0..shape.n_layers {
@@ -183,82 +210,34 @@ impl ExpertIndex {
     }
 
     fn packed(header: &Header, shape: &ModelShape) -> Result<Self> {
-        let metadata = &header.metadata;
-        let required_u64 = |key| metadata.u64(key)?.ok_or_else(|| metadata.missing(key));
-        let malformed = |key: &str, problem: String| {
-            GgufError::malformed(header.file_name(), format!("metadata key `{key}`"), problem)
-        };
-
-        let version = required_u64(layout_keys::VERSION)?;
-        if version != u64::from(layout_keys::VERSION_NUMBER) {
-            let known = layout_keys::VERSION_NUMBER;
-            let problem = format!("record format {version} is not known (only {known} is); convert again");
-            return Err(malformed(layout_keys::VERSION, problem));
-        }
-        let type_id =
-            metadata.u32(layout_keys::EXPERT_TYPE)?.ok_or_else(|| metadata.missing(layout_keys::EXPERT_TYPE))?;
-        let expert_type = GgmlType::from_id(type_id);
-
-        let first = header.require_tensor(&tensor_names::packed(0))?;
-        let record_bytes = required_u64(layout_keys::RECORD_BYTES)?;
-        if record_bytes == 0 || !record_bytes.is_multiple_of(layout_keys::RECORD_ALIGNMENT) {
-            let page = layout_keys::RECORD_ALIGNMENT;
-            let problem = format!("must be a multiple of {page}, got {record_bytes}");
-            return Err(malformed(layout_keys::RECORD_BYTES, problem));
-        }
-        let mut index = Self::empty(Layout::Offload, shape, expert_type);
-        index.strides = [record_bytes; 3];
-        let mut keys = layout_keys::OFFSETS;
-        if metadata.get(layout_keys::UP_OFFSET).is_none() && metadata.get(layout_keys::UP_OFFSET_BEFORE).is_some() {
-            keys[1] = layout_keys::UP_OFFSET_BEFORE;
-        }
-        let mut bounds = [record_bytes; 4];
-        for (bound, key) in bounds.iter_mut().zip(keys) {
-            *bound = required_u64(key)?;
-            if !bound.is_multiple_of(layout_keys::REGION_ALIGNMENT) {
-                let unit = layout_keys::REGION_ALIGNMENT;
-                return Err(malformed(key, format!("must be a multiple of {unit}, got {bound}")));
-            }
-        }
-        for matrix in Matrix::ALL {
-            let i = matrix as usize;
-            let needed = matrix_bytes(shape, header, first, matrix, expert_type)?;
-            let len = bounds[i + 1].checked_sub(bounds[i]).filter(|&len| len >= needed);
-            let len = len.ok_or_else(|| {
-                let (name, start, end) = (matrix.name(), bounds[i], bounds[i + 1]);
-                let problem =
-                    format!("the {name} matrix needs {needed} bytes, its place in a record is {start}..{end}");
-                malformed(keys[i], problem)
-            })?;
-            index.regions[i] = ByteRange { offset: bounds[i], len };
-        }
-
+        let mut index = Self::empty(Layout::Offload, shape);
+        let stated = StatedRecords::read(header, shape.n_layers)?;
         for layer in 0..shape.n_layers {
             let tensor = header.require_tensor(&tensor_names::packed(layer))?;
+            let mut found = stated.layer(header, shape, tensor, layer)?;
+            let record_bytes = found.strides[0];
             header.expect_shape(tensor, &[record_bytes, shape.n_experts as u64])?;
             header.expect_type(tensor, GgmlType::I8)?;
-            index.starts.push([tensor.offset; 3]);
+            found.starts = [tensor.offset; 3];
+            index.layers.push(found);
         }
+        let metadata = &header.metadata;
         index.checksums = metadata.u32s(layout_keys::CRC32C)?.ok_or_else(|| metadata.missing(layout_keys::CRC32C))?;
         let (expected, got) = (shape.n_layers * shape.n_experts, index.checksums.len());
         if got != expected {
             let problem = format!("expected {expected} checksums, one per expert, got {got}");
-            return Err(malformed(layout_keys::CRC32C, problem));
+            return Err(malformed(header, layout_keys::CRC32C, problem));
         }
         Ok(index)
     }
 
-    fn empty(layout: Layout, shape: &ModelShape, expert_type: GgmlType) -> Self {
+    fn empty(layout: Layout, shape: &ModelShape) -> Self {
         Self {
             layout,
-            n_layers: shape.n_layers,
             n_experts: shape.n_experts,
             n_embd: shape.n_embd as u64,
             n_ff: shape.n_ff as u64,
-            expert_type,
-            starts: Vec::with_capacity(shape.n_layers),
-            strides: [0; 3],
-            regions: [ByteRange { offset: 0, len: 0 }; 3],
+            layers: Vec::with_capacity(shape.n_layers),
             checksums: Vec::new(),
         }
     }
@@ -270,7 +249,7 @@ impl ExpertIndex {
 
     /// Number of layers.
     pub fn n_layers(&self) -> usize {
-        self.n_layers
+        self.layers.len()
     }
 
     /// Number of experts in each layer.
@@ -288,9 +267,23 @@ impl ExpertIndex {
         self.n_ff
     }
 
-    /// The type of all experts' weights.
-    pub fn expert_type(&self) -> GgmlType {
-        self.expert_type
+    /// The types of gate, up and down of a layer's experts.
+    ///
+    /// # Panics
+    /// Where there is no such layer.
+    pub fn types(&self, layer: usize) -> [GgmlType; 3] {
+        self.layers[layer].types
+    }
+
+    /// Every type that an expert matrix of some layer has, each once, in the order in which they are first met.
+    pub fn all_types(&self) -> Vec<GgmlType> {
+        let mut all = Vec::new();
+        for ty in self.layers.iter().flat_map(|layer| layer.types) {
+            if !all.contains(&ty) {
+                all.push(ty);
+            }
+        }
+        all
     }
 
     /// Where a matrix of an expert lies: canonical rows in the `gguf` layout, the record's region, padding
@@ -300,9 +293,9 @@ impl ExpertIndex {
     /// Where there is no such layer or expert.
     pub fn matrix(&self, layer: usize, expert: usize, matrix: Matrix) -> ByteRange {
         assert!(expert < self.n_experts, "expert {expert} of {}", self.n_experts);
-        let i = matrix as usize;
-        let ByteRange { offset, len } = self.regions[i];
-        ByteRange { offset: self.starts[layer][i] + expert as u64 * self.strides[i] + offset, len }
+        let (at, i) = (&self.layers[layer], matrix as usize);
+        let ByteRange { offset, len } = at.regions[i];
+        ByteRange { offset: at.starts[i] + expert as u64 * at.strides[i] + offset, len }
     }
 
     /// Where an expert's record lies; `None` in the `gguf` layout.
@@ -311,8 +304,8 @@ impl ExpertIndex {
     /// As [`matrix`](Self::matrix).
     pub fn record(&self, layer: usize, expert: usize) -> Option<ByteRange> {
         assert!(expert < self.n_experts, "expert {expert} of {}", self.n_experts);
-        let start = self.starts[layer][0];
-        let len = self.strides[0];
+        let at = &self.layers[layer];
+        let (start, len) = (at.starts[0], at.strides[0]);
         (self.layout == Layout::Offload).then(|| ByteRange { offset: start + expert as u64 * len, len })
     }
 
@@ -322,11 +315,108 @@ impl ExpertIndex {
     /// # Panics
     /// As [`matrix`](Self::matrix).
     pub fn checksums(&self, layer: usize, expert: usize) -> &[u32] {
-        assert!(layer < self.n_layers && expert < self.n_experts, "layer {layer}, expert {expert}");
-        let n = self.checksums.len() / (self.n_layers * self.n_experts);
+        assert!(layer < self.layers.len() && expert < self.n_experts, "layer {layer}, expert {expert}");
+        let n = self.checksums.len() / (self.layers.len() * self.n_experts);
         let first = (layer * self.n_experts + expert) * n;
         &self.checksums[first..first + n]
     }
+}
+
+impl LayerExperts {
+    const NOWHERE: Self = Self {
+        types: [GgmlType::I8; 3],
+        starts: [0; 3],
+        strides: [0; 3],
+        regions: [ByteRange { offset: 0, len: 0 }; 3],
+    };
+}
+
+/// What a file in the `offload` layout states of its records: one entry that holds for every layer, or one for each.
+struct StatedRecords {
+    types: Vec<u32>,
+    bytes: Vec<u64>,
+    /// The keys under which the starts of gate, up and down stand, and the starts.
+    starts: [(&'static str, Vec<u64>); 3],
+}
+
+impl StatedRecords {
+    fn read(header: &Header, n_layers: usize) -> Result<Self> {
+        let metadata = &header.metadata;
+        let version = metadata.u32(layout_keys::VERSION)?.ok_or_else(|| metadata.missing(layout_keys::VERSION))?;
+        let by_layer = match version {
+            layout_keys::VERSION_NUMBER => false,
+            layout_keys::VERSION_BY_LAYER => true,
+            _ => {
+                let known =
+                    [layout_keys::VERSION_NUMBER, layout_keys::VERSION_BY_LAYER].map(|n| n.to_string()).join(" and ");
+                let problem = format!("record format {version} is not known (only {known} are); convert again");
+                return Err(malformed(header, layout_keys::VERSION, problem));
+            }
+        };
+        let list = |key: &str, per_layer: usize| {
+            if !by_layer {
+                return Ok(vec![metadata.u64(key)?.ok_or_else(|| metadata.missing(key))?]);
+            }
+            let list = metadata.u64s(key)?.ok_or_else(|| metadata.missing(key))?;
+            let expected = n_layers * per_layer;
+            if list.len() != expected {
+                return Err(malformed(header, key, format!("expected {expected} entries, got {}", list.len())));
+            }
+            Ok(list)
+        };
+        // A number that is no type's is an unknown type, which whoever needs its size refuses.
+        let types =
+            list(layout_keys::EXPERT_TYPE, 3)?.into_iter().map(|id| u32::try_from(id).unwrap_or(u32::MAX)).collect();
+        let mut keys = layout_keys::OFFSETS;
+        if metadata.get(layout_keys::UP_OFFSET).is_none() && metadata.get(layout_keys::UP_OFFSET_BEFORE).is_some() {
+            keys[1] = layout_keys::UP_OFFSET_BEFORE;
+        }
+        let bytes = list(layout_keys::RECORD_BYTES, 1)?;
+        let [gate, up, down] = keys.map(|key| list(key, 1).map(|starts| (key, starts)));
+        Ok(Self { types, bytes, starts: [gate?, up?, down?] })
+    }
+
+    /// The records of one layer, which `tensor` holds; where they start in the file is still open.
+    fn layer(&self, header: &Header, shape: &ModelShape, tensor: &TensorInfo, layer: usize) -> Result<LayerExperts> {
+        let of = |list: &[u64]| list[if list.len() == 1 { 0 } else { layer }];
+        let record_bytes = of(&self.bytes);
+        if record_bytes == 0 || !record_bytes.is_multiple_of(layout_keys::RECORD_ALIGNMENT) {
+            let page = layout_keys::RECORD_ALIGNMENT;
+            let problem = format!("must be a multiple of {page}, got {record_bytes}");
+            return Err(malformed(header, layout_keys::RECORD_BYTES, problem));
+        }
+        let mut bounds = [record_bytes; 4];
+        for (bound, (key, starts)) in bounds.iter_mut().zip(&self.starts) {
+            *bound = of(starts);
+            if !bound.is_multiple_of(layout_keys::REGION_ALIGNMENT) {
+                let unit = layout_keys::REGION_ALIGNMENT;
+                return Err(malformed(header, key, format!("must be a multiple of {unit}, got {bound}")));
+            }
+        }
+        let types = match &self.types[..] {
+            [one] => [*one; 3],
+            all => [0, 1, 2].map(|i| all[3 * layer + i]),
+        };
+        let types = types.map(GgmlType::from_id);
+        let mut found = LayerExperts { types, strides: [record_bytes; 3], ..LayerExperts::NOWHERE };
+        for matrix in Matrix::ALL {
+            let i = matrix as usize;
+            let needed = matrix_bytes(shape, header, tensor, matrix, types[i])?;
+            let len = bounds[i + 1].checked_sub(bounds[i]).filter(|&len| len >= needed);
+            let len = len.ok_or_else(|| {
+                let (name, start, end) = (matrix.name(), bounds[i], bounds[i + 1]);
+                let problem =
+                    format!("the {name} matrix needs {needed} bytes, its place in a record is {start}..{end}");
+                malformed(header, self.starts[i].0, problem)
+            })?;
+            found.regions[i] = ByteRange { offset: bounds[i], len };
+        }
+        Ok(found)
+    }
+}
+
+fn malformed(header: &Header, key: &str, problem: String) -> GgufError {
+    GgufError::malformed(header.file_name(), format!("metadata key `{key}`"), problem)
 }
 
 /// Bytes of one expert's `matrix` in canonical form; `tensor` is who to blame where there is no such size.

@@ -44,7 +44,7 @@ mod writer;
 pub use checksums::{CheckReport, Checksums, checksum_keys, reserve_checksums};
 pub use encode::{Plan, TensorSpec, plan};
 pub use error::{GgufError, Result};
-pub use expert_index::{ByteRange, ExpertIndex, Layout, describe_records, layout_keys, tensor_names};
+pub use expert_index::{ByteRange, ExpertIndex, Layout, RecordLayout, describe_records, layout_keys, tensor_names};
 pub use header::{Header, TensorInfo};
 pub use metadata::Metadata;
 pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};

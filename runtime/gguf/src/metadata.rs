@@ -170,6 +170,14 @@ impl Metadata {
         self.integers(key, "array of unsigned 32-bit integers")
     }
 
+    /// An array of integers, each of which fits in 64 unsigned bits.
+    ///
+    /// # Errors
+    /// As [`u32s`](Self::u32s).
+    pub fn u64s(&self, key: &str) -> Result<Option<Vec<u64>>> {
+        self.integers(key, "array of unsigned 64-bit integers")
+    }
+
     /// An array of integers, each of which fits in 32 signed bits.
     ///
     /// # Errors

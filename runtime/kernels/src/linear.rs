@@ -66,7 +66,7 @@ impl Kernels {
     /// # Panics
     /// If `acts.k()` is not `w.k()`, rows or columns are missing, the first column is not a multiple of 16, or more than [`FEW_ROWS`]
     /// tokens start elsewhere than at a multiple of 4.
-    fn linear_r16(self, w: R16<'_>, acts: &Q8Acts, first: usize, out: &mut ColumnsMut<'_>) {
+    pub fn linear_r16(self, w: R16<'_>, acts: &Q8Acts, first: usize, out: &mut ColumnsMut<'_>) {
         let (columns, tokens) = (out.columns(), out.rows());
         assert_eq!(acts.k(), w.k(), "linear_r16: k of activations and weights");
         assert!(columns.end <= w.rows(), "linear_r16: output {} of {}", columns.end, w.rows());

@@ -33,8 +33,8 @@ impl<'a, T> ColumnsMut<'a, T> {
     }
 
     /// # Safety
-    /// `base` must point to at least `rows.end * ld` values that live for 'a; nobody else may touch `columns` of `rows`;
-    /// `columns` must lie in `0..ld`.
+    /// Row `r` begins `r * ld` values after `base`: `columns` of each of `rows` must be values of one allocation that live for 'a and
+    /// that nobody else may touch; `columns` must lie in `0..ld`.
     pub(crate) unsafe fn from_raw(base: *mut T, rows: Range<usize>, ld: usize, columns: Range<usize>) -> Self {
         debug_assert!(columns.start <= columns.end && columns.end <= ld);
         Self { base, first_row: rows.start, rows: rows.len(), ld, columns, _out: PhantomData }

@@ -281,6 +281,41 @@ impl Pool {
         });
     }
 
+    /// [`Self::run_ranges`] for all rows of `out` together, whose columns are several products side by side, the i-th of `widths[i]` outputs:
+    /// `job(i, columns)` gets a run of columns of one of them, counted from its own first. The calling thread first runs `own`.
+    ///
+    /// # Panics
+    /// If `out` is not whole rows of all widths together, `unit` is 0, as [`Self::run`], and as `own`.
+    pub fn run_parts(
+        &self,
+        out: &mut [f32],
+        widths: &[usize],
+        unit: usize,
+        own: impl FnOnce(),
+        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
+    ) {
+        assert!(unit > 0, "a unit of 0 columns");
+        let ld: usize = widths.iter().sum();
+        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} values are not rows of {ld}", out.len());
+        let (rows, base) = (out.len() / ld, SendPtr(out.as_mut_ptr()));
+        let units = |width: usize| width.div_ceil(unit);
+        self.for_ranges_beside(widths.iter().copied().map(units).sum(), own, &|wanted| {
+            let (mut first_unit, mut first_column) = (0, 0);
+            for (i, &width) in widths.iter().enumerate() {
+                let mine = wanted.start.max(first_unit) - first_unit
+                    ..wanted.end.min(first_unit + units(width)).max(first_unit) - first_unit;
+                if mine.start < mine.end {
+                    let columns = mine.start * unit..width.min(mine.end * unit);
+                    // SAFETY: `for_ranges_beside` hands out each unit once, and a unit is columns of one part, so no two views share an
+                    // element. Columns of a part, counted from `first_column`, end at `first_column + width <= ld`, so all lie in `out`,
+                    // which is exclusively borrowed until all are done.
+                    job(i, unsafe { ColumnsMut::from_raw(base.get().add(first_column), 0..rows, ld, columns) });
+                }
+                (first_unit, first_column) = (first_unit + units(width), first_column + width);
+            }
+        });
+    }
+
     /// Sees `out` as rows of `ld` floats, cuts the columns `0..ld` into ranges of `chunk` and runs `job(columns)` for each:
     /// the way to let threads share the output of a matrix product with several rows (tokens).
     ///

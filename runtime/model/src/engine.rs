@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use st_experts::{ExpertStore, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
-use st_kernels::{Isa, KvPool, KvType, Matrix};
+use st_kernels::{Isa, KvPool, KvType};
 
 use crate::batch::Batch;
 use crate::chat::{ChatError, ChatTemplate};
@@ -118,7 +118,7 @@ impl Engine {
             Some(io) => ExpertStore::with_io(Box::new(Arc::clone(io)), index, format, store_options),
             None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
         }?;
-        let kv_format = kv_cache::format(&config, options.kv_type_for(source.format().type_of(Matrix::Gate)));
+        let kv_format = kv_cache::format(&config, options.kv_type_for(source.is_quantized()));
         let pages = match plan.budget {
             Some(_) => (plan.kv_full + plan.kv_window) / kv_format.page_bytes() as u64,
             None => u64::MAX,

@@ -98,7 +98,7 @@ impl Model {
             });
         }
         let output_norm = norm(weights::OUTPUT_NORM.into())?;
-        let moe = Moe::new(store, source.format().clone(), c, batch);
+        let moe = Moe::new(store, source.formats().to_vec(), c, batch);
         Ok(Self { config, compute, embedding, layers, output_norm, head, moe })
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use st_experts::io::ExpertIo;
 use st_experts::{ALL_EXPERTS, IoMode, StoreOptions};
-use st_kernels::{Isa, Kernels, KvType, WeightType};
+use st_kernels::{Isa, Kernels, KvType};
 
 use crate::error::ModelError;
 use crate::plan::Residency;
@@ -70,9 +70,9 @@ impl LoadOptions {
         }
     }
 
-    /// How keys and values of a model with weights of type `weights` are kept.
-    pub(crate) fn kv_type_for(&self, weights: WeightType) -> KvType {
-        self.kv_type.unwrap_or(if weights.is_quantized() { KvType::Bf16 } else { KvType::F16 })
+    /// How keys and values of a model are kept, whose experts are quantized in some matrix or in none.
+    pub(crate) fn kv_type_for(&self, is_quantized: bool) -> KvType {
+        self.kv_type.unwrap_or(if is_quantized { KvType::Bf16 } else { KvType::F16 })
     }
 
     /// What of it concerns the expert store, where `residency` says what that holds.

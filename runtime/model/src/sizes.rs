@@ -15,34 +15,39 @@ use crate::plan::{Costs, FixedCosts, MemoryPlan, PlanRequest, PlanShape, Residen
 use crate::weights::{self, TensorSource};
 use crate::workspace::{Workspace, logit_rows};
 
-/// The expert format as the store wants it: where matrices lie in a slot, and how to put them there.
+/// The expert formats as the store wants them: where matrices lie in a slot, and how to put them there.
 #[derive(Debug)]
 struct Slots {
-    format: ExpertFormat,
+    /// Per layer.
+    formats: Vec<ExpertFormat>,
     kernels: Kernels,
 }
 
 impl SlotFormat for Slots {
     fn slot_bytes(&self) -> usize {
-        self.format.record_bytes()
+        self.formats.iter().map(ExpertFormat::record_bytes).max().unwrap_or(0)
     }
 
-    fn region(&self, matrix: Matrix) -> std::ops::Range<usize> {
-        self.format.region(matrix)
+    fn record_bytes(&self, layer: usize) -> usize {
+        self.formats[layer].record_bytes()
     }
 
-    fn canonical_bytes(&self, matrix: Matrix) -> usize {
-        self.format.canonical_bytes(matrix)
+    fn region(&self, layer: usize, matrix: Matrix) -> std::ops::Range<usize> {
+        self.formats[layer].region(matrix)
     }
 
-    fn fill(&self, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
-        self.kernels.pack_expert(&self.format, matrix, canonical, region);
+    fn canonical_bytes(&self, layer: usize, matrix: Matrix) -> usize {
+        self.formats[layer].canonical_bytes(matrix)
+    }
+
+    fn fill(&self, layer: usize, matrix: Matrix, canonical: &[u8], region: &mut [u8]) {
+        self.kernels.pack_expert(&self.formats[layer], matrix, canonical, region);
     }
 }
 
 /// How experts of this file lie in the store's slots.
 pub(crate) fn slot_format(source: &TensorSource<'_>, kernels: Kernels) -> Arc<dyn SlotFormat> {
-    Arc::new(Slots { format: source.format().clone(), kernels })
+    Arc::new(Slots { formats: source.formats().to_vec(), kernels })
 }
 
 /// The memory plan of a file under `options`.
@@ -81,8 +86,7 @@ pub(crate) fn plan(
             scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
         };
-        let page =
-            kv_cache::format(config, options.kv_type_for(source.format().type_of(Matrix::Gate))).page_bytes() as u64;
+        let page = kv_cache::format(config, options.kv_type_for(source.is_quantized())).page_bytes() as u64;
         let ctx = options.ctx.unwrap_or(config.context_length);
         let of = |window: &Option<usize>| page * kv_cache::most_pages(*window, ctx, residency.batch()) as u64;
         let full_layers = config.windows.iter().filter(|window| window.is_none()).count() as u64;

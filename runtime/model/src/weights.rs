@@ -6,7 +6,7 @@
 use std::ops::ControlFlow;
 
 use st_format::{Matrix, Scope, Tensor, tensor_names};
-use st_gguf::{ExpertIndex, GgufFile, TensorInfo};
+use st_gguf::{ExpertIndex, GgmlType, GgufFile, TensorInfo};
 use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
 use crate::config::ModelConfig;
@@ -30,8 +30,8 @@ pub(crate) struct TensorSource<'a> {
     file: &'a GgufFile,
     progress: &'a dyn LoadProgress,
     experts: ExpertIndex,
-    format: ExpertFormat,
-    expert_type: WeightType,
+    /// Per layer.
+    formats: Vec<ExpertFormat>,
     n_vocab: usize,
     has_head: bool,
 }
@@ -59,19 +59,9 @@ impl<'a> TensorSource<'a> {
             }
         }
         let experts = ExpertIndex::from_header(&file.header, config)?;
-        let expert_type =
-            WeightType::try_from(experts.expert_type()).map_err(|UnsupportedType(got)| ModelError::TensorType {
-                name: Tensor::FfnGateExps.name(0),
-                got: got.to_string(),
-                expected: WeightType::names(),
-            })?;
-        let format =
-            ExpertFormat::new(expert_type, config.n_embd, config.n_ff).map_err(|cause| ModelError::BadKey {
-                key: "smallthinker.expert_feed_forward_length".into(),
-                got: config.n_ff.to_string(),
-                expected: cause.to_string(),
-            })?;
-        Ok(Self { file, progress, experts, format, expert_type, n_vocab: config.n_vocab, has_head })
+        let formats = (0..config.n_layers).map(|layer| expert_format(&experts, layer, config));
+        let formats = formats.collect::<Result<_, _>>()?;
+        Ok(Self { file, progress, experts, formats, n_vocab: config.n_vocab, has_head })
     }
 
     /// Rows of the embedding.
@@ -89,9 +79,14 @@ impl<'a> TensorSource<'a> {
         &self.experts
     }
 
-    /// How an expert lies in a cache slot.
-    pub(crate) fn format(&self) -> &ExpertFormat {
-        &self.format
+    /// How the experts of each layer lie in cache slots.
+    pub(crate) fn formats(&self) -> &[ExpertFormat] {
+        &self.formats
+    }
+
+    /// Whether any matrix of any expert is quantized.
+    pub(crate) fn is_quantized(&self) -> bool {
+        self.formats.iter().any(|format| Matrix::ALL.iter().any(|&matrix| format.type_of(matrix).is_quantized()))
     }
 
     /// Type of a matrix.
@@ -131,7 +126,7 @@ impl<'a> TensorSource<'a> {
 
     /// Gate and up (`n_ff × n_embd`) and down (`n_embd × n_ff`) of one expert in f32, row by row.
     pub(crate) fn expert_f32(&self, layer: usize, expert: usize) -> Result<[Vec<f32>; 3], ModelError> {
-        let (n_ff, n_embd) = (self.format.n_ff(), self.format.n_embd());
+        let format = &self.formats[layer];
         // Whole, so that it can be compared with its checksum.
         let packed = match self.experts.record(layer, expert) {
             None => None,
@@ -143,24 +138,21 @@ impl<'a> TensorSource<'a> {
                 Some(packed)
             }
         };
-        let matrix = |matrix: Matrix, rows, cols| {
+        let matrix = |matrix: Matrix| {
             self.go_on()?;
-            let mut canonical = vec![0; self.format.canonical_bytes(matrix)];
+            let mut canonical = vec![0; format.canonical_bytes(matrix)];
             match &packed {
                 None => {
                     let info = find(self.file, &tensor_names::stacked(layer, matrix))?;
                     let start = self.experts.matrix(layer, expert, matrix).offset - info.offset;
                     self.file.read_range(info, start, &mut canonical)?;
                 }
-                Some(packed) => self.format.unpack(matrix, &packed[self.format.region(matrix)], &mut canonical),
+                Some(packed) => format.unpack(matrix, &packed[format.region(matrix)], &mut canonical),
             }
-            Ok::<_, ModelError>(dequantize(self.expert_type, &canonical, rows, cols))
+            let (rows, columns) = format.shape(matrix);
+            Ok::<_, ModelError>(dequantize(format.type_of(matrix), &canonical, rows, columns))
         };
-        Ok([
-            matrix(Matrix::Gate, n_ff, n_embd)?,
-            matrix(Matrix::Up, n_ff, n_embd)?,
-            matrix(Matrix::Down, n_embd, n_ff)?,
-        ])
+        Ok([matrix(Matrix::Gate)?, matrix(Matrix::Up)?, matrix(Matrix::Down)?])
     }
 
     /// Whether more may be read.
@@ -177,10 +169,27 @@ fn find<'a>(file: &'a GgufFile, name: &str) -> Result<&'a TensorInfo, ModelError
 }
 
 fn weight_type(info: &TensorInfo) -> Result<WeightType, ModelError> {
-    WeightType::try_from(info.ty).map_err(|UnsupportedType(got)| ModelError::TensorType {
-        name: info.name.clone(),
+    computed(info.ty, || info.name.clone())
+}
+
+/// A type as one that is computed with, or the error that names the tensor.
+fn computed(ty: GgmlType, name: impl FnOnce() -> String) -> Result<WeightType, ModelError> {
+    WeightType::try_from(ty).map_err(|UnsupportedType(got)| ModelError::TensorType {
+        name: name(),
         got: got.to_string(),
         expected: WeightType::names(),
+    })
+}
+
+/// How the experts of a layer lie in cache slots.
+fn expert_format(experts: &ExpertIndex, layer: usize, config: &ModelConfig) -> Result<ExpertFormat, ModelError> {
+    let types = experts.types(layer);
+    let [gate, up, down] =
+        Matrix::ALL.map(|matrix| computed(types[matrix as usize], || tensor_names::stacked(layer, matrix)));
+    ExpertFormat::with_types([gate?, up?, down?], config.n_embd, config.n_ff).map_err(|cause| ModelError::BadKey {
+        key: "smallthinker.expert_feed_forward_length".into(),
+        got: config.n_ff.to_string(),
+        expected: cause.to_string(),
     })
 }
 

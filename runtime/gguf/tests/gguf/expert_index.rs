@@ -1,8 +1,8 @@
 //! Experts are found in both layouts, and a file that does not hold what it says is refused.
 
 use st_gguf::{
-    Array, ExpertIndex, GgmlType, GgufError, GgufFile, Layout, Matrix, Metadata, ModelShape, TensorSpec, Value,
-    layout_keys, tensor_names,
+    Array, ExpertIndex, GgmlType, GgufError, GgufFile, Layout, Matrix, Metadata, ModelShape, RecordLayout, TensorSpec,
+    Value, describe_records, layout_keys, tensor_names,
 };
 
 use crate::common::{counting, spec, write_file};
@@ -77,7 +77,7 @@ fn the_gguf_layout() {
     let file = open(&Metadata::new(), &stacked());
     let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
     assert_eq!((index.layout(), index.n_layers(), index.n_experts()), (Layout::Gguf, N_LAYERS, N_EXPERTS));
-    assert_eq!((index.n_embd(), index.n_ff(), index.expert_type()), (N_EMBD, N_FF, GgmlType::Q4_0));
+    assert_eq!((index.n_embd(), index.n_ff(), index.all_types()), (N_EMBD, N_FF, vec![GgmlType::Q4_0]));
     for layer in 0..N_LAYERS {
         for expert in 0..N_EXPERTS {
             assert_eq!((index.record(layer, expert), index.checksums(layer, expert)), (None, &[][..]));
@@ -101,7 +101,7 @@ fn the_offload_layout() {
     let file = open(&offload_metadata(), &packed());
     let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
     assert_eq!(index.layout(), Layout::Offload);
-    assert_eq!(index.expert_type(), GgmlType::Q4_0);
+    assert_eq!(index.types(1), [GgmlType::Q4_0; 3]);
     let record = index.record(1, 2).unwrap();
     assert_eq!(record.offset, file.header.tensor("blk.1.ffn_exps.packed").unwrap().offset + 2 * 8192);
     assert_eq!((record.len, record.offset % 4096), (8192, 0));
@@ -146,11 +146,78 @@ fn a_wrong_shape_names_both() {
 }
 
 #[test]
-fn experts_of_two_types() {
+fn matrices_and_layers_of_different_types() {
     let mut tensors = stacked();
-    tensors[5].ty = GgmlType::Q8_0;
-    let message = "tensor `blk.1.ffn_down_exps.weight`: expected type Q4_0, got Q8_0";
-    assert_refused(&Metadata::new(), &tensors, message);
+    (tensors[1].ty, tensors[5].ty) = (GgmlType::F16, GgmlType::Q8_0);
+    let file = open(&Metadata::new(), &tensors);
+    let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
+    assert_eq!(index.types(0), [GgmlType::Q4_0, GgmlType::F16, GgmlType::Q4_0]);
+    assert_eq!(index.types(1), [GgmlType::Q4_0, GgmlType::Q4_0, GgmlType::Q8_0]);
+    assert_eq!(index.all_types(), [GgmlType::Q4_0, GgmlType::F16, GgmlType::Q8_0]);
+    let up = file.header.tensor("blk.0.ffn_up_exps.weight").unwrap();
+    let range = index.matrix(0, 2, Matrix::Up);
+    assert_eq!((range.offset, range.len), (up.offset + 2 * N_EMBD * N_FF * 2, N_EMBD * N_FF * 2));
+    assert_eq!(index.matrix(1, 1, Matrix::Down).len, N_EMBD * N_FF / 32 * 34);
+}
+
+/// Records of two layers that differ in types and sizes, and their tensors.
+fn two_kinds_of_records() -> (Vec<RecordLayout>, Vec<TensorSpec>) {
+    let records = [(GgmlType::Q4_0, 8192, [0, 1152, 2368]), (GgmlType::Q8_0, 12288, [0, 2176, 4352])];
+    let records = records.map(|(down, bytes, starts)| {
+        let types = [GgmlType::Q4_0, GgmlType::Q4_0, down];
+        RecordLayout { types, bytes, starts }
+    });
+    let tensors = records
+        .iter()
+        .enumerate()
+        .map(|(layer, record)| spec(&tensor_names::packed(layer), &[record.bytes, N_EXPERTS as u64], GgmlType::I8));
+    (records.to_vec(), tensors.collect())
+}
+
+#[test]
+fn records_that_differ_from_layer_to_layer() {
+    let (records, tensors) = two_kinds_of_records();
+    let mut metadata = Metadata::new();
+    describe_records(&mut metadata, &records);
+    metadata.insert(layout_keys::CRC32C, (0..6).collect::<Vec<u32>>());
+    assert_eq!(metadata.u32(layout_keys::VERSION).unwrap(), Some(layout_keys::VERSION_BY_LAYER));
+    let file = open(&metadata, &tensors);
+    let index = ExpertIndex::from_header(&file.header, &shape()).unwrap();
+    for (layer, stated) in records.iter().enumerate() {
+        assert_eq!(index.types(layer), stated.types);
+        let record = index.record(layer, 2).unwrap();
+        assert_eq!(record.len, stated.bytes);
+        assert_eq!(record.offset, file.header.tensor(&tensor_names::packed(layer)).unwrap().offset + 2 * stated.bytes);
+        let starts = Matrix::ALL.map(|matrix| index.matrix(layer, 2, matrix).offset - record.offset);
+        assert_eq!(starts, stated.starts);
+    }
+    // Alike in all layers, but not in all matrices.
+    let mut metadata = Metadata::new();
+    describe_records(&mut metadata, &[records[1]; N_LAYERS]);
+    assert_eq!(metadata.u64s(layout_keys::RECORD_BYTES).unwrap().unwrap(), [12288; N_LAYERS]);
+}
+
+#[test]
+fn lists_of_records_that_do_not_fit() {
+    let (records, tensors) = two_kinds_of_records();
+    let cases: [(&str, Value, &str); 5] = [
+        (layout_keys::EXPERT_TYPE, vec![2u32; 5].into(), "expected 6 entries, got 5"),
+        (layout_keys::EXPERT_TYPE, vec![2u32, 2, 2, 2, 2, 77].into(), "experts of type unknown type 77"),
+        (layout_keys::RECORD_BYTES, vec![8192u64].into(), "expected 2 entries, got 1"),
+        (layout_keys::RECORD_BYTES, 8192u64.into(), "expected array of unsigned 64-bit integers, got u64"),
+        (
+            layout_keys::DOWN_OFFSET,
+            vec![2368u64, 11264].into(),
+            "the down matrix needs 2176 bytes, its place in a record is 11264..12288",
+        ),
+    ];
+    for (key, value, message) in cases {
+        let mut metadata = Metadata::new();
+        describe_records(&mut metadata, &records);
+        metadata.insert(layout_keys::CRC32C, (0..6).collect::<Vec<u32>>());
+        metadata.insert(key, value);
+        assert_refused(&metadata, &tensors, message);
+    }
 }
 
 #[test]
@@ -162,7 +229,7 @@ fn offload_keys_that_are_missing_or_cannot_be() {
     }
     let cases: [(&str, Value, &str); 10] = [
         (layout_keys::KIND, "upside-down".into(), "expected \"offload\", got \"upside-down\""),
-        (layout_keys::VERSION, 1u32.into(), "record format 1 is not known (only 2 is); convert again"),
+        (layout_keys::VERSION, 1u32.into(), "record format 1 is not known (only 2 and 3 are); convert again"),
         (layout_keys::EXPERT_TYPE, 99u32.into(), "experts of type unknown type 99"),
         (layout_keys::RECORD_BYTES, 0u64.into(), "must be a multiple of 4096"),
         (layout_keys::RECORD_BYTES, 8000u64.into(), "must be a multiple of 4096, got 8000"),

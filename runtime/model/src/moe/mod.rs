@@ -31,7 +31,8 @@ const SPARSE_ROWS: usize = 3;
 #[derive(Debug)]
 pub(crate) struct Moe {
     store: ExpertStore,
-    format: ExpertFormat,
+    /// Per layer.
+    formats: Vec<ExpertFormat>,
     n_experts: usize,
     /// Rows of a batch's inputs that are gathered at once, at most.
     rows_at_once: usize,
@@ -73,9 +74,9 @@ pub(crate) struct ExpertLayer<'a> {
 }
 
 impl Moe {
-    /// Experts of `store`, lying in its slots as `format` has it, for batches of at most `batch` rows.
-    pub(crate) fn new(store: ExpertStore, format: ExpertFormat, config: &ModelConfig, batch: usize) -> Self {
-        Self { store, format, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
+    /// Experts of `store`, lying in its slots as `formats` has it for each layer, for batches of at most `batch` rows.
+    pub(crate) fn new(store: ExpertStore, formats: Vec<ExpertFormat>, config: &ModelConfig, batch: usize) -> Self {
+        Self { store, formats, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
     }
 
     /// The cache.
@@ -139,10 +140,11 @@ impl Moe {
     ) -> Result<Work, ModelError> {
         let ExpertLayer { layer, cx, acts, scratch, routing, observer } = pass;
         let mut work = Work::default();
-        let n_embd = self.format.n_embd();
+        let format = &self.formats[layer];
+        let n_embd = format.n_embd();
         ops::with_slice(y, |floats| {
             let acts = acts.of(n_embd);
-            if self.format.takes_acts() {
+            if format.takes_acts() {
                 cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
             }
             let needed = scratch.pairs.len() * n_embd;
@@ -178,7 +180,8 @@ impl Moe {
         observer: &mut dyn Observer,
     ) -> Result<Work, ModelError> {
         let MoeScratch { pairs, parts, ready, few, sparse, dense, live, .. } = scratch;
-        let (format, n_ff) = (&self.format, self.format.n_ff());
+        let format = &self.formats[layer];
+        let n_ff = format.n_ff();
         let is_small = pairs.rows_in_all() <= FEW_ROWS;
         let bytes = Matrix::ALL.map(|matrix| format.canonical_bytes(matrix) as u64);
         let watched = observer.watches_neurons();

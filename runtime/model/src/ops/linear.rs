@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::Tensor;
-use st_kernels::{AlignedBuf, Q8Acts, R16, WeightType, dequantize_row, r16};
+use st_kernels::{AlignedBuf, ColumnsMut, Q8Acts, R16, WeightType, dequantize_row, r16};
 
 use super::{Compute, in_place};
 use crate::error::ModelError;
@@ -35,9 +35,18 @@ impl ActsScratch {
     }
 }
 
-/// `out = W · x` for a matrix of `[n_out, n_in]`.
+/// `out = W · x` for a matrix of `[n_out, n_in]`, which may be several matrices of different types, one below the other.
 #[derive(Debug)]
 pub(crate) struct Linear {
+    parts: Vec<Part>,
+    /// Outputs of each part.
+    widths: Vec<usize>,
+    n_in: usize,
+}
+
+/// Rows of one type.
+#[derive(Debug)]
+struct Part {
     ty: WeightType,
     n_out: usize,
     n_in: usize,
@@ -45,10 +54,10 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// Reads the matrices `parts` (name and rows each, all of one type), one below the other.
+    /// Reads the matrices `parts` (name and rows each), one below the other. Neighbours of one type become one matrix.
     ///
     /// # Errors
-    /// Where they differ in type, their rows are not whole blocks, or reading fails.
+    /// Where their rows are not whole blocks, or reading fails.
     pub(crate) fn load(
         source: &TensorSource<'_>,
         cx: &Compute,
@@ -56,43 +65,13 @@ impl Linear {
         n_in: usize,
     ) -> Result<Self, ModelError> {
         let types = parts.iter().map(|(name, _)| source.weight_type(name)).collect::<Result<Vec<_>, _>>()?;
-        let ty = types[0];
-        let n_out = parts.iter().map(|(_, rows)| rows).sum();
-        if let Some(i) = types.iter().position(|&other| other != ty) {
-            return Err(ModelError::TensorType {
-                name: parts[i].0.clone(),
-                got: types[i].name().to_owned(),
-                expected: "the type of the other projections of its layer".into(),
-            });
+        let mut loaded = Vec::new();
+        let mut start = 0;
+        for run in types.chunk_by(|a, b| a == b) {
+            loaded.push(Part::load(source, cx, run[0], &parts[start..start + run.len()], n_in)?);
+            start += run.len();
         }
-        let size = |bytes: Option<usize>| {
-            bytes.ok_or_else(|| ModelError::Blocks { name: parts[0].0.clone(), ty: ty.name(), n_in })
-        };
-        let row_bytes = size(ty.row_bytes(n_in))?;
-        let chunk_bytes = size(Self::bytes_for(ty, LOAD_ROWS, n_in))?;
-        let mut data = AlignedBuf::zeroed_beside(size(Self::bytes_for(ty, n_out, n_in))?);
-        let failed = Mutex::new(None);
-        cx.pool.run_chunks(&mut data, chunk_bytes, &|chunk, out| {
-            let first = chunk * LOAD_ROWS;
-            let rows = LOAD_ROWS.min(n_out - first);
-            let mut read = || -> Result<(), ModelError> {
-                if !ty.is_quantized() {
-                    read_rows(source, parts, row_bytes, first, out)?;
-                    return check_finite(ty, &parts[0].0, out);
-                }
-                let mut canonical = vec![0; rows * row_bytes];
-                read_rows(source, parts, row_bytes, first, &mut canonical)?;
-                cx.kernels.pack_r16(ty, rows, n_in, &canonical, out);
-                Ok(())
-            };
-            if let Err(error) = read() {
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
-        });
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Ok(Self { ty, n_out, n_in, data }),
-        }
+        Ok(Self { widths: loaded.iter().map(|part| part.n_out).collect(), parts: loaded, n_in })
     }
 
     /// Bytes that a matrix takes in memory.
@@ -105,12 +84,12 @@ impl Linear {
 
     /// Outputs.
     pub(crate) fn n_out(&self) -> usize {
-        self.n_out
+        self.widths.iter().sum()
     }
 
     /// Bytes of weights.
     pub(crate) fn bytes(&self) -> usize {
-        self.data.len()
+        self.parts.iter().map(|part| part.data.len()).sum()
     }
 
     /// Writes the products of `x` (`[tokens, n_in]`) to `out` (`[tokens, n_out]`).
@@ -156,23 +135,92 @@ impl Linear {
         out: &mut [f32],
         own: impl FnOnce(),
     ) {
-        if self.ty.is_quantized() {
-            let acts = scratch.of(self.n_in);
+        let acts = scratch.of(self.n_in);
+        let quantized = self.parts.iter().filter(|part| part.ty.is_quantized()).count();
+        if quantized > 0 {
             cx.kernels.quantize_acts_pool(&cx.pool, x, acts);
-            let weights = R16::new(self.ty, self.n_out, self.n_in, &self.data);
-            cx.kernels.linear_r16_pool(&cx.pool, weights, acts, out, own);
-        } else {
-            own();
-            cx.pool.run_columns(out, self.n_out, TASK_ROWS, &|mut out| {
-                cx.kernels.linear_float(self.ty, self.n_in, &self.data, x, &mut out);
-            });
+        }
+        let acts = &*acts;
+        match &self.parts[..] {
+            [part] if quantized == 1 => cx.kernels.linear_r16_pool(&cx.pool, part.tiles(), acts, out, own),
+            [part] => {
+                own();
+                cx.pool.run_columns(out, part.n_out, TASK_ROWS, &|mut out| part.columns(cx, x, acts, &mut out));
+            }
+            parts => cx.pool.run_parts(out, &self.widths, TASK_ROWS, own, &|i, mut out| {
+                parts[i].columns(cx, x, acts, &mut out);
+            }),
+        }
+    }
+
+    /// Row `row` in f32.
+    fn row_f32(&self, mut row: usize, out: &mut [f32]) {
+        for part in &self.parts {
+            if row < part.n_out {
+                return part.row_f32(row, out);
+            }
+            row -= part.n_out;
+        }
+    }
+}
+
+impl Part {
+    /// Reads the matrices `parts`, all of type `ty`, one below the other.
+    fn load(
+        source: &TensorSource<'_>,
+        cx: &Compute,
+        ty: WeightType,
+        parts: &[(String, usize)],
+        n_in: usize,
+    ) -> Result<Self, ModelError> {
+        let n_out = parts.iter().map(|(_, rows)| rows).sum();
+        let size = |bytes: Option<usize>| {
+            bytes.ok_or_else(|| ModelError::Blocks { name: parts[0].0.clone(), ty: ty.name(), n_in })
+        };
+        let row_bytes = size(ty.row_bytes(n_in))?;
+        let chunk_bytes = size(Linear::bytes_for(ty, LOAD_ROWS, n_in))?;
+        let mut data = AlignedBuf::zeroed_beside(size(Linear::bytes_for(ty, n_out, n_in))?);
+        let failed = Mutex::new(None);
+        cx.pool.run_chunks(&mut data, chunk_bytes, &|chunk, out| {
+            let first = chunk * LOAD_ROWS;
+            let rows = LOAD_ROWS.min(n_out - first);
+            let mut read = || -> Result<(), ModelError> {
+                if !ty.is_quantized() {
+                    read_rows(source, parts, row_bytes, first, out)?;
+                    return check_finite(ty, &parts[0].0, out);
+                }
+                let mut canonical = vec![0; rows * row_bytes];
+                read_rows(source, parts, row_bytes, first, &mut canonical)?;
+                cx.kernels.pack_r16(ty, rows, n_in, &canonical, out);
+                Ok(())
+            };
+            if let Err(error) = read() {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        });
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(Self { ty, n_out, n_in, data }),
+        }
+    }
+
+    /// The matrix of a quantized type.
+    fn tiles(&self) -> R16<'_> {
+        R16::new(self.ty, self.n_out, self.n_in, &self.data)
+    }
+
+    /// The outputs that are the columns of `out`, for all rows of `x`, which `acts` holds quantized where a part is.
+    fn columns(&self, cx: &Compute, x: &[f32], acts: &Q8Acts, out: &mut ColumnsMut<'_>) {
+        match self.ty.is_quantized() {
+            true => cx.kernels.linear_r16(self.tiles(), acts, 0, out),
+            false => cx.kernels.linear_float(self.ty, self.n_in, &self.data, x, out),
         }
     }
 
     /// Row `row` in f32.
     fn row_f32(&self, row: usize, out: &mut [f32]) {
         if self.ty.is_quantized() {
-            R16::new(self.ty, self.n_out, self.n_in, &self.data).row_to_f32(row, out);
+            self.tiles().row_to_f32(row, out);
         } else {
             let bytes = self.data.len() / self.n_out;
             dequantize_row(self.ty, &self.data[row * bytes..(row + 1) * bytes], out);

@@ -1,0 +1,184 @@
+//! Files whose tensors are of different types: by kind, by layer, by matrix of an expert.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use st_bench::synth::gguf::write_gguf;
+use st_bench::synth::mix::{Mix, Tensor, remix};
+use st_bench::synth::recipe::{Recipe, Statistics};
+use st_bench::synth::shape::Shape;
+use st_convert::{Cancel, Layout, NoProgress, RelayoutOptions, WeightType, relayout};
+use st_gguf::{GgmlType, GgufFile, ModelShape};
+use st_kernels::Kernels;
+use st_model::{Engine, Isa, LoadOptions, Reference, Session};
+use tempfile::TempDir;
+
+use crate::common;
+use crate::golden::{INT8_TRAINED, within};
+
+/// A way to give types to tensors, and what it is called.
+type TypeOf = Box<dyn Fn(Tensor, usize) -> GgmlType + Send + Sync>;
+
+/// Files that are made once, in both layouts.
+struct Files {
+    _dir: TempDir,
+    /// The bundled model.
+    trained: Vec<(String, [PathBuf; 2])>,
+    /// A random model with a head of its own, whose rows are whole blocks of every type.
+    random: Vec<(String, [PathBuf; 2])>,
+}
+
+static FILES: LazyLock<Files> = LazyLock::new(|| {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary folder");
+    let random = dir.path().join("random.gguf");
+    write_random(&random);
+    let trained = common::converted(&common::repo("models/tiny/checkpoint"), WeightType::F32, Layout::Gguf);
+    let made = |name: &str, base: &Path, n_layers: usize| -> Vec<_> {
+        let files = kinds(n_layers).into_iter().map(|(kind, type_of)| {
+            let [gguf, offload] = ["gguf", "offload"].map(|layout| dir.path().join(format!("{name}-{kind}-{layout}")));
+            remix(base, &gguf, &*type_of).expect("a mixed file");
+            let options = RelayoutOptions { to: Layout::Offload, threads: 2, overwrite: false };
+            relayout(&gguf, &options, &offload, &NoProgress, &Cancel::default()).expect("the other layout");
+            (kind, [gguf, offload])
+        });
+        files.collect()
+    };
+    let layers = GgufFile::open(&trained).and_then(|file| file.header.model_shape()).expect("a model").n_layers;
+    Files { trained: made("trained", &trained, layers), random: made("random", &random, 6), _dir: dir }
+});
+
+fn write_random(path: &Path) {
+    let model = ModelShape {
+        n_layers: 6,
+        n_embd: 256,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 64,
+        n_experts: 8,
+        n_experts_used: 2,
+        n_ff: 256,
+        n_vocab: 600,
+        context_length: 512,
+        ..ModelShape::published_4b()
+    };
+    let mut shape = Shape { tied: false, window: 32, ..Shape::of("random", model) };
+    shape.set_period(3);
+    let statistics = Statistics { sparsity: 0.65, early_sparsity: 0.9, popular_share: 0.6, repeat_share: 0.5, seed: 7 };
+    let recipe = Recipe::new(shape, &statistics).expect("the shape is possible");
+    write_gguf(&recipe, &Mix::pure(GgmlType::F32), Layout::Gguf, path, false, &|_| ()).expect("a file");
+}
+
+/// Kinds of published files.
+const PUBLISHED: &[&str] = &["bf16_q8_0"];
+
+/// The mixes: one that repeats nothing from tensor to tensor and layer to layer, and those of published files.
+fn kinds(n_layers: usize) -> Vec<(String, TypeOf)> {
+    use GgmlType::{BF16, F16, F32, Q4_0, Q8_0};
+    const FIVE: [GgmlType; 5] = [Q4_0, F16, Q8_0, BF16, F32];
+    let stays_float =
+        |tensor| matches!(tensor, Tensor::OutputNorm | Tensor::AttnNorm | Tensor::FfnNorm | Tensor::FfnGateInp);
+    let all: TypeOf =
+        Box::new(move |tensor, layer| if stays_float(tensor) { F32 } else { FIVE[(tensor as usize + 3 * layer) % 5] });
+    // Down alone another type, in some layers, as an importance matrix makes it.
+    let down: TypeOf = Box::new(move |tensor, layer| match tensor {
+        tensor if stays_float(tensor) => F32,
+        Tensor::FfnDownExps if layer < 2 => Q8_0,
+        Tensor::TokenEmbd | Tensor::Output => Q8_0,
+        _ => Q4_0,
+    });
+    let mut kinds = vec![("all".to_owned(), all), ("down".to_owned(), down)];
+    for &name in PUBLISHED {
+        let mix = Mix::named(name).expect("a mix");
+        kinds.push((name.to_owned(), Box::new(move |tensor, layer| mix.type_of(tensor, layer, n_layers, true))));
+    }
+    kinds
+}
+
+fn open(path: &Path) -> GgufFile {
+    GgufFile::open(path).expect("a mixed file")
+}
+
+fn ids(n_vocab: usize) -> Vec<u32> {
+    (0..70u32).map(|i| (i * i * 31 + i * 7 + 3) % n_vocab.min(600) as u32).collect()
+}
+
+/// The logits of every position, fed in pieces of `piece` rows.
+fn logits(engine: &std::sync::Arc<Engine>, ids: &[u32], piece: usize) -> Vec<f32> {
+    let mut session = Session::new(engine).expect("a session");
+    let mut logits = Vec::new();
+    for ids in ids.chunks(piece) {
+        let push = |_, row: &[f32]| {
+            logits.extend_from_slice(row);
+            Ok(())
+        };
+        session.run_all(ids, &mut (), push).expect("a forward pass");
+    }
+    logits
+}
+
+/// The same bits for both layouts, all instruction sets, 1 and 2 threads, one row or many at once, and few slots or one for every expert.
+#[test]
+fn layout_threads_batch_and_memory_change_no_bit() {
+    for (kind, files) in FILES.trained.iter().chain(&FILES.random) {
+        let scalar = LoadOptions { isa: Some(Isa::Scalar), ..LoadOptions::default() };
+        let engine = common::engine(open(&files[0]), &scalar);
+        let ids = ids(engine.n_vocab());
+        let expected = logits(&engine, &ids, ids.len());
+        assert!(expected.iter().any(|value| *value != expected[0]), "constant logits");
+        let fewest = 2 * engine.config().n_experts_used;
+        for (i, path) in files.iter().enumerate() {
+            for isa in Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()) {
+                for (threads, piece, slots) in
+                    [(1, 70, None), (2, 1, None), (2, 3, Some(fewest)), (1, 40, Some(fewest))]
+                {
+                    let options = LoadOptions { isa: Some(isa), threads, slots, ..LoadOptions::default() };
+                    let engine = common::engine(open(path), &options);
+                    let got = logits(&engine, &ids, piece);
+                    assert!(
+                        got == expected,
+                        "{kind} layout {i} {isa:?} {threads} threads, pieces of {piece}, {slots:?}"
+                    );
+                    assert!(slots.is_none() || engine.store_stats().evictions > 0, "nothing was evicted");
+                }
+            }
+        }
+    }
+}
+
+/// The kernels are as far from the f32 path on the same weights as with one type for all.
+#[test]
+fn mixed_files_stay_within_the_budget() {
+    let golden = common::goldens().into_iter().find(|golden| golden.name == "chat_story").expect("a golden");
+    for (kind, files) in &FILES.trained {
+        for path in files {
+            let mut reference = Reference::load(&open(path)).expect("a model");
+            let expected = reference.forward(&golden.ids).and_then(|logits| Ok(logits.flatten_all()?.to_vec1()?));
+            let engine = common::engine(open(path), &LoadOptions::default());
+            let got = common::all_logits(&engine, &golden.ids);
+            within(kind, &got, &expected.expect("logits"), engine.n_vocab(), &INT8_TRAINED);
+        }
+    }
+}
+
+/// The way back gives the first file's bytes.
+#[test]
+fn both_layouts_hold_the_same() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for (kind, [gguf, offload]) in FILES.trained.iter().chain(&FILES.random) {
+        let back = dir.path().join(format!("{}-{kind}", gguf.display()).replace('/', "-"));
+        let options = RelayoutOptions { to: Layout::Gguf, threads: 2, overwrite: false };
+        relayout(offload, &options, &back, &NoProgress, &Cancel::default()).expect("the way back");
+        let read = |path: &Path| {
+            let file = open(path);
+            let mut tensors: Vec<_> = file
+                .header
+                .tensors
+                .iter()
+                .map(|tensor| (tensor.name.clone(), tensor.ty, file.read_tensor(tensor).expect("a tensor")))
+                .collect();
+            tensors.sort_by(|a, b| a.0.cmp(&b.0));
+            tensors
+        };
+        assert!(read(gguf) == read(&back), "{kind}");
+    }
+}

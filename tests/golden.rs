@@ -20,7 +20,7 @@ fn compare(name: &str, what: &str, got: &[f32], expected: &[f32], bound: f32) {
     assert!(worst <= bound, "{name}: {what} differs by {worst:e}, allowed {bound:e}");
 }
 
-fn flat(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().and_then(|t| t.to_vec1()).expect("an f32 tensor")
 }
 
@@ -99,7 +99,7 @@ const F32_KERNELS: Budget = Budget { median: 1e-5, flips: 0.0 };
 pub(crate) const INT8_TRAINED: Budget = Budget { median: 0.02, flips: 0.04 };
 /// The same on random weights, which do not forgive rounding as trained ones do: set from what was observed (median up to
 /// 0.093, best token other at up to 22.5 % of positions), where float weights on the same code stay within 2.1e-6.
-const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
+pub(crate) const INT8_RANDOM: Budget = Budget { median: 0.15, flips: 0.25 };
 /// Keys and values rounded to 11 significant bits, all weights floats.
 const F16_CACHE: Budget = Budget { median: 2e-3, flips: 0.02 };
 /// Keys, values, queries and softmax weights rounded to 8 significant bits; a trained model, and random weights.

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::weight_type::WeightType;
+use crate::weight_type::{BLOCK_LEN, WeightType};
 
 /// Most bytes of a head: Q2_K's.
 pub(crate) const MAX_HEAD: usize = 20;
@@ -66,6 +66,52 @@ pub(crate) struct Coding {
     narrow: (usize, usize),
 }
 
+/// A type with codes that is known when a kernel is compiled.
+pub(crate) trait Coded {
+    /// The type.
+    const TY: WeightType;
+    /// How its blocks are made.
+    const CODING: Coding = Coding::of(Self::TY);
+    /// Steps of 32 weights of a block.
+    const STEPS: usize = Self::TY.block_len() / BLOCK_LEN;
+    /// Scales of a step: 1 or 2.
+    const SUBS: usize = BLOCK_LEN / Self::CODING.sub_len;
+}
+
+/// The types with codes, as types.
+pub(crate) mod coded {
+    use super::{Coded, WeightType};
+    macro_rules! coded {
+        ($($name:ident)*) => {
+            $(
+                #[allow(non_camel_case_types, reason = "ggml's own spelling")]
+                pub(crate) struct $name;
+                impl Coded for $name {
+                    const TY: WeightType = WeightType::$name;
+                }
+            )*
+        };
+    }
+    coded!(Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4);
+}
+
+/// Runs `$call` with `$T` as the [`Coded`] type that is `$ty`.
+macro_rules! with_coded {
+    ($ty:expr, $T:ident => $call:expr) => {
+        $crate::codes::with_coded!(@ $ty, $T, $call, Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4)
+    };
+    (@ $ty:expr, $T:ident, $call:expr, $($name:ident)*) => {
+        match $ty {
+            $($crate::weight_type::WeightType::$name => {
+                type $T = $crate::codes::coded::$name;
+                $call
+            })*
+            ty => unreachable!("{ty} has no codes"),
+        }
+    };
+}
+pub(crate) use with_coded;
+
 /// Values of IQ4_NL and IQ4_XS.
 static IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 /// Twice the values of E2M1; scales are halved.
@@ -76,6 +122,7 @@ impl Coding {
     ///
     /// # Panics
     /// If it has no codes.
+    #[inline(always)]
     pub(crate) const fn of(ty: WeightType) -> Self {
         use Meaning::{Less, Table};
         use WeightType as T;
@@ -243,40 +290,48 @@ pub(crate) fn scales(ty: WeightType, head: &[u8]) -> [Scale; MAX_SCALES] {
     let wide = |i: usize| f16::from_le_bytes([head[2 * i], head[2 * i + 1]]).to_f32();
     let narrow = &head[2 * Coding::of(ty).wide()..];
     let mut scales = [(0.0, 0.0); MAX_SCALES];
-    let mut set = |n: usize, scale: &dyn Fn(usize) -> Scale| (0..n).for_each(|sub| scales[sub] = scale(sub));
     match ty {
-        WeightType::Q4_1 | WeightType::Q5_1 => set(1, &|_| (wide(0), wide(1))),
-        WeightType::Q5_0 | WeightType::IQ4_NL => set(1, &|_| (wide(0), 0.0)),
-        WeightType::MXFP4 => set(1, &|_| (half_of_power(narrow[0]), 0.0)),
-        WeightType::Q2_K => set(16, &|sub| {
-            let (scale, minimum) = (narrow[sub] & 15, narrow[sub] >> 4);
-            (wide(0) * f32::from(scale), -(wide(1) * f32::from(minimum)))
-        }),
-        WeightType::Q3_K => set(16, &|sub| {
-            let low = if sub < 8 { narrow[sub] & 15 } else { narrow[sub - 8] >> 4 };
-            let high = narrow[8 + sub % 4] >> (sub / 4 * 2) & 3;
-            (wide(0) * (f32::from(low | high << 4) - 32.0), 0.0)
-        }),
-        WeightType::Q4_K | WeightType::Q5_K => set(8, &|sub| {
-            let (scale, minimum) = if sub < 4 {
-                (narrow[sub] & 63, narrow[sub + 4] & 63)
-            } else {
-                let low = narrow[sub + 4];
-                (low & 15 | narrow[sub - 4] >> 6 << 4, low >> 4 | narrow[sub] >> 6 << 4)
-            };
-            (wide(0) * f32::from(scale), -(wide(1) * f32::from(minimum)))
-        }),
-        WeightType::Q6_K => set(16, &|sub| (wide(0) * f32::from(narrow[sub] as i8), 0.0)),
-        WeightType::IQ4_XS => set(8, &|sub| {
-            let low = narrow[2 + sub / 2] >> (sub % 2 * 4) & 15;
-            let high = u16::from_le_bytes([narrow[0], narrow[1]]) >> (2 * sub) & 3;
-            (wide(0) * (f32::from(u16::from(low) | high << 4) - 32.0), 0.0)
-        }),
-        WeightType::F32 | WeightType::F16 | WeightType::BF16 | WeightType::Q4_0 | WeightType::Q8_0 => {
-            unreachable!("{ty} has no codes")
+        WeightType::Q4_1 | WeightType::Q5_1 => scales[0] = (wide(0), wide(1)),
+        WeightType::Q5_0 | WeightType::IQ4_NL => scales[0] = (wide(0), 0.0),
+        WeightType::MXFP4 => scales[0] = (half_of_power(narrow[0]), 0.0),
+        _ => {
+            let coding = Coding::of(ty);
+            for (sub, scale) in scales.iter_mut().enumerate().take(ty.block_len() / coding.sub_len) {
+                let (by, minimum) = integers(ty, |i| narrow[i], sub);
+                scale.0 = wide(0) * f32::from(by);
+                if coding.has_minima {
+                    scale.1 = -(wide(1) * f32::from(minimum));
+                }
+            }
         }
     }
     scales
+}
+
+/// What the f16 scale and the f16 minimum of a block of 256 are multiplied by for sub-block `sub`; `narrow` gives the other bytes of the
+/// head.
+#[inline(always)]
+pub(crate) fn integers(ty: WeightType, narrow: impl Fn(usize) -> u8, sub: usize) -> (i8, i8) {
+    match ty {
+        WeightType::Q2_K => ((narrow(sub) & 15) as i8, (narrow(sub) >> 4) as i8),
+        WeightType::Q3_K => {
+            let low = if sub < 8 { narrow(sub) & 15 } else { narrow(sub - 8) >> 4 };
+            let high = narrow(8 + sub % 4) >> (sub / 4 * 2) & 3;
+            ((low | high << 4) as i8 - 32, 0)
+        }
+        WeightType::Q4_K | WeightType::Q5_K if sub < 4 => ((narrow(sub) & 63) as i8, (narrow(sub + 4) & 63) as i8),
+        WeightType::Q4_K | WeightType::Q5_K => {
+            let low = narrow(sub + 4);
+            ((low & 15 | narrow(sub - 4) >> 6 << 4) as i8, (low >> 4 | narrow(sub) >> 6 << 4) as i8)
+        }
+        WeightType::Q6_K => (narrow(sub) as i8, 0),
+        WeightType::IQ4_XS => {
+            let low = narrow(2 + sub / 2) >> (sub % 2 * 4) & 15;
+            let high = narrow(sub / 4) >> (sub % 4 * 2) & 3;
+            ((low | high << 4) as i8 - 32, 0)
+        }
+        _ => unreachable!("{ty} has one scale for a block"),
+    }
 }
 
 /// Half of the power of two whose biased exponent is `exponent`, the scale of twice the values of MXFP4.

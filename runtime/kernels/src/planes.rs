@@ -9,7 +9,7 @@
 //!   of 32, then codes 16..32 of the four, make 128 in order; code `i` of them is in byte `i % (16 · width)` at bit
 //!   `width · (i / (16 · width))`.
 
-use crate::codes::{Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights};
+use crate::codes::{self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights};
 use crate::expert_format::UpLayout;
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::r16::R16_ROWS;
@@ -324,4 +324,20 @@ pub(crate) fn panel_of_rows(layout: PanelLayout, up: &UpLayout, region: &[u8], f
             }
         }
     }
+}
+
+/// The integers that the scales and the minima of a tile are multiplied by: for each sub-block those of 16 rows.
+pub(crate) type Integers = [[i8; R16_ROWS]; MAX_SCALES];
+
+/// Those of a tile whose heads' other bytes are `narrow`, for a type of blocks of 256. Simple loops, which compilers turn into vector
+/// instructions.
+#[inline(always)]
+pub(crate) fn tile_integers<T: Coded>(narrow: &[[u8; R16_ROWS]; 16]) -> (Integers, Integers) {
+    let mut integers = ([[0; R16_ROWS]; MAX_SCALES], [[0; R16_ROWS]; MAX_SCALES]);
+    for sub in 0..T::STEPS * T::SUBS {
+        for r in 0..R16_ROWS {
+            (integers.0[sub][r], integers.1[sub][r]) = codes::integers(T::TY, |i| narrow[i][r], sub);
+        }
+    }
+    integers
 }

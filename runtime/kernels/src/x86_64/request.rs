@@ -22,10 +22,16 @@ pub(super) fn prefetch(p: *const u8) {
 /// has more lines on their way: 49 GB/s instead of 58 on two cores of Zen 4.
 #[inline(always)]
 pub(super) fn request_stream<const BYTES: usize>(p: *const u8) {
-    for at in (0..BYTES).step_by(128) {
+    request_stream_of(p, BYTES);
+}
+
+/// [`request_stream`] for a number of bytes that no constant can say.
+#[inline(always)]
+pub(super) fn request_stream_of(p: *const u8, bytes: usize) {
+    for at in (0..bytes).step_by(128) {
         prefetch(p.wrapping_add(STREAM_AHEAD + at));
     }
-    if p.addr() % PAGE < BYTES {
+    if p.addr() % PAGE < bytes {
         prefetch(p.wrapping_add(PAGE_AHEAD));
     }
 }

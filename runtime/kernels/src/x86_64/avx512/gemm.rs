@@ -16,7 +16,7 @@ use crate::weight_type::WeightType;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
     if ty.has_codes() {
-        return planes::panel_of_tiles(LAYOUT, ty, tiles, panel);
+        return super::planes::panel_tiles(ty, tiles, panel);
     }
     let low = _mm512_set1_epi8(15);
     let offset = _mm512_set1_epi8(-128);

@@ -2,16 +2,16 @@
 
 use std::arch::x86_64::*;
 
+use super::planes;
 use crate::activations::{ActRow, Sums, start};
 use crate::r16::R16_ROWS;
-use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::request_stream;
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
     if ty.has_codes() {
-        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+        return planes::gemv(ty, kb, tiles, acts, out);
     }
     match acts.len() {
         1 => gemv::<1>(ty, kb, tiles, acts, out),
@@ -30,12 +30,7 @@ pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'
 fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
     let groups = tiles.len() / (kb * crate::r16::tile_bytes(ty));
     assert!(acts.len() == N && out.len() == N && out.iter().all(|out| out.len() == groups * R16_ROWS));
-    let tokens = std::array::from_fn(|t| Token {
-        q: acts[t].q.as_ptr(),
-        d: acts[t].d.as_ptr(),
-        sums: acts[t].sums.as_ptr(),
-        out: out[t].as_mut_ptr(),
-    });
+    let tokens = std::array::from_fn(|t| Token::new(acts[t], out[t]));
     // SAFETY: the callers of a table's functions have the CPU features, and give activations of kb blocks; the outputs have 16 floats
     // for each group of tiles.
     unsafe {
@@ -47,11 +42,17 @@ fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<
 }
 
 /// Activations of one token, and where its outputs go.
-struct Token {
-    q: *const i8,
-    d: *const f32,
-    sums: *const Sums,
+pub(super) struct Token {
+    pub(super) q: *const i8,
+    pub(super) d: *const f32,
+    pub(super) sums: *const Sums,
     out: *mut f32,
+}
+
+impl Token {
+    pub(super) fn new(a: ActRow<'_>, out: &mut [f32]) -> Self {
+        Self { q: a.q.as_ptr(), d: a.d.as_ptr(), sums: a.sums.as_ptr(), out: out.as_mut_ptr() }
+    }
 }
 
 /// 4 bytes of activations in every lane.
@@ -169,7 +170,7 @@ unsafe fn add_blocks<const N: usize>(
 /// The tokens have 16 outputs for the group.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn put_outputs<const N: usize>(acc: [__m512; N], tokens: &[Token; N], group: usize) {
+pub(super) unsafe fn put_outputs<const N: usize>(acc: [__m512; N], tokens: &[Token; N], group: usize) {
     for (acc, token) in acc.into_iter().zip(tokens) {
         // SAFETY: the caller's promise.
         unsafe { _mm512_storeu_ps(token.out.add(group * R16_ROWS), acc) };

@@ -10,6 +10,7 @@ mod float;
 mod gemm;
 mod gemv;
 mod pack;
+mod planes;
 mod quantize;
 
 use crate::table::{Isa, Table};

@@ -234,7 +234,7 @@ pub(crate) fn unpack_rows(up: &UpLayout, region: &[u8], canonical: &mut [u8]) {
 
 /// Where byte `i` of the head of block `b` lies in the heads of a row.
 #[inline(always)]
-fn row_head_place(coding: &Coding, blocks: usize, b: usize, i: usize) -> usize {
+pub(crate) fn row_head_place(coding: &Coding, blocks: usize, b: usize, i: usize) -> usize {
     let wide = coding.wide();
     if i < 2 * wide {
         i / 2 * 2 * blocks + 2 * b + i % 2
@@ -334,9 +334,10 @@ pub(crate) type Integers = [[i8; R16_ROWS]; MAX_SCALES];
 #[inline(always)]
 pub(crate) fn tile_integers<T: Coded>(narrow: &[[u8; R16_ROWS]; 16]) -> (Integers, Integers) {
     let mut integers = ([[0; R16_ROWS]; MAX_SCALES], [[0; R16_ROWS]; MAX_SCALES]);
-    for sub in 0..T::STEPS * T::SUBS {
-        for r in 0..R16_ROWS {
-            (integers.0[sub][r], integers.1[sub][r]) = codes::integers(T::TY, |i| narrow[i][r], sub);
+    let rows = integers.0.iter_mut().zip(&mut integers.1).enumerate();
+    for (sub, (scales, minima)) in rows.take(T::STEPS * T::SUBS) {
+        for (r, (scale, minimum)) in scales.iter_mut().zip(minima).enumerate() {
+            (*scale, *minimum) = codes::integers(T::TY, |i| narrow[i][r], sub);
         }
     }
     integers

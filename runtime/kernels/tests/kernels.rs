@@ -85,21 +85,23 @@ fn weights(rng: &mut Rng, ty: WeightType, rows: usize, k: usize) -> (Vec<u8>, Ve
 
 /// Blocks of any bytes, but for f16 scales and powers of two of about the size of a weight.
 fn random_blocks(rng: &mut Rng, ty: WeightType, row: &mut [u8]) {
-    let scales: &[usize] = match ty {
-        WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => &[0, 2],
-        WeightType::Q2_K => &[80, 82],
-        WeightType::Q3_K => &[108],
-        WeightType::Q6_K => &[208],
-        WeightType::MXFP4 => &[],
-        _ => &[0],
+    let (scales, by): (&[usize], f32) = match ty {
+        WeightType::Q4_1 | WeightType::Q5_1 => (&[0, 2], 64.0),
+        WeightType::Q4_K | WeightType::Q5_K => (&[0, 2], 2048.0),
+        WeightType::Q2_K => (&[80, 82], 64.0),
+        WeightType::Q3_K => (&[108], 512.0),
+        WeightType::Q6_K => (&[208], 8192.0),
+        WeightType::IQ4_XS => (&[0], 8192.0),
+        WeightType::MXFP4 => (&[], 0.0),
+        _ => (&[0], 256.0),
     };
     for block in row.chunks_exact_mut(ty.block_bytes()) {
         block.fill_with(|| (rng.next() >> 32) as u8);
         if ty == WeightType::MXFP4 {
-            block[0] = 122 + (block[0] & 3);
+            block[0] = 119 + (block[0] & 3);
         }
         for &at in scales {
-            block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.float() / 16.0).to_le_bytes());
+            block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.float() / by).to_le_bytes());
         }
     }
 }

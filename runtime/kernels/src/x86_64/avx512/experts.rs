@@ -3,16 +3,16 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::plane_rows;
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::live::{self, Ahead, LiveRows};
-use crate::scalar;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
     if up.ty.has_codes() {
-        return scalar::planes::up_rows(up, region, rows, acts, out);
+        return plane_rows::up_rows(up, region, rows, acts, out);
     }
     live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
         1 => up_fours::<1>(up, region, rows, ahead, a, out),
@@ -74,7 +74,7 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
 /// The floats of a vector.
 #[inline]
 #[target_feature(enable = "sse")]
-fn four_floats(v: __m128) -> [f32; 4] {
+pub(super) fn four_floats(v: __m128) -> [f32; 4] {
     let mut floats = [0.0; 4];
     // SAFETY: 4 floats.
     unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
@@ -86,7 +86,7 @@ fn four_floats(v: __m128) -> [f32; 4] {
 /// # Safety
 /// `p` must be readable for `2 * min(left, 4)` bytes.
 #[inline]
-unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
+pub(super) unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
     if left >= 4 {
         // SAFETY: the caller's promise.
         return unsafe { p.cast::<i64>().read_unaligned() };
@@ -100,7 +100,7 @@ unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
 /// Adds the four 32-bit parts of each 128-bit lane of four vectors: lane `b` of the result holds `[v0, v1, v2, v3]`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_quarters(v: [__m512i; 4]) -> __m512i {
+pub(super) fn add_quarters(v: [__m512i; 4]) -> __m512i {
     let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
     _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))

@@ -8,7 +8,6 @@ use super::gemv::{broadcast_quad, start_sums};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
-use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
@@ -48,7 +47,7 @@ pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
     if up.ty.has_codes() {
-        return planes::panel_of_rows(LAYOUT, up, region, first, panel);
+        return super::plane_rows::panel_rows(up, region, first, panel);
     }
     let low = _mm512_set1_epi8(15);
     let (scales, nibbles) = region.split_at(up.scales_bytes);
@@ -85,7 +84,7 @@ pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [
 /// Transposes 16 vectors of 16 32-bit values.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
     let mut t = r;
     for i in (0..16).step_by(2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);

@@ -190,7 +190,7 @@ pub(super) fn shifted(w: __m512i, from: usize, to: usize) -> __m512i {
 }
 
 /// The scales of a tile.
-struct Scales<T: Coded> {
+pub(super) struct Scales<T: Coded> {
     d: __m512,
     m: __m512,
     by: (Integers, Integers),
@@ -233,6 +233,36 @@ impl<T: Coded> Scales<T> {
         Self { d, m, by, _type: std::marker::PhantomData }
     }
 
+    /// From heads that lie apart: f16 scale, f16 minimum and the other bytes of each row.
+    ///
+    /// # Safety
+    /// The rows must have what the type has of them.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+    pub(super) unsafe fn of_rows(rows: &[(*const u8, *const u8, *const u8); R16_ROWS]) -> Self {
+        let mut narrow = [[0u8; R16_ROWS]; 16];
+        for (r, (_, _, bytes)) in rows.iter().enumerate() {
+            for (i, narrow) in narrow.iter_mut().enumerate().take(T::CODING.narrow()) {
+                // SAFETY: the caller's promise.
+                narrow[r] = unsafe { *bytes.add(i) };
+            }
+        }
+        let halves = |p: [*const u8; R16_ROWS]| {
+            // SAFETY: the caller's promise.
+            let halves = p.map(|p| unsafe { p.cast::<u16>().read_unaligned() });
+            // SAFETY: 32 bytes.
+            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) })
+        };
+        let d = match T::CODING.wide() {
+            // SAFETY: 16 bytes.
+            0 => powers(_mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(narrow[0].as_ptr().cast()) })),
+            _ => halves(rows.map(|row| row.0)),
+        };
+        let m = if T::CODING.has_minima { halves(rows.map(|row| row.1)) } else { _mm512_setzero_ps() };
+        // SAFETY: 256 bytes.
+        unsafe { Self::with(d, m, &narrow) }
+    }
+
     /// Scale and minimum of a sub-block.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
@@ -262,7 +292,7 @@ pub(super) fn powers(exponents: __m512i) -> __m512 {
 /// Bytes as a panel has them: what a signed value needs beside [`offset`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn panel_bytes<T: Coded>(quads: __m512i) -> __m512i {
+pub(super) fn panel_bytes<T: Coded>(quads: __m512i) -> __m512i {
     match PanelKind::of(T::TY).values {
         Values::Nibbles { .. } => quads,
         Values::Signed => _mm512_add_epi8(quads, _mm512_set1_epi8((128 - offset::<T>()) as i8)),
@@ -275,7 +305,7 @@ fn panel_bytes<T: Coded>(quads: __m512i) -> __m512i {
 /// `block` must be writable for a panel block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-unsafe fn put_scales<T: Coded>(scales: &Scales<T>, step: usize, block: *mut u8) {
+pub(super) unsafe fn put_scales<T: Coded>(scales: &Scales<T>, step: usize, block: *mut u8) {
     for sub in 0..T::SUBS {
         let (d, m) = scales.of(step * T::SUBS + sub);
         // SAFETY: the caller's promise.

@@ -273,6 +273,8 @@ impl Kernels {
         let (rows, columns) = format.shape(matrix);
         match arrangement {
             Arrangement::Tiles => self.pack_r16(ty, rows, columns, canonical, region),
+            // SAFETY: the table is of this CPU; the lengths are those of the format.
+            Arrangement::Rows if ty.has_codes() => unsafe { (self.table.pack_up)(&format.up(), canonical, region) },
             Arrangement::Canonical | Arrangement::Rows => format.pack(matrix, canonical, region),
             Arrangement::Columns => {
                 let down = format.down();

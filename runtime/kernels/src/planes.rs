@@ -9,7 +9,7 @@
 //!   of 32, then codes 16..32 of the four, make 128 in order; code `i` of them is in byte `i % (16 · width)` at bit
 //!   `width · (i / (16 · width))`.
 
-use crate::codes::{self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights};
+use crate::codes::{self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights, with_coded};
 use crate::expert_format::UpLayout;
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::r16::R16_ROWS;
@@ -83,9 +83,15 @@ pub(crate) fn read_step(coding: &Coding, step: &[u8], codes: &mut [u8; STEP_CODE
     }
 }
 
-/// Canonical rows (up to 16 for each group; others are zeros) of `blocks` blocks to tiles.
+/// Canonical rows (up to 16 for each group; others are zeros) of `kb` times 32 columns to tiles.
+pub(crate) fn pack_tiles(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+    with_coded!(ty, T => pack_tiles_of::<T>(kb, canonical, tiles));
+}
+
+/// [`pack_tiles`] for a type, to be compiled for an instruction set: simple loops.
 #[inline(always)]
-pub(crate) fn pack_tiles(ty: WeightType, blocks: usize, canonical: &[u8], tiles: &mut [u8]) {
+pub(crate) fn pack_tiles_of<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+    let (ty, blocks) = (T::TY, kb / T::STEPS);
     let (coding, bytes) = (Coding::of(ty), ty.block_bytes());
     let heads = tile_head_bytes(ty);
     for (i, tile) in tiles.chunks_exact_mut(bytes * R16_ROWS).enumerate() {
@@ -189,9 +195,14 @@ pub(crate) fn panel_of_tiles(layout: PanelLayout, ty: WeightType, tiles: &[u8], 
 }
 
 /// Canonical rows to an up region.
-#[inline(always)]
 pub(crate) fn pack_rows(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
-    let (coding, bytes, len) = (Coding::of(up.ty), up.ty.block_bytes(), up.ty.block_len());
+    with_coded!(up.ty, T => pack_rows_of::<T>(up, canonical, region));
+}
+
+/// [`pack_rows`] for a type, to be compiled for an instruction set: simple loops.
+#[inline(always)]
+pub(crate) fn pack_rows_of<T: Coded>(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
+    let (coding, bytes, len) = (Coding::of(T::TY), T::TY.block_bytes(), T::TY.block_len());
     let (low, high) = (coding.low_bits(), coding.high_bits());
     let blocks = up.kb * BLOCK_LEN / len;
     region.fill(0);

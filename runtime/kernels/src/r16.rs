@@ -58,7 +58,7 @@ fn check(what: &str, ty: WeightType, rows: usize, k: usize, canonical: usize, pa
 pub fn pack(ty: WeightType, rows: usize, k: usize, canonical: &[u8], tiles: &mut [u8]) {
     check("r16 pack", ty, rows, k, canonical.len(), tiles.len());
     if ty.has_codes() {
-        return planes::pack_tiles(ty, k / ty.block_len(), canonical, tiles);
+        return planes::pack_tiles(ty, k / BLOCK_LEN, canonical, tiles);
     }
     let (kb, bytes, tile) = (k / BLOCK_LEN, ty.block_bytes(), tile_bytes(ty));
     for (i, out) in tiles.chunks_exact_mut(tile).enumerate() {

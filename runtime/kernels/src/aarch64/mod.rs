@@ -32,6 +32,7 @@ const DOT: Table = Table {
     quantize_q4_0: scalar::TABLE.quantize_q4_0,
     improve_q4_0: scalar::TABLE.improve_q4_0,
     pack_r16: scalar::TABLE.pack_r16,
+    pack_up: scalar::TABLE.pack_up,
     pack_down_group: scalar::TABLE.pack_down_group,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,

@@ -5,7 +5,7 @@ pub(crate) mod planes;
 mod quantized;
 
 pub(crate) use float::softmax;
-pub(crate) use quantized::gemm_of;
+pub(crate) use quantized::{gemm_of, pack_r16};
 
 use crate::table::{Isa, Table};
 
@@ -15,6 +15,7 @@ pub(crate) static TABLE: Table = Table {
     quantize_q4_0: quantized::quantize_q4_0,
     improve_q4_0: crate::search::improve_q4_0,
     pack_r16: quantized::pack_r16,
+    pack_up: crate::planes::pack_rows,
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: quantized::gemv_r16,
     up_rows: quantized::up_rows,

@@ -9,10 +9,10 @@ mod experts;
 mod float;
 mod gemm;
 mod gemv;
+mod pack;
 mod quantize;
 pub(crate) mod vnni;
 
-use crate::scalar;
 use crate::table::{Isa, Table};
 
 pub(crate) static TABLE: Table = AVX2;
@@ -22,7 +22,8 @@ const AVX2: Table = Table {
     quantize_q8: quantize::quantize_q8,
     quantize_q4_0: quantize::quantize_q4_0,
     improve_q4_0: quantize::improve_q4_0,
-    pack_r16: scalar::TABLE.pack_r16,
+    pack_r16: pack::pack_r16,
+    pack_up: pack::pack_up,
     pack_down_group: crate::expert_format::pack_down_group,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,

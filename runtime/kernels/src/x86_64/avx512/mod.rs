@@ -27,6 +27,7 @@ const VNNI: Table = Table {
     quantize_q4_0: quantize::quantize_q4_0,
     improve_q4_0: quantize::improve_q4_0,
     pack_r16: pack::pack_r16,
+    pack_up: pack::pack_up,
     pack_down_group: pack::pack_down_group,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,

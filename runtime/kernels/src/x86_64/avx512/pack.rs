@@ -1,8 +1,10 @@
-//! Canonical Q4_0 to the forms that the kernels read.
+//! Canonical matrices to the forms that the kernels read.
 
 use std::arch::x86_64::*;
 
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
+use crate::codes::{Coded, with_coded};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::planes;
 use crate::r16::{self, R16_ROWS};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -11,9 +13,29 @@ pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut 
     if ty == WeightType::Q4_0 {
         // SAFETY: the callers of a table's functions have the CPU features.
         unsafe { pack_r16_q4(kb, canonical, tiles) }
+    } else if ty.has_codes() {
+        // SAFETY: as above.
+        with_coded!(ty, T => unsafe { pack_tiles::<T>(kb, canonical, tiles) });
     } else {
         r16::pack(ty, canonical.len() / r16::group_bytes(ty, kb) * R16_ROWS, kb * BLOCK_LEN, canonical, tiles);
     }
+}
+
+/// Compiled for these instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn pack_tiles<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+    planes::pack_tiles_of::<T>(kb, canonical, tiles);
+}
+
+pub(super) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
+    // SAFETY: the callers of a table's functions have the CPU features.
+    with_coded!(up.ty, T => unsafe { pack_rows::<T>(up, canonical, region) });
+}
+
+/// Compiled for these instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn pack_rows<T: Coded>(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
+    planes::pack_rows_of::<T>(up, canonical, region);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

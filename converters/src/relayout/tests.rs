@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::progress::NoProgress;
+use st_gguf::crc32c;
 
 const N_LAYERS: usize = 2;
 const N_EXPERTS: usize = 3;

@@ -4,6 +4,7 @@
 //! [`Queue`] what waits for a thread. No I/O and no locks here; the table drives these under the store's mutex.
 
 use crate::buffer::PAGE;
+use st_gguf::crc32c;
 use std::collections::VecDeque;
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use crate::error::{StoreError, matrix_name};
 use crate::inflight::{FilePieces, Job, Pieces};
 use crate::io::{ExpertIo, bounce_bytes, read_covering, read_into};
 use crate::slots::Slab;
-use st_gguf::{ByteRange, ExpertIndex, Layout, Matrix};
+use st_gguf::{ByteRange, ExpertIndex, Layout, Matrix, crc32c};
 use std::fs::File;
 use std::io;
 use std::ops::Range;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::crc32c;
 use crate::encode::{self, ALIGNMENT_KEY};
 use crate::error::{GgufError, Result};
 use crate::expert_index::{Layout, layout_keys, tensor_names};
@@ -190,8 +191,8 @@ pub(crate) struct Verifier {
 struct Seen {
     /// By tensor and part: where each piece starts, its length and its sum.
     pieces: HashMap<(String, u64), BTreeMap<u64, (u64, u32)>>,
-    /// What a sum becomes by as many more zero bytes, for lengths that were needed: the crate's own `crc32c_combine` takes
-    /// as long as summing 300 KiB, and nearly all pieces of a model have one of a few lengths.
+    /// What a sum becomes by as many more zero bytes, for lengths that were needed: combining without them takes
+    /// as long as summing hundreds of KiB, and nearly all pieces of a model have one of a few lengths.
     shifts: HashMap<u64, Shift>,
 }
 

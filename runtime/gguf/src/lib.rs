@@ -28,6 +28,7 @@
 //! keys or tensor names, tensors that overlap, are misaligned or leave the file.
 
 mod checksums;
+pub mod crc32c;
 mod encode;
 mod error;
 mod expert_index;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Metadata;
 use crate::checksums;
+use crate::crc32c;
 use crate::encode::{Plan, TensorSpec, encode};
 use crate::error::{GgufError, Result};
 use crate::output::{Kind, OutputFile};

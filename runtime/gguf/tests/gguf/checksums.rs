@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use st_gguf::crc32c;
 use st_gguf::{
     CheckReport, Checksums, ExpertIndex, GgmlType, GgufError, GgufFile, GgufWriter, Layout, Matrix, Metadata,
     ModelShape, TensorInfo, TensorSpec, WriteOptions, checksum_keys, layout_keys, reserve_checksums, tensor_names,

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use serde_json::Value;
-use st_format::{Gating, Misfit, ModelShape};
+use st_format::{Gating, Misfit, ModelShape, RopeScaling, largest};
 
 use crate::error::ConvertError;
 
@@ -64,11 +64,11 @@ impl ModelConfig {
         keys.check_architecture()?;
         keys.refuse_unknown_variants()?;
 
-        let n_layers = keys.size("num_hidden_layers", 1 << 12)?;
-        let n_embd = keys.size("hidden_size", 1 << 20)?;
-        let n_heads = keys.size("num_attention_heads", 1 << 12)?;
-        let n_kv_heads = keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(n_heads);
-        let head_dim = match keys.optional_size("head_dim", 1 << 12)? {
+        let n_layers = keys.size("num_hidden_layers")?;
+        let n_embd = keys.size("hidden_size")?;
+        let n_heads = keys.size("num_attention_heads")?;
+        let n_kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(n_heads);
+        let head_dim = match keys.optional_size("head_dim")? {
             Some(dim) => dim,
             None if n_embd % n_heads == 0 => n_embd / n_heads,
             None => {
@@ -76,19 +76,18 @@ impl ModelConfig {
             }
         };
         let window_layers = keys.layout("sliding_window_layout", n_layers)?.unwrap_or_else(|| vec![false; n_layers]);
-        let window =
-            if window_layers.contains(&true) { Some(keys.size("sliding_window_size", 1 << 30)?) } else { None };
+        let window = if window_layers.contains(&true) { Some(keys.size("sliding_window_size")?) } else { None };
         let shape = ModelShape {
             n_layers,
             n_embd,
             n_heads,
             n_kv_heads,
             head_dim,
-            n_experts: keys.size("moe_num_primary_experts", 1 << 16)?,
-            n_experts_used: keys.size("moe_num_active_primary_experts", 1 << 16)?,
-            n_ff: keys.size("moe_ffn_hidden_size", 1 << 20)?,
-            n_vocab: keys.size("vocab_size", 1 << 26)?,
-            context_length: keys.size("max_position_embeddings", 1 << 30)?,
+            n_experts: keys.size("moe_num_primary_experts")?,
+            n_experts_used: keys.size("moe_num_active_primary_experts")?,
+            n_ff: keys.size("moe_ffn_hidden_size")?,
+            n_vocab: keys.size("vocab_size")?,
+            context_length: keys.size("max_position_embeddings")?,
             rms_eps: keys.positive("rms_norm_eps")?,
             rope_theta: keys.rope_theta()?,
             rope_layers: keys
@@ -109,25 +108,34 @@ impl ModelConfig {
     }
 }
 
+/// Numbers of the shape: what GGUF files keep them under, and what `config.json` calls them.
+const NUMBERS: [(&str, &str); 15] = [
+    ("block_count", "num_hidden_layers"),
+    ("embedding_length", "hidden_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("attention.key_length", "head_dim"),
+    ("expert_count", "moe_num_primary_experts"),
+    ("expert_used_count", "moe_num_active_primary_experts"),
+    ("expert_feed_forward_length", "moe_ffn_hidden_size"),
+    ("context_length", "max_position_embeddings"),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
+    ("rope.freq_base", "rope_theta"),
+    ("rope.layer_pattern", "rope_layout"),
+    ("attention.sliding_window", "sliding_window_size"),
+    ("attention.sliding_window_pattern", "sliding_window_layout"),
+    ("vocab_size", "vocab_size"),
+];
+
 /// What `config.json` calls a number of the shape that GGUF files keep under `key`.
 fn json_key(key: &'static str) -> &'static str {
-    match key {
-        "block_count" => "num_hidden_layers",
-        "embedding_length" => "hidden_size",
-        "attention.head_count" => "num_attention_heads",
-        "attention.head_count_kv" => "num_key_value_heads",
-        "attention.key_length" => "head_dim",
-        "expert_count" => "moe_num_primary_experts",
-        "expert_used_count" => "moe_num_active_primary_experts",
-        "expert_feed_forward_length" => "moe_ffn_hidden_size",
-        "context_length" => "max_position_embeddings",
-        "attention.layer_norm_rms_epsilon" => "rms_norm_eps",
-        "rope.freq_base" => "rope_theta",
-        "rope.layer_pattern" => "rope_layout",
-        "attention.sliding_window" => "sliding_window_size",
-        "attention.sliding_window_pattern" => "sliding_window_layout",
-        other => other,
-    }
+    NUMBERS.iter().find(|(gguf, _)| *gguf == key).map_or(key, |(_, json)| json)
+}
+
+/// The largest value of a number of the shape that `config.json` calls `key`.
+fn largest_of(key: &str) -> u64 {
+    let gguf = NUMBERS.iter().find(|(_, json)| *json == key);
+    gguf.and_then(|(gguf, _)| largest(gguf)).unwrap_or(1 << 20) as u64
 }
 
 /// Typed access to `config.json`, with errors that name file, key, got and expected.
@@ -201,8 +209,9 @@ impl<'a> Keys<'a> {
                 let get = |name: &str| parameters.get(name).filter(|value| !value.is_null());
                 let kind =
                     get("rope_type").or_else(|| get("type")).map(|kind| kind.as_str().unwrap_or("of no known type"));
-                let factor = get("factor").map(|factor| factor.as_f64().unwrap_or(f64::NAN));
-                if !is_unscaled(kind, factor) {
+                let number = |name| get(name).map(|factor| factor.as_f64().unwrap_or(f64::NAN));
+                let (factor, attention_factor) = (number("factor"), number("attention_factor"));
+                if !(RopeScaling { kind, factor, attention_factor }).is_plain() {
                     return Err(self.bad(key, value, "none (scaled rotary positions are not computed)"));
                 }
                 if get("partial_rotary_factor").is_some_and(|part| part.as_f64() != Some(1.0)) {
@@ -220,7 +229,8 @@ impl<'a> Keys<'a> {
         theta.ok_or_else(|| self.bad("rope_theta", "nothing", "a positive number"))
     }
 
-    fn optional_size(&self, key: &str, max: u64) -> Result<Option<usize>, ConvertError> {
+    fn optional_size(&self, key: &str) -> Result<Option<usize>, ConvertError> {
+        let max = largest_of(key);
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
             Some(n) if n >= 1 && n <= max => Ok(Some(n as usize)),
@@ -228,8 +238,8 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn size(&self, key: &str, max: u64) -> Result<usize, ConvertError> {
-        self.optional_size(key, max)?.ok_or_else(|| self.bad(key, "nothing", "a whole number"))
+    fn size(&self, key: &str) -> Result<usize, ConvertError> {
+        self.optional_size(key)?.ok_or_else(|| self.bad(key, "nothing", "a whole number"))
     }
 
     fn positive(&self, key: &str) -> Result<f32, ConvertError> {
@@ -264,16 +274,6 @@ impl<'a> Keys<'a> {
             _ => Err(self.bad(key, entry, "only 0 and 1")),
         });
         flags.collect::<Result<_, _>>().map(Some)
-    }
-}
-
-/// Whether a scaling of rotary positions leaves them as they are.
-fn is_unscaled(kind: Option<&str>, factor: Option<f64>) -> bool {
-    match kind {
-        None => factor.is_none_or(|factor| factor == 1.0),
-        Some("none" | "default") => true,
-        Some("linear" | "dynamic" | "yarn" | "llama3") => factor == Some(1.0),
-        Some(_) => false,
     }
 }
 

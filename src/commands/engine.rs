@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use st_gguf::GgufFile;
+use st_gguf::{GgufFile, Header};
 use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
 
 use crate::cli::{EngineArgs, IoName, KvName};
@@ -55,10 +55,7 @@ pub(crate) fn load_for(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
-    // What makes no model is refused by the engine.
-    for note in file.header.model_shape().iter().flat_map(|shape| shape.ignored(&file.header)) {
-        context.ui.note(format_args!("note: {note}"));
-    }
+    tell_of_ignored(&file.header, context);
     let options = LoadOptions {
         threads: threads(args),
         ctx,
@@ -77,6 +74,13 @@ pub(crate) fn load_for(
     Ok(engine)
 }
 
+/// Says what a file holds besides its model; what makes no model is refused by whoever needs one.
+pub(crate) fn tell_of_ignored(header: &Header, context: &Context) {
+    for note in header.model_shape().iter().flat_map(|shape| shape.ignored(header)) {
+        context.ui.note(format_args!("note: {note}"));
+    }
+}
+
 /// Shows the memory plan, and stops the loading of a model on request.
 pub(crate) struct Loading<'a>(pub(crate) &'a Context);
 
@@ -93,12 +97,13 @@ impl LoadProgress for Loading<'_> {
 fn show_plan(plan: &MemoryPlan, context: &Context) {
     let Some(budget) = plan.budget else { return };
     context.ui.note(format_args!(
-        "memory: {} = weights {} + KV cache {} ({} tokens) + buffers {} + {} of {} experts {} + program {} + reserve {}",
+        "memory: {} = weights {} + KV cache {} ({} tokens) + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
         show_size(budget),
         show_size(plan.dense),
         show_size(plan.kv_full + plan.kv_window),
         plan.ctx,
         show_size(plan.scratch + plan.io),
+        show_size(plan.template),
         plan.n_slots(),
         plan.n_experts_total,
         show_size(plan.slot * plan.n_slots() as u64),

@@ -8,6 +8,7 @@ use serde_json::json;
 use st_gguf::{Array, ExpertIndex, GgufError, GgufFile, Header, Layout, Matrix, Value};
 
 use super::check::{self, Checked};
+use super::engine;
 use crate::cli::InspectArgs;
 use crate::context::Context;
 use crate::models::Model;
@@ -23,6 +24,7 @@ pub(crate) fn run(args: &InspectArgs, context: &Context) -> anyhow::Result<ExitC
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let checked = if args.check { Some(check::run(&file, context)?) } else { None };
     let verdict = checked.as_ref().map_or(Ok(()), |checked| checked.verdict(context.ui));
+    engine::tell_of_ignored(&file.header, context);
     if args.json {
         let mut object = json(&file, args.tensors);
         if let Some(checked) = &checked {
@@ -147,11 +149,8 @@ fn table(file: &GgufFile, tensors: bool) -> String {
 
 fn show(value: &Value) -> String {
     match value {
-        Value::String(text) => {
-            let cut: String = text.chars().take(SHOWN_TEXT).collect();
-            let more = if cut.len() < text.len() { "…" } else { "" };
-            escaped(&cut) + more
-        }
+        Value::String(text) => show_text(text),
+        Value::Octets(bytes) => show_text(&String::from_utf8_lossy(bytes)),
         Value::Array(array) => {
             let shown: Vec<String> =
                 (0..array.len().min(SHOWN_ELEMENTS)).map(|i| escaped(&element(array, i).to_string())).collect();
@@ -163,6 +162,12 @@ fn show(value: &Value) -> String {
         }
         scalar => to_json(scalar).to_string(),
     }
+}
+
+fn show_text(text: &str) -> String {
+    let cut: String = text.chars().take(SHOWN_TEXT).collect();
+    let more = if cut.len() < text.len() { "…" } else { "" };
+    escaped(&cut) + more
 }
 
 fn json(file: &GgufFile, tensors: bool) -> serde_json::Value {
@@ -212,6 +217,7 @@ fn to_json(value: &Value) -> serde_json::Value {
         Value::F64(x) => json!(x),
         Value::Bool(x) => json!(x),
         Value::String(x) => json!(x),
+        Value::Octets(x) => json!(String::from_utf8_lossy(x)),
         Value::Array(array) => (0..array.len()).map(|i| element(array, i)).collect(),
     }
 }
@@ -231,6 +237,7 @@ fn element(array: &Array, i: usize) -> serde_json::Value {
         Array::F64(items) => json!(items[i]),
         Array::Bool(items) => json!(items[i]),
         Array::String(items) => json!(items.get(i)),
+        Array::Octets(items) => json!(items.get(i).map(String::from_utf8_lossy)),
         Array::Array(items) => (0..items[i].len()).map(|j| element(&items[i], j)).collect(),
     }
 }

@@ -35,6 +35,6 @@ pub use ggml_type::GgmlType;
 pub use matrix::Matrix;
 pub use read::{ARCHITECTURE, Described, is_no_token, same_shape};
 pub use rope::RopeScaling;
-pub use shape::{Gating, Misfit, ModelShape};
+pub use shape::{Gating, Misfit, ModelShape, largest};
 pub use tensor::{Scope, Tensor, tensor_names};
-pub use value::{Array, StringArray, Value};
+pub use value::{Array, OctetArray, StringArray, Value};

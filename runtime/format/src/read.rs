@@ -5,7 +5,7 @@
 //! place. What says nothing about the computation is left to [`ModelShape::ignored`].
 
 use crate::settings::{COMPUTED_ELSEWHERE, Neutral, READ, SCALING, SETTINGS};
-use crate::shape::{CAPS, MAX_WINDOW, Misfit};
+use crate::shape::{MAX_WINDOW, Misfit, largest};
 use crate::tensor::{Scope, Tensor, tensor_names};
 use crate::{Array, FormatError, Gating, ModelShape, RopeScaling, Value};
 
@@ -126,17 +126,23 @@ impl ModelShape {
         };
         let keys = file.keys().filter(|key| key.strip_prefix(&prefix).is_some_and(|key| !known(key)) || no_token(key));
         let tensors = file.tensor_names().filter(|name| !name.starts_with("blk.") && !is_model_tensor(name));
-        [("metadata key", keys.collect::<Vec<_>>()), ("tensor", tensors.collect())]
-            .into_iter()
-            .filter_map(|(what, names)| {
-                let (first, others) = names.split_first()?;
-                let and_others = match others.len() {
-                    0 => String::new(),
-                    n => format!(" and {n} more of those that no SmallThinker model needs"),
-                };
-                Some(format!("{what} `{first}`{and_others} was ignored"))
-            })
-            .collect()
+        let no_text = file.keys().filter(|key| file.value(key).is_some_and(Value::has_octets));
+        let was_ignored = ("of those that no SmallThinker model needs", "was ignored");
+        [
+            ("metadata key", keys.collect::<Vec<_>>(), was_ignored),
+            ("tensor", tensors.collect(), was_ignored),
+            ("metadata key", no_text.collect(), ("like it", "is not UTF-8 text, and is kept as it is")),
+        ]
+        .into_iter()
+        .filter_map(|(what, names, (of_which, says))| {
+            let (first, others) = names.split_first()?;
+            let and_others = match others.len() {
+                0 => String::new(),
+                n => format!(" and {n} more {of_which}"),
+            };
+            Some(format!("{what} `{first}`{and_others} {says}"))
+        })
+        .collect()
     }
 
     /// What llama.cpp would read otherwise than this shape says, one sentence each.
@@ -271,7 +277,7 @@ impl<'a> Keys<'a> {
     }
 
     fn optional_size(&self, key: &str) -> Result<Option<usize>, FormatError> {
-        let max = CAPS.iter().find(|(capped, _)| *capped == key).map_or(1 << 20, |&(_, max)| max);
+        let max = largest(key).unwrap_or(1 << 20);
         let Some(value) = self.integer(key)? else { return Ok(None) };
         match usize::try_from(value) {
             Ok(n) if n >= 1 && n <= max => Ok(Some(n)),

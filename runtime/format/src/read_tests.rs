@@ -267,6 +267,16 @@ fn what_says_nothing_about_the_model_is_told_of() {
 }
 
 #[test]
+fn names_in_another_encoding_are_told_of() {
+    let mut file = File::small();
+    file.keys.push(("general.name".into(), Value::Octets(b"caf\xe9".to_vec())));
+    assert_eq!(file.shape(), small());
+    assert_eq!(small().ignored(&file), ["metadata key `general.name` is not UTF-8 text, and is kept as it is"]);
+    file.keys.push(("general.author".into(), Value::Octets(vec![0xff])));
+    assert!(small().ignored(&file)[0].starts_with("metadata key `general.name` and 1 more like it"));
+}
+
+#[test]
 fn token_ids_of_minus_one_are_none_and_told_of() {
     assert!(is_no_token(&Value::I32(-1)) && is_no_token(&Value::U32(u32::MAX)) && is_no_token(&Value::I64(-1)));
     assert!(!is_no_token(&Value::U32(0)) && !is_no_token(&Value::from("-1")));

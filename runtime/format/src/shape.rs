@@ -72,6 +72,14 @@ pub(crate) const CAPS: [(&str, usize); 10] = [
 /// The largest sliding window.
 pub(crate) const MAX_WINDOW: usize = 1 << 30;
 
+/// The largest value that is accepted of a number of the shape, by its metadata key behind `smallthinker.`; `None` for other keys.
+pub fn largest(key: &str) -> Option<usize> {
+    match key {
+        "attention.sliding_window" => Some(MAX_WINDOW),
+        _ => CAPS.iter().find(|(capped, _)| *capped == key).map(|&(_, max)| max),
+    }
+}
+
 impl ModelShape {
     /// The shape of SmallThinker-4BA0.6B.
     pub fn published_4b() -> Self {

@@ -20,6 +20,8 @@ pub enum Value {
     U64(u64),
     I64(i64),
     F64(f64),
+    /// A string that is not UTF-8: what a program made of another encoding.
+    Octets(Vec<u8>),
 }
 
 /// An array of values of one type.
@@ -39,6 +41,8 @@ pub enum Array {
     U64(Vec<u64>),
     I64(Vec<i64>),
     F64(Vec<f64>),
+    /// Strings that are not all UTF-8.
+    Octets(OctetArray),
 }
 
 impl Value {
@@ -96,6 +100,16 @@ impl Value {
             Self::U64(_) => "u64".into(),
             Self::I64(_) => "i64".into(),
             Self::F64(_) => "f64".into(),
+            Self::Octets(_) => "string that is not UTF-8".into(),
+        }
+    }
+
+    /// Whether it holds a string that is not UTF-8.
+    pub fn has_octets(&self) -> bool {
+        match self {
+            Self::Octets(_) => true,
+            Self::Array(array) => array.has_octets(),
+            _ => false,
         }
     }
 }
@@ -117,6 +131,7 @@ impl Array {
             Self::U64(v) => v.len(),
             Self::I64(v) => v.len(),
             Self::F64(v) => v.len(),
+            Self::Octets(v) => v.len(),
         }
     }
 
@@ -141,6 +156,15 @@ impl Array {
             Self::U64(_) => "u64",
             Self::I64(_) => "i64",
             Self::F64(_) => "f64",
+            Self::Octets(_) => "string that is not all UTF-8",
+        }
+    }
+
+    fn has_octets(&self) -> bool {
+        match self {
+            Self::Octets(_) => true,
+            Self::Array(arrays) => arrays.iter().any(Self::has_octets),
+            _ => false,
         }
     }
 
@@ -240,6 +264,59 @@ impl<S: AsRef<str>> FromIterator<S> for StringArray {
         }
         array.shrink_to_fit();
         array
+    }
+}
+
+/// Strings of any bytes, stored as those of a [`StringArray`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OctetArray {
+    bytes: Vec<u8>,
+    ends: Vec<u32>,
+}
+
+impl OctetArray {
+    /// Appends `string`. Returns `false`, and leaves the array as it was, where the strings would pass 4 GiB.
+    #[must_use]
+    pub fn push(&mut self, string: &[u8]) -> bool {
+        let Ok(end) = u32::try_from(self.bytes.len() as u64 + string.len() as u64) else {
+            return false;
+        };
+        self.bytes.extend_from_slice(string);
+        self.ends.push(end);
+        true
+    }
+
+    /// Number of strings.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is no string.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// String `i`, if there is one.
+    pub fn get(&self, i: usize) -> Option<&[u8]> {
+        let end = *self.ends.get(i)? as usize;
+        let start = i.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
+        Some(&self.bytes[start..end])
+    }
+
+    /// The strings in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u8]> + Clone {
+        let mut start = 0;
+        self.ends.iter().map(move |&end| {
+            let string = &self.bytes[start..end as usize];
+            start = end as usize;
+            string
+        })
+    }
+}
+
+impl From<StringArray> for OctetArray {
+    fn from(strings: StringArray) -> Self {
+        Self { bytes: strings.text.into_bytes(), ends: strings.ends }
     }
 }
 

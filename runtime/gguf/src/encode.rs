@@ -109,11 +109,11 @@ pub(crate) fn encode(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64
     put_len(&mut out, metadata.len());
     for (key, value) in metadata.iter() {
         check_limit("length of a metadata key", key.len() as u64, limits::MAX_KEY_BYTES)?;
-        put_string(&mut out, key);
+        put_string(&mut out, key.as_bytes());
         put_value(&mut out, key, value)?;
     }
     for (spec, offset) in tensors.iter().zip(&relative) {
-        put_string(&mut out, &spec.name);
+        put_string(&mut out, spec.name.as_bytes());
         out.extend_from_slice(&(spec.shape.len() as u32).to_le_bytes());
         for n in &spec.shape {
             out.extend_from_slice(&n.to_le_bytes());
@@ -145,9 +145,9 @@ fn put_len(out: &mut Vec<u8>, len: usize) {
     out.extend_from_slice(&(len as u64).to_le_bytes());
 }
 
-fn put_string(out: &mut Vec<u8>, string: &str) {
+fn put_string(out: &mut Vec<u8>, string: &[u8]) {
     put_len(out, string.len());
-    out.extend_from_slice(string.as_bytes());
+    out.extend_from_slice(string);
 }
 
 pub(crate) fn put_value(out: &mut Vec<u8>, key: &str, value: &Value) -> Result<()> {
@@ -172,6 +172,10 @@ pub(crate) fn put_value(out: &mut Vec<u8>, key: &str, value: &Value) -> Result<(
         Value::String(v) => {
             let what = format!("length of the value of metadata key `{key}`");
             check_limit(&what, v.len() as u64, limits::MAX_STRING_BYTES)?;
+            out.extend_from_slice(&value_type::STRING.to_le_bytes());
+            put_string(out, v.as_bytes());
+        }
+        Value::Octets(v) => {
             out.extend_from_slice(&value_type::STRING.to_le_bytes());
             put_string(out, v);
         }
@@ -216,8 +220,13 @@ fn put_array(out: &mut Vec<u8>, key: &str, array: &Array, depth: u32) -> Result<
             put_len(out, v.len());
             for string in v.iter() {
                 check_limit(&what(), string.len() as u64, limits::MAX_STRING_BYTES)?;
-                put_string(out, string);
+                put_string(out, string.as_bytes());
             }
+        }
+        Array::Octets(v) => {
+            out.extend_from_slice(&value_type::STRING.to_le_bytes());
+            put_len(out, v.len());
+            v.iter().for_each(|string| put_string(out, string));
         }
         Array::Array(v) => {
             let depth_of = format!("nesting of the array of metadata key `{key}`");

@@ -52,7 +52,7 @@ pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};
 pub use placeholder::Placeholder;
 pub use reader::GgufFile;
 pub use source::{FileSource, Part, ReadAt, StaticSource};
-pub use st_format::{Array, GgmlType, Matrix, ModelShape, StringArray, Value};
+pub use st_format::{Array, GgmlType, Matrix, ModelShape, OctetArray, StringArray, Value};
 pub use writer::{GgufWriter, WriteOptions};
 
 /// Caps on what a header may claim, far above any real file, far below what would hurt.

@@ -1,11 +1,13 @@
 //! A cursor over the header that trusts nothing: before it reads or allocates it compares with what is
 //! left of the file and with the caps. It knows values; what they mean is for `header`.
 
+use std::str::Utf8Error;
+
 use crate::encode::value_type;
 use crate::error::{GgufError, Result};
 use crate::limits;
 use crate::source::ReadAt;
-use crate::{Array, StringArray, Value};
+use crate::{Array, OctetArray, StringArray, Value};
 
 /// Bytes fetched from the source at a time. Longer strings are read around the window.
 const WINDOW: usize = 128 << 10;
@@ -103,17 +105,23 @@ impl<'a> Cursor<'a> {
 
     /// A string of at most `max` bytes.
     pub(crate) fn string(&mut self, max: u64) -> Result<String> {
+        let bytes = self.octets(max)?;
+        String::from_utf8(bytes).map_err(|_| self.malformed("is not UTF-8 text"))
+    }
+
+    /// The bytes of a string of at most `max` bytes, whatever its encoding.
+    fn octets(&mut self, max: u64) -> Result<Vec<u8>> {
         let len = self.u64()?;
         self.limit("the length of", len, max)?;
         self.expect(len, 1)?;
         let len = len as usize;
         if len <= WINDOW {
-            return self.text(len).map(str::to_owned);
+            return self.take(len).map(<[u8]>::to_vec);
         }
         let mut bytes = vec![0; len];
         self.source.read_exact_at(&mut bytes, self.pos).map_err(|source| self.io(source))?;
         self.pos += len as u64;
-        String::from_utf8(bytes).map_err(|_| self.malformed("is not UTF-8 text"))
+        Ok(bytes)
     }
 
     pub(crate) fn value(&mut self) -> Result<Value> {
@@ -126,7 +134,10 @@ impl<'a> Cursor<'a> {
             value_type::I32 => Value::I32(self.i32()?),
             value_type::F32 => Value::F32(self.f32()?),
             value_type::BOOL => Value::Bool(self.bool()?),
-            value_type::STRING => Value::String(self.string(limits::MAX_STRING_BYTES)?),
+            value_type::STRING => match String::from_utf8(self.octets(limits::MAX_STRING_BYTES)?) {
+                Ok(text) => Value::String(text),
+                Err(error) => Value::Octets(error.into_bytes()),
+            },
             value_type::ARRAY => Value::Array(self.array(1)?),
             value_type::U64 => Value::U64(self.u64()?),
             value_type::I64 => Value::I64(self.i64()?),
@@ -159,7 +170,7 @@ impl<'a> Cursor<'a> {
                 }
                 Array::Bool(bools)
             }
-            value_type::STRING => Array::String(self.strings(len)?),
+            value_type::STRING => self.strings(len)?,
             value_type::ARRAY => {
                 self.limit("the number of arrays in", len, limits::MAX_NESTED_LEN)?;
                 // An inner array has at least its type and its length.
@@ -195,36 +206,50 @@ impl<'a> Cursor<'a> {
         Ok(out)
     }
 
-    fn strings(&mut self, len: u64) -> Result<StringArray> {
+    fn strings(&mut self, len: u64) -> Result<Array> {
         // A string has at least its length.
         self.expect(len, 8)?;
         let mut strings = StringArray::with_capacity(len as usize);
-        for _ in 0..len {
-            let bytes = u64::from_le_bytes(self.fixed()?);
-            self.limit("the length of a string in", bytes, limits::MAX_STRING_BYTES)?;
-            self.expect(bytes, 1)?;
-            let pushed = if bytes as usize <= WINDOW {
-                strings.push(self.text(bytes as usize)?)
-            } else {
-                self.pos -= 8;
-                strings.push(&self.string(limits::MAX_STRING_BYTES)?)
-            };
-            if !pushed {
-                return Err(self.malformed("holds more than 4 GiB of text"));
+        for i in 0..len {
+            let read = self.string_in_array(|bytes| std::str::from_utf8(bytes).map(|text| strings.push(text)))?;
+            match read {
+                Ok(pushed) => self.all_fit(pushed)?,
+                Err(bytes) => return self.octet_strings(strings.into(), bytes, len - i - 1),
             }
         }
         strings.shrink_to_fit();
-        Ok(strings)
+        Ok(Array::String(strings))
     }
 
-    /// The next `n` bytes, at most a window, as text.
-    fn text(&mut self, n: usize) -> Result<&str> {
-        // Decided before the borrow that is returned, since the error needs `self` too.
-        if std::str::from_utf8(self.take(n)?).is_err() {
-            return Err(self.malformed("is not UTF-8 text"));
+    /// The rest of an array of which `next` is the first string that is no text.
+    fn octet_strings(&mut self, mut strings: OctetArray, next: Vec<u8>, left: u64) -> Result<Array> {
+        self.all_fit(strings.push(&next))?;
+        for _ in 0..left {
+            let pushed = self.string_in_array(|bytes| Ok::<_, Utf8Error>(strings.push(bytes)))?;
+            self.all_fit(pushed.unwrap_or(true))?;
         }
-        let end = (self.pos - self.window_start) as usize;
-        Ok(std::str::from_utf8(&self.window[end - n..end]).unwrap_or_default())
+        Ok(Array::Octets(strings))
+    }
+
+    /// Hands the next string of an array to `put`, which may find that it is no text: then its bytes.
+    fn string_in_array(
+        &mut self,
+        put: impl FnOnce(&[u8]) -> std::result::Result<bool, Utf8Error>,
+    ) -> Result<std::result::Result<bool, Vec<u8>>> {
+        let len = u64::from_le_bytes(self.fixed()?);
+        self.limit("the length of a string in", len, limits::MAX_STRING_BYTES)?;
+        self.expect(len, 1)?;
+        if len as usize <= WINDOW {
+            let bytes = self.take(len as usize)?;
+            return Ok(put(bytes).map_err(|_| bytes.to_vec()));
+        }
+        self.pos -= 8;
+        let bytes = self.octets(limits::MAX_STRING_BYTES)?;
+        Ok(put(&bytes).map_err(|_| bytes))
+    }
+
+    fn all_fit(&self, pushed: bool) -> Result<()> {
+        if pushed { Ok(()) } else { Err(self.malformed("holds more than 4 GiB of text")) }
     }
 
     fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {

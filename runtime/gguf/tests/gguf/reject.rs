@@ -65,12 +65,45 @@ fn a_string_that_is_too_long() {
 
 #[test]
 fn text_that_is_not_utf8() {
-    assert_rejects(Raw::new(0, 1).key("k", STRING).u64(2).bytes(b"\xff\xfe").0, "`k`: is not UTF-8");
     assert_rejects(Raw::new(0, 1).u64(2).bytes(b"\xff\xfe").bytes(&[0; 8]).0, "metadata key number 0: is not UTF-8");
-    let long = Raw::new(0, 1).key("k", STRING).u64(200_000).bytes(&[0xff; 200_000]);
-    assert_rejects(long.0, "`k`: is not UTF-8");
-    let array = Raw::new(0, 1).key("k", ARRAY).u32(STRING).u64(1).u64(1).bytes(b"\xff");
-    assert_rejects(array.0, "`k`: is not UTF-8");
+    // Values that nothing is computed with do no harm.
+    for len in [2, 200_000] {
+        let raw = Raw::new(0, 1).key("k", STRING).u64(len).bytes(&vec![0xff; len as usize]);
+        let file = GgufFile::from_static(raw.0.leak()).unwrap();
+        assert_eq!(file.header.metadata.get("k"), Some(&Value::Octets(vec![0xff; len as usize])));
+        assert!(
+            file.header
+                .metadata
+                .str("k")
+                .unwrap_err()
+                .to_string()
+                .contains("`k`: expected string, got string that is not UTF-8")
+        );
+    }
+    let array =
+        Raw::new(0, 1).key("k", ARRAY).u32(STRING).u64(3).u64(1).bytes(b"a").u64(1).bytes(b"\xff").u64(2).bytes(b"bc");
+    let file = GgufFile::from_static(array.0.leak()).unwrap();
+    let Some(Value::Array(Array::Octets(strings))) = file.header.metadata.get("k") else { panic!("strings") };
+    assert_eq!(strings.iter().collect::<Vec<_>>(), [&b"a"[..], b"\xff", b"bc"]);
+    assert_eq!((strings.get(1), strings.get(3)), (Some(&b"\xff"[..]), None));
+    assert!(file.header.metadata.strings("k").unwrap_err().to_string().contains("not all UTF-8"));
+}
+
+#[test]
+fn a_file_that_is_cut_says_how_much_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let tensors = [spec("a", &[1000], GgmlType::F32), spec("b", &[500], GgmlType::F32)];
+    let file = write_file(&path, &Metadata::new(), &tensors, 4096);
+    let b = file.header.tensor("b").unwrap();
+    let (start, needed) = (b.offset, b.offset + b.n_bytes);
+    for missing in [1, 2000, 2001, 5000] {
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(needed - missing).unwrap();
+        let error = GgufFile::open(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{missing} of {needed} bytes are missing")), "{error}");
+        let first = if needed - missing < file.header.tensor("a").unwrap().offset + 4000 { "`a`" } else { "`b`" };
+        assert!(error.contains(first), "{error}: {start}");
+    }
 }
 
 #[test]

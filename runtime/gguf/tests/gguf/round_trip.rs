@@ -1,7 +1,9 @@
 //! What is written is read back, value for value and byte for byte.
 
 use proptest::prelude::*;
-use st_gguf::{Array, GgmlType, GgufFile, GgufWriter, Metadata, StringArray, TensorSpec, Value, WriteOptions, plan};
+use st_gguf::{
+    Array, GgmlType, GgufFile, GgufWriter, Metadata, OctetArray, StringArray, TensorSpec, Value, WriteOptions, plan,
+};
 
 use crate::common::{counting, spec, write_file};
 
@@ -20,6 +22,13 @@ fn array() -> impl Strategy<Value = Array> {
         vec(any::<u64>(), 0..5).prop_map(Array::U64),
         vec(any::<i64>(), 0..5).prop_map(Array::I64),
         vec(-1e300f64..1e300, 0..5).prop_map(Array::F64),
+        vec(vec(any::<u8>(), 0..5), 0..5).prop_map(|mut v| {
+            // One at least that is no text, or they would come back as texts.
+            v.push(vec![0xff]);
+            let mut strings = OctetArray::default();
+            assert!(v.iter().all(|string| strings.push(string)));
+            Array::Octets(strings)
+        }),
     ];
     flat.prop_recursive(2, 8, 3, |inner| vec(inner, 0..3).prop_map(Array::Array))
 }
@@ -39,6 +48,10 @@ fn value() -> impl Strategy<Value = Value> {
         any::<u64>().prop_map(Value::U64),
         any::<i64>().prop_map(Value::I64),
         (-1e300f64..1e300).prop_map(Value::F64),
+        prop::collection::vec(any::<u8>(), 0..9).prop_map(|mut bytes| {
+            bytes.push(0xff);
+            Value::Octets(bytes)
+        }),
     ]
 }
 

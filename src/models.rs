@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use st_convert::Input;
 use st_gguf::GgufFile;
-use st_hub::{DownloadRequest, Hub, HubConfig, RepoId};
+use st_hub::{DownloadRequest, Hub, HubConfig, RepoId, without_secrets};
 
 use crate::context::Context;
 use crate::input::is_stdin;
@@ -39,6 +39,10 @@ impl Model {
             return Ok(if path.is_dir() { Self::Folder(path) } else { Self::File(path) });
         };
         not_stdin(Path::new(name))?;
+        if name.contains("://") {
+            let message = format!("{} is an address, and a model is no address", without_secrets(name));
+            return Err(Advice::new(message, "a model on the hub is written `owner/name`").into());
+        }
         if name == "tiny" {
             return Ok(Self::Tiny);
         }
@@ -56,7 +60,7 @@ impl Model {
         }
         RepoId::parse(name).map(Self::Hub).map_err(|_| {
             Advice::new(
-                format!("there is no file or folder {name:?}, and it is no model's name"),
+                format!("there is no file or folder {:?}, and it is no model's name", without_secrets(name)),
                 "a model is `tiny`, a .gguf file, a checkpoint folder, `4b`, `21b`, or `owner/name` on the hub",
             )
             .into()

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use tempfile::{TempDir, tempdir};
 
+use crate::cli::is_end_of_a_library;
 use crate::common::repo;
 use crate::program::{Run, names, program};
 use server::{Fault, RepoFile, Server, Settings};
@@ -68,6 +69,33 @@ fn download_quantize_run() {
     let answer = world.run(&["run", "4b", "-p", "What is 27 + 45?", "--temp", "0"]);
     assert!(answer.stderr.contains("SmallThinker-4BA0.6B-Instruct-q4_0.gguf"), "{}", answer.stderr);
     assert_eq!(answer.ok(), "27 + 45 = 72\n");
+}
+
+/// However little memory a session allows, a transfer is done or ends in one error.
+#[test]
+#[cfg(target_os = "linux")]
+fn threads_that_do_not_start_are_one_error() {
+    let world = World::new();
+    let mut failed = 0;
+    for kib in std::iter::successors(Some(20_000u64), |kib| Some(kib * 10 / 9)).take_while(|&kib| kib < 1_000_000) {
+        let of = world.program();
+        let mut limited = Command::new("sh");
+        limited.args(["-c", &format!("ulimit -v {kib}; exec \"$0\" \"$@\"")]).arg(of.get_program());
+        limited.envs(of.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        let output = limited.args(["download", "4b", "-q"]).output().expect("it runs");
+        // Below that there is not even a program.
+        let is_none = output.status.code() == Some(127) || output.stderr.starts_with(b"sh: ");
+        if is_none || is_end_of_a_library(&output.stderr) {
+            continue;
+        }
+        let run = Run::checked(output);
+        if run.status == 0 {
+            break;
+        }
+        run.fails(&[]);
+        failed += 1;
+    }
+    assert!(failed > 0, "the least that it starts with is enough");
 }
 
 #[test]

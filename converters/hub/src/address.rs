@@ -81,6 +81,12 @@ pub(crate) fn without_user(text: &str) -> String {
     format!("{scheme}{}", rest.rsplit('@').next().unwrap_or_default())
 }
 
+/// A name that may be an address by mistake, as it may be shown.
+pub fn without_secrets(name: &str) -> String {
+    let user = |name: &str| name.split_once('@').is_some_and(|(user, _)| user.contains(':'));
+    if name.contains("://") || user(name) { shown(&without_user(name)) } else { name.to_owned() }
+}
+
 /// `https://` and the rest.
 fn split_scheme(text: &str) -> (&str, &str) {
     text.split_at(text.find("://").map_or(0, |at| at + 3))

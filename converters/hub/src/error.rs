@@ -19,6 +19,9 @@ pub enum HubError {
         /// Which rule it breaks.
         reason: &'static str,
     },
+    /// There is no thread for a transfer.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
     /// The revision could not be a branch, a tag or a commit.
     #[error("{revision:?} is not a revision: {reason}")]
     InvalidRevision {

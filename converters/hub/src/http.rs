@@ -114,10 +114,10 @@ impl<'a> Client<'a> {
 
     /// Runs `work` while another thread watches the cancel flag and, when it is raised, closes every connection, so
     /// that no read is left blocking.
-    pub(crate) fn watched<T>(&self, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn watched<T>(&self, work: impl FnOnce() -> Result<T, HubError>) -> Result<T, HubError> {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let watcher = scope.spawn(|| {
+            let watch = || {
                 while !done.load(Ordering::Acquire) {
                     if self.stopped() {
                         self.agent.clone().shutdown();
@@ -125,7 +125,8 @@ impl<'a> Client<'a> {
                     }
                     thread::park_timeout(WATCH);
                 }
-            });
+            };
+            let watcher = thread::Builder::new().spawn_scoped(scope, watch).map_err(HubError::Thread)?;
             // Also on unwinding, or the scope would wait for a watcher that waits for `done`.
             struct Finish<'b>(&'b AtomicBool, thread::Thread);
             impl Drop for Finish<'_> {

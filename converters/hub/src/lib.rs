@@ -44,6 +44,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use address::without_secrets;
 pub use error::{Credentials, HubError};
 pub use expected::expected_sha256;
 pub use names::{ALIASES, Alias, DEFAULT_INCLUDE, RepoId, closest_known};

@@ -9,6 +9,7 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::HubError;
+use crate::address::without_secrets;
 
 /// A model that has a short name.
 #[derive(Debug)]
@@ -36,8 +37,15 @@ pub const ALIASES: [Alias; 2] = [
 ];
 
 /// What a conversion reads: weights and their index, configuration, tokenizer, chat template.
-pub const DEFAULT_INCLUDE: [&str; 6] =
-    ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"];
+pub const DEFAULT_INCLUDE: [&str; 7] = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+];
 
 /// A model repository on the hub, `owner/name`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -57,7 +65,7 @@ impl RepoId {
 
     /// Reads `owner/name` alone.
     pub(crate) fn owner_and_name(text: &str) -> Result<RepoId, HubError> {
-        let invalid = |reason| Err(HubError::InvalidName { name: text.to_owned(), reason });
+        let invalid = |reason| Err(HubError::InvalidName { name: without_secrets(text), reason });
         let Some((owner, name)) = text.split_once('/') else {
             return invalid("it is no alias, and `owner/name` has a slash");
         };
@@ -258,6 +266,15 @@ mod tests {
     }
 
     #[test]
+    fn what_an_address_hides_is_not_repeated() {
+        for name in ["https://me:Passw0rd@hub/a/b?token=Passw0rd", "me:Passw0rd@hub/a", "ftp://Passw0rd@h"] {
+            let error = RepoId::parse(name).unwrap_err().to_string();
+            assert!(!error.contains("Passw0rd") && error.contains('h'), "{error}");
+        }
+        assert!(RepoId::parse("a/b@c/d").unwrap_err().to_string().contains("a/b@c/d"));
+    }
+
+    #[test]
     fn ordinary_names_are_accepted() {
         for revision in ["main", "refs/pr/3", "v1.0", "é+#"] {
             check_revision(revision).unwrap();
@@ -279,7 +296,12 @@ mod tests {
     #[test]
     fn default_patterns_take_the_top_folder_and_given_ones_take_all() {
         let default = Include::new(&[]).unwrap();
-        for path in ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"] {
+        for path in [
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+        ] {
             assert!(default.matches(path), "{path}");
         }
         for path in ["README.md", "onnx/config.json", "pytorch_model.bin", "modeling_smallthinker.py"] {

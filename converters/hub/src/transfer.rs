@@ -155,7 +155,7 @@ impl Transfer<'_> {
             let _ = far_empty.send(vec![0; CHUNK]);
         }
         thread::scope(|scope| {
-            let hashing = scope.spawn(move || {
+            let hash = move || {
                 let mut hasher = Hasher::new(self.entry);
                 for piece in far_full {
                     match piece {
@@ -167,7 +167,8 @@ impl Transfer<'_> {
                     }
                 }
                 hasher.hex()
-            });
+            };
+            let hashing = thread::Builder::new().spawn_scoped(scope, hash).map_err(HubError::Thread)?;
             let queue = HashQueue { full, empty };
             self.hash_existing(file, arrived, &queue)?;
             self.fetch_rest(file, arrived, &queue)?;

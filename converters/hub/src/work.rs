@@ -31,9 +31,9 @@ impl Work<'_> {
         let next = AtomicUsize::new(0);
         let (failed, failures) = mpsc::channel();
         thread::scope(|scope| {
-            for _ in 0..self.jobs.clamp(1, indices.len().max(1)) {
+            for started in 0..self.jobs.clamp(1, indices.len().max(1)) {
                 let (next, failed) = (&next, failed.clone());
-                scope.spawn(move || {
+                let work = move || {
                     while let Some(index) = indices.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if let Err(error) = self.fetch(*index) {
                             // The receiver outlives the scope.
@@ -42,9 +42,16 @@ impl Work<'_> {
                             return;
                         }
                     }
-                });
+                };
+                match thread::Builder::new().spawn_scoped(scope, work) {
+                    Ok(_) => {}
+                    Err(error) if started == 0 => return Err(HubError::Thread(error)),
+                    // Those that there are do the work of all.
+                    Err(_) => break,
+                }
             }
-        });
+            Ok(())
+        })?;
         drop(failed);
         // What the others say after the first failure is only that they were stopped.
         failures.into_iter().next().map_or(Ok(()), Err)

@@ -164,7 +164,8 @@ fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize, huge_pag
         Ok(())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = buffers.into_iter().map(|bounce| scope.spawn(move || read_some(bounce))).collect();
+        let start = |bounce| std::thread::Builder::new().spawn_scoped(scope, move || read_some(bounce));
+        let threads = buffers.into_iter().map(start).collect::<io::Result<Vec<_>>>()?;
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
     })?;
     let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();

@@ -13,6 +13,7 @@ use crate::error::ConvertError;
 use crate::input::{Input, Slot, SourceTensor, SourceType};
 use crate::mapped::map_weights;
 use crate::tensor_map::{ModelShape, Scope, TABLE, Tensor};
+use crate::vocabulary;
 
 /// Opens and validates the GGUF file at `path`.
 pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
@@ -23,6 +24,7 @@ pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
     }
     let shape = header.model_shape()?;
     let mut warnings = shape.ignored(header);
+    vocabulary::check(path, &header.metadata)?;
     let parts = gguf.source.parts();
     let tensors = bind(path, header, &parts, &shape)?;
     let carried = carry(&header.metadata);

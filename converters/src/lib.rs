@@ -24,6 +24,7 @@ mod shards;
 pub mod tensor_map;
 mod tokenizer;
 mod tokenizer_json;
+mod vocabulary;
 
 pub use compare::{Difference, DifferenceKind};
 pub use config::ModelConfig;

@@ -18,6 +18,7 @@ use crate::layout::ALIGNMENT;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
 use crate::record;
+use crate::vocabulary;
 
 /// Most bytes that one unit copies of a tensor that holds no experts.
 const COPY_BYTES: u64 = 4 << 20;
@@ -108,6 +109,7 @@ impl<'a> Job<'a> {
         let file = GgufFile::open(path)?;
         let header = &file.header;
         let index = ExpertIndex::from_header(header, &header.model_shape()?)?;
+        vocabulary::check(path, &header.metadata)?;
         if index.layout() == to {
             return Err(ConvertError::Options(format!("{} is in the {} layout already", path.display(), to.name())));
         }

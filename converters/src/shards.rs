@@ -41,7 +41,7 @@ pub(crate) struct Shards {
 
 /// Maps the shards of the checkpoint in `dir`.
 pub(crate) fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Shards, ConvertError> {
-    let names = names(dir)?;
+    let names = names(dir, warnings)?;
     let there = |wanted: &str| {
         let same = |name: &&String| name.eq_ignore_ascii_case(wanted);
         names.iter().find(|name| *name == wanted).or_else(|| names.iter().find(same))
@@ -86,16 +86,18 @@ pub(crate) fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Shards, Con
     Ok(shards)
 }
 
-/// The names of the files in `dir`, in order. One that is no text is none of a shard.
-fn names(dir: &Path) -> Result<Vec<String>, ConvertError> {
+/// The names of the files in `dir`, in order. One that is no text is none that an index could list, so it is left out.
+fn names(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<String>, ConvertError> {
     let fail = |source| ConvertError::Io { path: dir.into(), source };
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        if let Ok(name) = entry.file_name().into_string()
-            && entry.path().is_file()
-        {
-            names.push(name);
+        match entry.file_name().into_string() {
+            Ok(name) if entry.path().is_file() => names.push(name),
+            Err(name) if entry.path().is_file() => {
+                warnings.push(format!("{} has a name that is not UTF-8, and was left out", name.display()));
+            }
+            _ => {}
         }
     }
     names.sort();

@@ -4,6 +4,7 @@
 //! Reads files as data and runs no tokenizer.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::de::{IgnoredAny, MapAccess};
@@ -151,9 +152,50 @@ fn adds(settings: &serde_json::Map<String, Value>) -> Vec<(&'static str, bool)> 
     adds
 }
 
-/// The chat templates: of `chat_template.jinja`, as the Hugging Face tools have it, else of the tokenizer's settings,
-/// else of `chat_template.json`.
+/// The chat templates: of files (`chat_template.jinja`, and the named ones in `additional_chat_templates`), which as in the
+/// Hugging Face tools count more than those of the tokenizer's settings; else of `chat_template.json`.
 fn templates(
+    dir: &Path,
+    setting: Option<&Value>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<(String, String)>, ConvertError> {
+    let more = additional_templates(dir, warnings)?;
+    let mut all = default_templates(dir, setting, warnings)?;
+    all.retain(|(name, _)| !more.iter().any(|(other, _)| other == name));
+    all.extend(more);
+    Ok(all)
+}
+
+/// The templates `NAME.jinja` in the folder `additional_chat_templates`, by name.
+fn additional_templates(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<(String, String)>, ConvertError> {
+    let folder = dir.join("additional_chat_templates");
+    let fail = |source| ConvertError::Io { path: folder.clone(), source };
+    let entries = match std::fs::read_dir(&folder) {
+        Err(error) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&error.kind()) => return Ok(Vec::new()),
+        entries => entries.map_err(fail)?,
+    };
+    let mut templates = BTreeMap::new();
+    for entry in entries {
+        let path = entry.map_err(fail)?.path();
+        if path.extension().is_none_or(|extension| extension != "jinja") {
+            continue;
+        }
+        match path.file_stem().and_then(|stem| stem.to_str()) {
+            Some(name) => {
+                let name = if name == "default" { "" } else { name };
+                templates.insert(name.to_owned(), read_text(&path)?.unwrap_or_default())
+            }
+            None => {
+                warnings.push(format!("{} has a name that is not UTF-8, and was left out", path.display()));
+                continue;
+            }
+        };
+    }
+    Ok(templates.into_iter().collect())
+}
+
+/// The template for ordinary chats, and others that are beside it in one file.
+fn default_templates(
     dir: &Path,
     setting: Option<&Value>,
     warnings: &mut Vec<String>,

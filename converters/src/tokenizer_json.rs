@@ -5,7 +5,7 @@
 //! vocabulary that no reader of the file could use.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -16,16 +16,11 @@ use st_gguf::StringArray;
 
 use crate::error::ConvertError;
 use crate::json::{Members, MembersOf, bounded, read_members};
+use crate::vocabulary::{self, CONTROL, NORMAL, UNUSED, USER_DEFINED};
 
 /// The expression by which Qwen2 splits text into words, and what `tokenizer.ggml.pre = "qwen2"` means.
 pub(crate) const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// What GGUF calls the kinds of tokens.
-pub(crate) const NORMAL: i32 = 1;
-pub(crate) const CONTROL: i32 = 3;
-pub(crate) const USER_DEFINED: i32 = 4;
-pub(crate) const UNUSED: i32 = 5;
 
 /// How deep sequences of steps may nest.
 const MAX_DEPTH: usize = 4;
@@ -381,7 +376,8 @@ impl Reader<'_> {
                 _ => {}
             }
         }
-        self.check_merges(&tokens, &merges)?;
+        let plain = tokens.iter().flatten().filter(|(_, ty)| *ty == NORMAL).map(|&(text, _)| text);
+        vocabulary::check_merges(plain, &merges).map_err(|problem| self.bad(problem))?;
         let mut vocabulary = Vocabulary { merges, ..Vocabulary::default() };
         for (id, token) in tokens.into_iter().enumerate() {
             let (text, ty) = match token {
@@ -395,30 +391,6 @@ impl Reader<'_> {
             vocabulary.types.push(ty);
         }
         Ok(vocabulary)
-    }
-
-    /// Every byte has a token, and every merge joins two tokens to a third: readers of the file demand it.
-    fn check_merges(&self, tokens: &[Option<(&str, i32)>], merges: &StringArray) -> Result<(), ConvertError> {
-        let plain = tokens.iter().flatten().filter(|(_, ty)| *ty == NORMAL);
-        let plain: HashSet<&str> = plain.map(|&(text, _)| text).collect();
-        let mut utf8 = [0; 4];
-        for (byte, letter) in (0..=255u8).zip(byte_letters()) {
-            if !plain.contains(&*letter.encode_utf8(&mut utf8)) {
-                let message =
-                    format!("the vocabulary has no token for the byte {byte:#04x}, which is {letter:?} there");
-                return Err(self.bad(message));
-            }
-        }
-        let mut joined = String::new();
-        for merge in merges.iter() {
-            let (left, right) = merge.split_once(' ').unwrap_or((merge, ""));
-            joined.clear();
-            joined.extend([left, right]);
-            if let Some(token) = [left, right, &joined].into_iter().find(|token| !plain.contains(token)) {
-                return Err(self.bad(format!("the merge {merge:?} needs {token:?}, which is no token")));
-            }
-        }
-        Ok(())
     }
 
     /// The id as a position in the vocabulary.
@@ -453,13 +425,4 @@ fn shown(value: &Value) -> String {
 fn looks_special(text: &str) -> bool {
     let wrapped = |start: &str, end: &str| text.starts_with(start) && text.ends_with(end);
     wrapped("<|", "|>") || wrapped("<｜", "｜>") || wrapped("<unused", ">") || matches!(text, "<pad>" | "<mask>")
-}
-
-/// The letter that stands for each byte in byte-level BPE: itself where it can be seen, else one from 256 on.
-pub(crate) fn byte_letters() -> impl Iterator<Item = char> {
-    let mut next = 0x100..;
-    (0..=255u8).map(move |byte| match byte {
-        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
-        _ => next.next().and_then(char::from_u32).unwrap_or(char::REPLACEMENT_CHARACTER),
-    })
 }

@@ -2,7 +2,8 @@ use serde_json::json;
 use st_gguf::{Array, Value as Gguf};
 
 use super::*;
-use crate::tokenizer_json::{CONTROL, NORMAL, QWEN2_SPLIT, UNUSED, USER_DEFINED, byte_letters};
+use crate::tokenizer_json::QWEN2_SPLIT;
+use crate::vocabulary::{CONTROL, NORMAL, UNUSED, USER_DEFINED, byte_letters};
 
 /// Ids from 0: all bytes, `ab`, `Ġa`, `<|end|>`, `<tool>`.
 const AB: u32 = 256;
@@ -38,7 +39,9 @@ fn read_with_notes(files: &Files<'_>, config: Value) -> Result<(Metadata, Vec<St
     let dir = tempfile::tempdir().unwrap();
     for (name, json) in files {
         let text = if name.ends_with(".jinja") { json.as_str().unwrap().to_owned() } else { json.to_string() };
-        std::fs::write(dir.path().join(name), text).unwrap();
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
     }
     let (mut metadata, mut notes) = (Metadata::new(), Vec::new());
     read(dir.path(), &config, SIZE, &mut notes)?.write(&mut metadata);
@@ -139,6 +142,22 @@ fn several_templates_keep_their_names() {
         assert_eq!(strings(&metadata, "tokenizer.chat_templates"), ["tool_use"]);
         assert_eq!(notes.iter().filter(|note| note.contains("chat_template.jinja")).count(), told, "{notes:?}");
     }
+}
+
+#[test]
+fn templates_in_files_of_their_own_count_more_than_settings() {
+    let list = json!([{"name": "default", "template": "D"}, {"name": "tool_use", "template": "U"}]);
+    let files = [
+        ("tokenizer.json", tokenizer_json()),
+        ("tokenizer_config.json", json!({"chat_template": list})),
+        ("additional_chat_templates/tool_use.jinja", json!("V")),
+        ("additional_chat_templates/rag.jinja", json!("R")),
+        ("additional_chat_templates/notes.txt", json!("no template")),
+    ];
+    let metadata = read_files(&files, json!({"eos_token_id": END})).unwrap();
+    let template = |name: &str| metadata.get(&format!("tokenizer.chat_template{name}")).cloned();
+    assert_eq!([template(""), template(".tool_use"), template(".rag")], ["D", "V", "R"].map(|t| Some(Gguf::from(t))));
+    assert_eq!(strings(&metadata, "tokenizer.chat_templates"), ["rag", "tool_use"]);
 }
 
 #[test]

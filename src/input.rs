@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::signals::Interrupt;
-use crate::text;
+use crate::text::{self, MAX_PROMPT, MORE_THAN_A_CONTEXT};
 
 /// Whether `path` means stdin.
 pub(crate) fn is_stdin(path: &Path) -> bool {
@@ -37,7 +37,12 @@ pub(crate) fn with<T, E: Into<anyhow::Error>>(
     read.with_context(|| format!("cannot read {}", name(path)))
 }
 
-/// The text in `path`, of which no more than `most` bytes are read.
-pub(crate) fn text(path: &Path, most: u64, interrupt: &Interrupt) -> anyhow::Result<String> {
-    with(path, interrupt, |input| text::read(input, most))
+/// The text in `path`, of which no more than `most` bytes are read; `more` says what more is.
+pub(crate) fn text(path: &Path, most: u64, more: &str, interrupt: &Interrupt) -> anyhow::Result<String> {
+    with(path, interrupt, |input| text::read(input, most, more))
+}
+
+/// The text of a prompt in `path`.
+pub(crate) fn prompt(path: &Path, interrupt: &Interrupt) -> anyhow::Result<String> {
+    text(path, MAX_PROMPT, MORE_THAN_A_CONTEXT, interrupt)
 }

@@ -9,11 +9,14 @@ use crate::size::show_size;
 /// More than any context holds: 32 768 tokens, each of the longest kind, are 8 MiB.
 pub(crate) const MAX_PROMPT: u64 = 16 << 20;
 
-/// What `input` holds, of which no more than `most` bytes are read.
-pub(crate) fn read(input: &mut dyn Read, most: u64) -> anyhow::Result<String> {
+/// More than a prompt may be.
+pub(crate) const MORE_THAN_A_CONTEXT: &str = "more text than any context holds";
+
+/// What `input` holds, of which no more than `most` bytes are read; `more` says what more is.
+pub(crate) fn read(input: &mut dyn Read, most: u64, more: &str) -> anyhow::Result<String> {
     let mut bytes = Vec::new();
     input.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
-    ensure!(bytes.len() as u64 <= most, "it is longer than {}, more text than any context holds", show_size(most));
+    ensure!(bytes.len() as u64 <= most, "it is longer than {}, {more}", show_size(most));
     decode(bytes)
 }
 
@@ -56,9 +59,9 @@ mod tests {
 
     #[test]
     fn no_more_is_read_than_may_be() {
-        assert_eq!(read(&mut &b"abc"[..], 3).expect("text"), "abc");
+        assert_eq!(read(&mut &b"abc"[..], 3, "").expect("text"), "abc");
         let mut input = std::io::repeat(b'a').take(1 << 40);
-        assert!(read(&mut input, 1 << 20).is_err());
+        assert!(read(&mut input, 1 << 20, "").is_err());
         assert!(input.limit() > (1 << 40) - (2 << 20));
     }
 }

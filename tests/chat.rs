@@ -239,6 +239,26 @@ fn ctrl_c_while_the_prompt_is_read_forgets_the_message() {
 }
 
 /// What is no saved conversation is neither read nor written over, and the chat goes on.
+/// Texts that no context holds are refused before anything is made of them, and the chat goes on.
+#[test]
+fn conversations_that_no_context_holds_are_refused() {
+    let folder = tempdir().expect("a folder");
+    let [long, longer] = ["long.json", "longer.json"].map(|name| folder.path().join(name));
+    let text = "Once upon a time. ".repeat(20_000);
+    let messages = json!({"messages": [{"role": "user", "content": text}]});
+    std::fs::write(&long, messages.to_string()).expect("written");
+    std::fs::write(&longer, messages.to_string() + &" ".repeat(16 << 20)).expect("written");
+    let system = "Once upon a time. ".repeat(5000);
+    let mut chat = Chat::begin(&["-n", "2", "--system", &system]);
+    assert!(chat.say(&format!("/load {}", arg(&long))).contains("the context holds"));
+    assert!(chat.say(&format!("/load {}", arg(&longer))).contains("longer than 16.0 MiB"));
+    assert!(chat.say("Hi").contains("the context holds"));
+    chat.say("/system");
+    assert!(!chat.say("Hi").contains("error"));
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}
+
 #[test]
 fn only_conversations_are_saved_over_and_loaded() {
     let folder = tempdir().expect("a folder");

@@ -401,7 +401,7 @@ fn memory_that_is_not_to_be_had_is_one_error() {
 
 /// Whether a thread had no memory for the stack of its signals or for its own variables. The standard library and libc end the process
 /// for that before a line of ours runs in the thread; with memory that just suffices it is a matter of the order in which threads start.
-fn is_end_of_a_library(stderr: &[u8]) -> bool {
+pub(crate) fn is_end_of_a_library(stderr: &[u8]) -> bool {
     let said = String::from_utf8_lossy(stderr);
     said.contains("sys/pal/unix/stack_overflow.rs") || said.contains("cannot allocate memory for thread-local data")
 }
@@ -648,6 +648,25 @@ fn inspect_shows_a_file() {
     assert_eq!(object["metadata"]["general.architecture"], "smallthinker");
     assert_eq!(object["layout"], "gguf");
     assert_eq!(object["tensors"].as_array().expect("tensors").len(), 82);
+}
+
+#[test]
+fn a_text_to_be_scored_ends_somewhere() {
+    let zeros = ["perplexity", "tiny", "-f", "/dev/zero"];
+    run(zeros).fails(&["/dev/zero", "longer than 256.0 MiB"]);
+    run([&zeros[..], &["--memory", "64MiB"]].concat()).fails(&["/dev/zero", "longer than 256.0 KiB", "this budget"]);
+}
+
+#[test]
+fn addresses_are_no_models_and_their_passwords_are_not_shown() {
+    for address in ["https://me:Passw0rd@hub.example/a/b", "https://me:Passw0rd@hub.example/m.gguf?token=Passw0rd"] {
+        let refused = run(["run", address, "-p", "x"]).fails(&["hub.example", "is an address"]);
+        assert!(!refused.stderr.contains("Passw0rd") && refused.hint().contains("owner/name"), "{}", refused.stderr);
+        let refused = run(["download", address]).fails(&["hub.example"]);
+        assert!(!refused.stderr.contains("Passw0rd"), "{}", refused.stderr);
+    }
+    let refused = run(["run", "me:Passw0rd@hub/a/b", "-p", "x"]).fails(&["hub/a/b"]);
+    assert!(!refused.stderr.contains("Passw0rd"), "{}", refused.stderr);
 }
 
 #[test]

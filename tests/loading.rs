@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use st_gguf::GgufFile;
 use st_model::{Engine, LoadOptions, LoadProgress, MemoryPlan, ModelError, Reference};
 
-use crate::common::repo;
+use crate::common::{all_logits, engine, repo};
 use crate::program::program;
+use crate::reject::altered;
 
 /// Counts what it is told, and breaks at one reading, counted from 0.
 #[derive(Default)]
@@ -94,4 +95,32 @@ fn ctrl_c_while_a_model_is_loaded_ends_the_command() {
     child.stdout.take().expect("a pipe").read_to_string(&mut stdout).expect("UTF-8");
     let status = child.wait().expect("it ends");
     assert_eq!((status.code(), rest.as_str(), stdout.as_str()), (Some(130), "error: interrupted\n", ""));
+}
+
+/// A file that holds the embedding a second time, as the LM head, takes the memory of one that does not.
+#[test]
+fn a_head_that_is_the_embedding_is_kept_once() {
+    let with_head = |last: u8| {
+        altered(|_, tensors| {
+            let (mut spec, mut bytes) =
+                tensors.iter().find(|(spec, _)| spec.name == "token_embd.weight").expect("an embedding").clone();
+            spec.name = "output.weight".into();
+            *bytes.last_mut().expect("a byte") ^= last;
+            tensors.push((spec, bytes));
+        })
+    };
+    let options = LoadOptions::default();
+    let plan = |file: &GgufFile| Engine::plan_for(file, &options).expect("a plan").dense;
+    let logits = |file: GgufFile| all_logits(&engine(file, &options), &[1, 2, 3]);
+    let ((_same_folder, same), (_other_folder, other)) = (with_head(0), with_head(0x10));
+    let [same, other] = [same, other].map(|path| GgufFile::open(path).expect("a model"));
+    let head = other.header.tensor("output.weight").expect("a head").n_bytes;
+    let tied = plan(&tiny());
+    assert_eq!((plan(&same), plan(&other)), (tied, tied + head));
+    let tied = logits(tiny());
+    assert!(logits(same) == tied);
+    let other = logits(other);
+    // The last byte belongs to the last token's row.
+    let (n, differ) = (tied.len() / 3, |i: &usize| tied[*i] != other[*i]);
+    assert!((0..tied.len()).filter(differ).all(|i| i % n == n - 1) && (0..tied.len()).any(|i| differ(&i)));
 }

@@ -7,7 +7,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value as Json, json};
 use st_gguf::{
-    GgmlType, GgufFile, GgufWriter, Metadata, TensorSpec, Value, WriteOptions, checksum_keys, reserve_checksums,
+    GgmlType, GgufFile, GgufWriter, Metadata, StringArray, TensorSpec, Value, WriteOptions, checksum_keys,
+    reserve_checksums,
 };
 use tempfile::{TempDir, tempdir};
 
@@ -177,6 +178,36 @@ fn tokenizers_that_are_broken() {
 }
 
 #[test]
+fn vocabularies_that_no_reader_takes_are_not_converted() {
+    let changes: [(fn(&mut Metadata), &str); 3] = [
+        (|metadata| drop(metadata.insert("tokenizer.ggml.pre", "llama-bpe")), "llama-bpe"),
+        (
+            |metadata| {
+                let merges = ["zq qz"].into_iter().collect::<StringArray>();
+                drop(metadata.insert("tokenizer.ggml.merges", merges));
+            },
+            "zq",
+        ),
+        (
+            |metadata| {
+                let tokens = metadata.strings("tokenizer.ggml.tokens").expect("tokens").expect("tokens");
+                let tokens: StringArray = tokens.iter().map(|text| if text == "x" { "yxy" } else { text }).collect();
+                drop(metadata.insert("tokenizer.ggml.tokens", tokens));
+            },
+            "byte 0x78",
+        ),
+    ];
+    for (change, says) in changes {
+        let (folder, path) = altered(|metadata, _| change(metadata));
+        let out = folder.path().join("o.gguf");
+        run(["layout", arg(&path), arg(&out), "--to", "offload"]).fails(&["altered.gguf", says]);
+        run(["quantize", arg(&path), "--q8_0", "-o", arg(&out)]).fails(&["altered.gguf", says]);
+        run(["run", arg(&path), "-p", "x"]).fails(&[]);
+        assert_eq!(names(folder.path()), ["altered.gguf"]);
+    }
+}
+
+#[test]
 fn chat_templates_that_grow_fail_or_make_nothing() {
     let with = |template: &str| altered(|metadata, _| drop(metadata.insert("tokenizer.chat_template", template)));
     let plus = format!("{{{{ 1{} }}}}", "+1".repeat(20_000));
@@ -221,6 +252,8 @@ fn prompts_that_no_context_holds() {
     fs::write(&marked, b"\xef\xbb\xbfOnce\r\n").expect("written");
     let tiny = repo("models/tiny/tiny-q4_0.gguf");
     run(["run", arg(&tiny), "-f", arg(&long), "-n", "1"]).fails(&["the prompt needs", "the context holds"]);
+    let system = "Once upon a time. ".repeat(5000);
+    run(["run", arg(&tiny), "-p", "x", "-n", "1", "--system", &system]).fails(&["the prompt needs"]);
     run(["run", arg(&tiny), "-f", arg(&sparse), "-n", "1"]).fails(&["sparse", "longer than 16.0 MiB"]);
     let answer = |prompt: [&str; 2]| {
         run(["run", arg(&tiny), prompt[0], prompt[1], "-n", "1", "--temp", "0", "--json", "--seed", "1"]).ok()
@@ -353,6 +386,26 @@ fn weights_that_are_no_numbers_are_not_converted() {
         true
     });
     checkpoint.refused(&["layers.0.self_attn.k_proj.weight", "NaN"]);
+}
+
+#[test]
+fn names_in_another_encoding_are_told_of_and_kept() {
+    let latin = || Value::Octets(b"caf\xe9 \x1b[31m".to_vec());
+    let (folder, path) = altered(|metadata, _| drop(metadata.insert("general.name", latin())));
+    let said = run(["inspect", arg(&path)]);
+    assert!(said.stderr.contains("`general.name` is not UTF-8 text"), "{}", said.stderr);
+    assert!(said.ok().contains("caf\u{fffd} \\u{1b}[31m"));
+    let said = run(["run", arg(&path), "-p", "x", "-n", "1"]);
+    assert!(said.stderr.contains("`general.name` is not UTF-8 text"), "{}", said.stderr);
+    said.ok();
+    let packed = folder.path().join("o.gguf");
+    run(["layout", arg(&path), arg(&packed), "--to", "offload"]).ok();
+    let kept = GgufFile::open(&packed).expect("a model");
+    assert_eq!(kept.header.metadata.get("general.name"), Some(&latin()));
+    let (_folder, path) = altered(|metadata, _| drop(metadata.insert("tokenizer.ggml.pre", latin())));
+    refused(&path, &["`tokenizer.ggml.pre`", "not UTF-8"]);
+    let (_folder, path) = altered(|metadata, _| drop(metadata.insert("general.architecture", latin())));
+    refused(&path, &["`general.architecture`", "not UTF-8"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use rustix::termios::{QueueSelector, tcflush};
 use rustyline::Editor;
 use rustyline::config::{Behavior, Config};
@@ -13,17 +13,19 @@ use rustyline::error::ReadlineError;
 use rustyline::history::MemHistory;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
-use st_gguf::{FileSource, Kind, OutputFile};
+use st_gguf::{FileSource, Kind, OutputFile, ReadAt as _};
 use st_model::chat::{ChatTemplate, Message, Role};
 use st_model::sampler::Sampler;
 use st_model::tokenizer::Tokenizer;
 use st_model::{Engine, FinishReason, GenerateError, GenerateOptions, GenerateStats, Session};
 
-use super::run::{Out, bad_template, no_template, no_tokenizer};
+use super::run::{Out, bad_template, check_length, no_template, no_tokenizer};
 use super::stats;
 use crate::cli::RunArgs;
 use crate::context::Context;
 use crate::report::{self, Interrupted, is_closed_output};
+use crate::size::show_size;
+use crate::text::{MAX_PROMPT, MORE_THAN_A_CONTEXT};
 
 const HELP: &str = "\
 /help          this list
@@ -240,10 +242,14 @@ impl<'a> Chat<'a> {
     fn answer(&mut self, text: &str) -> anyhow::Result<Option<String>> {
         let ids = match self.raw {
             false => {
+                self.check_length(&self.all_messages())?;
                 let rendered = template(&self.engine)?.render(&self.all_messages(), true);
                 tokenizer(&self.engine)?.encode_chat(&rendered.map_err(|error| bad_template(&error))?)?
             }
-            true => tokenizer(&self.engine)?.encode_prompt(text, true)?,
+            true => {
+                check_length(&self.engine, tokenizer(&self.engine)?, std::iter::once(text))?;
+                tokenizer(&self.engine)?.encode_prompt(text, true)?
+            }
         };
         // What the conversation has in common with what was run already is not run again.
         let kept = self.session.keep_prefix(&ids);
@@ -257,6 +263,12 @@ impl<'a> Chat<'a> {
         Ok((!stopped).then_some(answer.text))
     }
 
+    /// Refuses messages that the context cannot hold before they are rendered.
+    fn check_length(&self, messages: &[Message]) -> anyhow::Result<()> {
+        let texts = messages.iter().map(|message| message.content.as_str());
+        check_length(&self.engine, tokenizer(&self.engine)?, texts)
+    }
+
     fn save(&self, path: &Path) -> anyhow::Result<()> {
         let saved = Saved { messages: self.all_messages() };
         let mut json = serde_json::to_vec_pretty(&saved)?;
@@ -268,6 +280,7 @@ impl<'a> Chat<'a> {
 
     fn load(&mut self, path: &Path) -> anyhow::Result<()> {
         let mut messages = read_saved(path)?.messages;
+        self.check_length(&messages)?;
         self.system = None;
         if messages.first().is_some_and(|message| message.role == Role::System) {
             self.system = Some(messages.remove(0).content);
@@ -306,6 +319,12 @@ fn tokenizer(engine: &Engine) -> anyhow::Result<&Tokenizer> {
 
 fn read_saved(path: &Path) -> anyhow::Result<Saved> {
     let file = FileSource::open(path)?;
+    ensure!(
+        file.len() <= MAX_PROMPT,
+        "{} is longer than {}, {MORE_THAN_A_CONTEXT}",
+        path.display(),
+        show_size(MAX_PROMPT)
+    );
     // Piece by piece, so that what is no conversation is not read to its end.
     serde_json::from_reader(BufReader::new(file.file()))
         .with_context(|| format!("{} is no saved conversation", path.display()))

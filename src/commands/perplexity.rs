@@ -18,9 +18,17 @@ use crate::report::Advice;
 use crate::{input, ui};
 
 const DEFAULT_WINDOW: usize = 512;
+/// The longest text that is scored: days of work. It is held in memory, with its tokens.
+const MAX_TEXT: u64 = 256 << 20;
+/// The share of a budget that a text may take: it and its tokens fit the reserve.
+const BUDGET_SHARE: u64 = 256;
 
 pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<ExitCode> {
-    let text = input::text(&args.file, u64::MAX, &context.interrupt)?;
+    let (most, more) = match args.engine.memory {
+        Some(budget) => (MAX_TEXT.min(budget / BUDGET_SHARE), "more than this budget holds"),
+        None => (MAX_TEXT, "more than can be scored; score a part of it"),
+    };
+    let text = input::text(&args.file, most, more, &context.interrupt)?;
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let limit = file.header.model_shape()?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));

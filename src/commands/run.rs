@@ -22,7 +22,6 @@ use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
 use crate::report::{Advice, Interrupted, OutputError};
 use crate::signals::Interrupt;
-use crate::text::MAX_PROMPT;
 use crate::{input, ui};
 
 /// How long a prompt is run before a bar shows how far it is.
@@ -206,7 +205,7 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     if empty {
         return Err(Advice::new("the prompt is empty", "give a text with -p TEXT, -f FILE or on stdin").into());
     }
-    check_length(engine, tokenizer, text)?;
+    check_length(engine, tokenizer, args.system.as_deref().into_iter().chain([text]))?;
     if args.raw {
         return Ok(tokenizer.encode_prompt(text, true)?);
     }
@@ -224,15 +223,25 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     Ok(tokenizer.encode_chat(&rendered)?)
 }
 
-/// Refuses a text that the context cannot hold before anything is made of it: rendering and encoding take several times
-/// its size. Texts so short that this takes no memory to speak of are left to the model.
-pub(crate) fn check_length(engine: &Engine, tokenizer: &Tokenizer, text: &str) -> anyhow::Result<()> {
+/// Refuses texts that the context cannot hold together before anything is made of them: rendering and encoding take
+/// several times their size. Texts so short that this takes no memory to speak of are left to the model.
+pub(crate) fn check_length<'t>(
+    engine: &Engine,
+    tokenizer: &Tokenizer,
+    texts: impl Iterator<Item = &'t str> + Clone,
+) -> anyhow::Result<()> {
     const SHORT: usize = 64 << 10;
-    if text.len() <= SHORT.max(engine.ctx()) {
+    let bytes: usize = texts.clone().map(str::len).sum();
+    if bytes <= SHORT.max(engine.ctx()) {
         return Ok(());
     }
-    let least = text.len() / tokenizer.longest_token().max(1);
-    let needed = if least > engine.ctx() { least } else { tokenizer.count_to(text, engine.ctx() + 1)? };
+    let mut needed = bytes / tokenizer.longest_token().max(1);
+    if needed <= engine.ctx() {
+        needed = 0;
+        for text in texts {
+            needed += tokenizer.count_to(text, engine.ctx() + 1 - needed.min(engine.ctx()))?;
+        }
+    }
     match needed > engine.ctx() {
         true => Err(ModelError::ContextFull { needed, ctx: engine.ctx() }.into()),
         false => Ok(()),
@@ -263,9 +272,9 @@ fn read_input(args: &RunArgs, interrupt: &Interrupt) -> anyhow::Result<Input> {
     }
     let text = match (&args.prompt, &args.file) {
         (Some(prompt), _) if prompt != "-" => return Ok(Input::Text(prompt.clone())),
-        (None, Some(file)) => input::text(file, MAX_PROMPT, interrupt)?,
+        (None, Some(file)) => input::prompt(file, interrupt)?,
         (None, None) if io::stdin().is_terminal() => return Ok(Input::Chat),
-        _ => input::text(Path::new("-"), MAX_PROMPT, interrupt)?,
+        _ => input::prompt(Path::new("-"), interrupt)?,
     };
     Ok(Input::Text(without_last_break(text)))
 }

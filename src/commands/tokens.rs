@@ -7,12 +7,11 @@ use std::path::Path;
 use crate::input;
 use crate::report::Advice;
 use crate::signals::Interrupt;
-use crate::text::MAX_PROMPT;
 
 /// Reads a list of token ids; whitespace counts as a separator.
 pub(crate) fn parse(list: &OsStr, interrupt: &Interrupt) -> anyhow::Result<Vec<u32>> {
     let text = match list.as_bytes().strip_prefix(b"@") {
-        Some(path) => input::text(Path::new(OsStr::from_bytes(path)), MAX_PROMPT, interrupt)?,
+        Some(path) => input::prompt(Path::new(OsStr::from_bytes(path)), interrupt)?,
         None => list.to_string_lossy().into_owned(),
     };
     let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());

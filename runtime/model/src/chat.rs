@@ -20,7 +20,7 @@ use crate::python;
 use crate::template::{self, Failure, Guard};
 use crate::tokenizer::{TokenizerError, control_texts};
 
-const KEY_TEMPLATE: &str = "tokenizer.chat_template";
+pub(crate) const KEY_TEMPLATE: &str = "tokenizer.chat_template";
 /// The names of further templates, each under `tokenizer.chat_template.NAME`.
 const KEY_NAMES: &str = "tokenizer.chat_templates";
 /// Roles as templates know them. They are written by programs, not by people, and may be part of control tokens.
@@ -128,6 +128,8 @@ pub struct ChatTemplate {
     bos_token: Option<String>,
     eos_token: Option<String>,
     control: ControlTexts,
+    /// Bytes that a rendering may make.
+    most: usize,
 }
 
 impl ChatTemplate {
@@ -159,6 +161,7 @@ impl ChatTemplate {
             bos_token: token("tokenizer.ggml.bos_token_id")?,
             eos_token: token("tokenizer.ggml.eos_token_id")?,
             control: ControlTexts::new(control_texts(metadata).map_err(Box::new)?),
+            most: usize::MAX,
         }))
     }
 
@@ -169,7 +172,12 @@ impl ChatTemplate {
     pub fn new<'t>(source: &str, control: impl IntoIterator<Item = &'t str>) -> Result<Self, ChatError> {
         let source = without_generation_tags(source);
         template::check(&source)?;
-        Ok(Self { source, bos_token: None, eos_token: None, control: ControlTexts::new(control) })
+        Ok(Self { source, bos_token: None, eos_token: None, control: ControlTexts::new(control), most: usize::MAX })
+    }
+
+    /// Bounds what a rendering makes to what a memory plan counts.
+    pub(crate) fn within_a_budget(self) -> Self {
+        Self { most: template::MOST_UNDER_A_BUDGET, ..self }
     }
 
     /// Whether the template compiles.
@@ -212,7 +220,7 @@ impl ChatTemplate {
         };
         let (messages, tools): (Vec<Value>, Vec<Value>) =
             (messages.iter().map(mark).collect(), tools.iter().map(mark).collect());
-        let guard = Guard::new(messages.iter().chain(&tools).map(text_in).sum());
+        let guard = Guard::new(messages.iter().chain(&tools).map(text_in).sum(), self.most);
         let mut environment = template::environment(&guard);
         extend(&mut environment, marker);
         let root = context! {

@@ -96,7 +96,10 @@ impl Engine {
     ) -> Result<Arc<Self>, ModelError> {
         let config = file.header.model_shape()?;
         let tokenizer = Tokenizer::from_metadata_with(&file.header.metadata, progress)?;
-        let chat_template = ChatTemplate::unchecked(&file.header.metadata).map_err(Arc::new);
+        let mut chat_template = ChatTemplate::unchecked(&file.header.metadata).map_err(Arc::new);
+        if options.memory.is_some() {
+            chat_template = chat_template.map(|template| template.map(ChatTemplate::within_a_budget));
+        }
         let end_ids = match &tokenizer {
             Some(tokenizer) => tokenizer.end_ids().to_vec(),
             None => crate::tokenizer::end_ids(&file.header.metadata)?,

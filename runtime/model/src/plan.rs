@@ -68,6 +68,8 @@ pub struct FixedCosts {
     pub scratch: u64,
     /// Buffers between the disk and the slots.
     pub io: u64,
+    /// What rendering a chat may make, where the file has a template.
+    pub template: u64,
 }
 
 /// What grows with the context and with the slots.
@@ -109,6 +111,8 @@ pub struct MemoryPlan {
     pub scratch: u64,
     /// Buffers of expert reads, and what whole large pages add to the slots, in bytes.
     pub io: u64,
+    /// What the chat template may make, in bytes; 0 where the file has none.
+    pub template: u64,
     /// Conversations at once.
     pub sequences: usize,
     /// Keys and values of all sequences, in the layers that attend to everything, at the full context.
@@ -213,6 +217,7 @@ impl MemoryPlan {
             dense: fixed.dense,
             scratch: fixed.scratch,
             io: fixed.io,
+            template: fixed.template,
             sequences,
             kv_full: sequences as u64 * positions * variable.kv_full_per_token,
             kv_window: sequences as u64 * variable.kv_window,
@@ -252,7 +257,7 @@ impl MemoryPlan {
 
     /// Everything but the expert cache and the reserve, in bytes.
     pub fn beside_cache(&self) -> u64 {
-        self.process + self.dense + self.scratch + self.io + self.kv_full + self.kv_window
+        self.process + self.dense + self.scratch + self.io + self.template + self.kv_full + self.kv_window
     }
 
     /// Everything together, in bytes.
@@ -290,7 +295,13 @@ mod tests {
     /// What either residency costs: a large batch takes 90 MiB more.
     fn costs() -> [Costs; 2] {
         [120, 30].map(|scratch| Costs {
-            fixed: FixedCosts { process: 40 * MIB, dense: 240 * MIB, scratch: scratch * MIB, io: 8 * MIB },
+            fixed: FixedCosts {
+                process: 40 * MIB,
+                dense: 240 * MIB,
+                scratch: scratch * MIB,
+                io: 7 * MIB,
+                template: MIB,
+            },
             variable: VariableCosts { kv_full_per_token: 32 << 10, kv_window: MIB, slot: 2 * MIB },
         })
     }

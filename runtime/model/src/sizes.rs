@@ -12,6 +12,7 @@ use crate::moe::Moe;
 use crate::ops::Linear;
 use crate::options::LoadOptions;
 use crate::plan::{Costs, FixedCosts, MemoryPlan, PlanRequest, PlanShape, Residency, VariableCosts};
+use crate::template::MOST_UNDER_A_BUDGET;
 use crate::weights::{self, TensorSource};
 use crate::workspace::{Workspace, logit_rows};
 
@@ -85,6 +86,10 @@ pub(crate) fn plan(
             dense,
             scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
+            template: match options.memory {
+                Some(_) if source.has_chat_template() => MOST_UNDER_A_BUDGET as u64,
+                _ => 0,
+            },
         };
         let page = kv_cache::format(config, options.kv_type_for(source.is_quantized())).page_bytes() as u64;
         let ctx = options.ctx.unwrap_or(config.context_length);

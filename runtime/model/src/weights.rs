@@ -9,6 +9,7 @@ use st_format::{Matrix, Scope, Tensor, tensor_names};
 use st_gguf::{ExpertIndex, GgmlType, GgufFile, TensorInfo};
 use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
+use crate::chat::KEY_TEMPLATE;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::progress::LoadProgress;
@@ -47,7 +48,7 @@ impl<'a> TensorSource<'a> {
         config: &ModelConfig,
         progress: &'a dyn LoadProgress,
     ) -> Result<Self, ModelError> {
-        let has_head = file.header.tensor(OUTPUT).is_some();
+        let has_head = has_head_of_its_own(file, progress)?;
         for tensor in Tensor::ALL.into_iter().filter(|&tensor| tensor != Tensor::Output || has_head) {
             let layers = match tensor.scope() {
                 Scope::Model => 1,
@@ -69,9 +70,14 @@ impl<'a> TensorSource<'a> {
         self.n_vocab
     }
 
-    /// Whether the LM head is a matrix of its own.
+    /// Whether the LM head is a matrix of its own: where the file has the embedding a second time as the head, one copy serves.
     pub(crate) fn has_head(&self) -> bool {
         self.has_head
+    }
+
+    /// Whether the file has a format for chats.
+    pub(crate) fn has_chat_template(&self) -> bool {
+        self.file.header.metadata.get(KEY_TEMPLATE).is_some()
     }
 
     /// Where each expert lies.
@@ -102,7 +108,7 @@ impl<'a> TensorSource<'a> {
         row_bytes: usize,
         buf: &mut [u8],
     ) -> Result<(), ModelError> {
-        self.go_on()?;
+        go_on(self.progress)?;
         let info = find(self.file, name)?;
         Ok(self.file.read_range(info, (start * row_bytes) as u64, buf)?)
     }
@@ -119,7 +125,7 @@ impl<'a> TensorSource<'a> {
 
     /// A matrix in f32, row by row.
     pub(crate) fn matrix_f32(&self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
-        self.go_on()?;
+        go_on(self.progress)?;
         let info = find(self.file, name)?;
         Ok(dequantize(weight_type(info)?, &self.file.read_tensor(info)?, rows, cols))
     }
@@ -131,7 +137,7 @@ impl<'a> TensorSource<'a> {
         let packed = match self.experts.record(layer, expert) {
             None => None,
             Some(record) => {
-                self.go_on()?;
+                go_on(self.progress)?;
                 let info = find(self.file, &tensor_names::packed(layer))?;
                 let mut packed = vec![0; record.len as usize];
                 self.file.read_range(info, record.offset - info.offset, &mut packed)?;
@@ -139,7 +145,7 @@ impl<'a> TensorSource<'a> {
             }
         };
         let matrix = |matrix: Matrix| {
-            self.go_on()?;
+            go_on(self.progress)?;
             let mut canonical = vec![0; format.canonical_bytes(matrix)];
             match &packed {
                 None => {
@@ -154,13 +160,37 @@ impl<'a> TensorSource<'a> {
         };
         Ok([matrix(Matrix::Gate)?, matrix(Matrix::Up)?, matrix(Matrix::Down)?])
     }
+}
 
-    /// Whether more may be read.
-    fn go_on(&self) -> Result<(), ModelError> {
-        match self.progress.reading() {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(ModelError::Cancelled),
+/// Whether the file has an LM head that is not, byte for byte, its embedding.
+fn has_head_of_its_own(file: &GgufFile, progress: &dyn LoadProgress) -> Result<bool, ModelError> {
+    const CHUNK: usize = 1 << 20;
+    let (Some(head), Some(embedding)) = (file.header.tensor(OUTPUT), file.header.tensor(TOKEN_EMBD)) else {
+        return Ok(file.header.tensor(OUTPUT).is_some());
+    };
+    if (head.ty, head.n_bytes) != (embedding.ty, embedding.n_bytes) {
+        return Ok(true);
+    }
+    let mut chunks = [vec![0; CHUNK], vec![0; CHUNK]];
+    for start in (0..head.n_bytes).step_by(CHUNK) {
+        go_on(progress)?;
+        let len = (head.n_bytes - start).min(CHUNK as u64) as usize;
+        for (tensor, chunk) in [head, embedding].into_iter().zip(&mut chunks) {
+            // Compared with checksums when it is loaded.
+            file.read_unchecked(tensor, start, &mut chunk[..len])?;
         }
+        if chunks[0][..len] != chunks[1][..len] {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether more may be read.
+fn go_on(progress: &dyn LoadProgress) -> Result<(), ModelError> {
+    match progress.reading() {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(ModelError::Cancelled),
     }
 }
 

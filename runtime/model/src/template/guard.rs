@@ -29,6 +29,8 @@ const TEXT: usize = 4 << 20;
 const PARTS: usize = 250_000;
 /// Bytes made by one rendering, beside a multiple of the input.
 const MADE: usize = 32 << 20;
+/// Bytes made by one rendering where the process has a budget, whatever the input: the plan counts them.
+pub(crate) const MOST_UNDER_A_BUDGET: usize = 8 << 20;
 /// What a part of a value takes.
 const PART_BYTES: usize = 32;
 /// Levels of one value.
@@ -59,9 +61,9 @@ fn too_much(what: &str) -> Error {
 }
 
 impl Guard {
-    /// An account for a rendering of `input` bytes of messages.
-    pub(crate) fn new(input: usize) -> Self {
-        let left = MADE.saturating_add(input.saturating_mul(32));
+    /// An account for a rendering of `input` bytes of messages, which makes no more than `most` bytes.
+    pub(crate) fn new(input: usize, most: usize) -> Self {
+        let left = MADE.saturating_add(input.saturating_mul(32)).min(most);
         Self {
             left: Arc::new(AtomicUsize::new(left)),
             text: TEXT.saturating_add(input.saturating_mul(4)),

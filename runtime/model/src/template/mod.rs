@@ -15,7 +15,7 @@ use std::io;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, Error, Value};
 
-pub(crate) use guard::Guard;
+pub(crate) use guard::{Guard, MOST_UNDER_A_BUDGET};
 
 /// The name that errors give a template.
 const NAME: &str = "chat_template";

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 
 fn rendered(source: &str) -> Result<String, Failure> {
-    let guard = Guard::new(0);
+    let guard = Guard::new(0, usize::MAX);
     let list: Value = (0..100).map(|n| Value::from(format!("item {n}"))).collect();
     let root = Value::from_pairs([("list", list), ("text", Value::from("<a> b"))]);
     render(source, &environment(&guard), &root)

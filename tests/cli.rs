@@ -653,8 +653,8 @@ fn inspect_shows_a_file() {
 #[test]
 fn a_text_to_be_scored_ends_somewhere() {
     let zeros = ["perplexity", "tiny", "-f", "/dev/zero"];
-    run(zeros).fails(&["/dev/zero", "longer than 256.0 MiB"]);
-    run([&zeros[..], &["--memory", "64MiB"]].concat()).fails(&["/dev/zero", "longer than 256.0 KiB", "this budget"]);
+    run(zeros).fails(&["/dev/zero", "longer than 256 MiB"]);
+    run([&zeros[..], &["--memory", "64MiB"]].concat()).fails(&["/dev/zero", "longer than 256 KiB", "this budget"]);
 }
 
 #[test]

@@ -68,7 +68,7 @@ fn whoever_reads_a_flipped_bit_names_it() {
     for layout in [Layout::Gguf, Layout::Offload] {
         for Flips { offsets, says } in kinds(WeightType::Q4_0, layout) {
             let (folder, path) = flipped(WeightType::Q4_0, layout, &offsets);
-            for options in [&[][..], &["--memory", "40MiB"]] {
+            for options in [&[][..], &["--memory", "48MiB"]] {
                 let said = answers(&path, options).fails(&["m.gguf", "damaged", "at byte", says]);
                 assert!(said.hint().contains("again"));
             }

@@ -76,16 +76,20 @@ fn download_quantize_run() {
 #[cfg(target_os = "linux")]
 fn threads_that_do_not_start_are_one_error() {
     let world = World::new();
-    let mut failed = 0;
-    for kib in std::iter::successors(Some(20_000u64), |kib| Some(kib * 10 / 9)).take_while(|&kib| kib < 1_000_000) {
+    let limited = |kib: u64, args: &[&str]| {
         let of = world.program();
         let mut limited = Command::new("sh");
         limited.args(["-c", &format!("ulimit -v {kib}; exec \"$0\" \"$@\"")]).arg(of.get_program());
         limited.envs(of.get_envs().filter_map(|(key, value)| Some((key, value?))));
-        let output = limited.args(["download", "4b", "-q"]).output().expect("it runs");
-        // Below that there is not even a program.
-        let is_none = output.status.code() == Some(127) || output.stderr.starts_with(b"sh: ");
-        if is_none || is_end_of_a_library(&output.stderr) {
+        limited.args(args).output().expect("it runs")
+    };
+    // Below that there is not even a program.
+    let steps = || std::iter::successors(Some(20_000), |kib| Some(kib * 10 / 9)).take_while(|&kib| kib < 1_000_000);
+    let starts = steps().find(|&kib| limited(kib, &["--version"]).status.success()).expect("it starts");
+    let mut failed = 0;
+    for kib in steps().filter(|&kib| kib >= starts) {
+        let output = limited(kib, &["download", "4b", "-q"]);
+        if is_end_of_a_library(&output.stderr) {
             continue;
         }
         let run = Run::checked(output);

@@ -179,7 +179,8 @@ fn tokenizers_that_are_broken() {
 
 #[test]
 fn vocabularies_that_no_reader_takes_are_not_converted() {
-    let changes: [(fn(&mut Metadata), &str); 3] = [
+    type Change = fn(&mut Metadata);
+    let changes: [(Change, &str); 3] = [
         (|metadata| drop(metadata.insert("tokenizer.ggml.pre", "llama-bpe")), "llama-bpe"),
         (
             |metadata| {

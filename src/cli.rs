@@ -273,6 +273,15 @@ pub(crate) struct SamplingArgs {
     /// Make the last 64 tokens less likely; 1 does nothing.
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     pub(crate) repeat_penalty: f32,
+    /// Make tokens less likely by F for each time that the answer has them already.
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub(crate) frequency_penalty: f32,
+    /// Make tokens less likely by F where the answer has them already.
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub(crate) presence_penalty: f32,
+    /// Add F to the logit of the token ID.
+    #[arg(long, value_name = "ID=F", num_args = 1.., value_parser = bias)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
     /// Start of the random sequence, for the same answer again; -1, the default, takes another every time.
     #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = unless::<u64>)]
     pub(crate) seed: Unless<u64>,
@@ -499,6 +508,11 @@ fn unless<T: FromStr>(text: &str) -> Result<Unless<T>, String> {
             .map(|number| Unless(Some(number)))
             .map_err(|_| "it must be a whole number from 0, or -1".into()),
     }
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text.split_once('=').and_then(|(id, by)| Some((id.trim().parse().ok()?, by.trim().parse().ok()?)));
+    parsed.filter(|(_, by): &(u32, f32)| by.is_finite()).ok_or_else(|| "write ID=F, such as 151645=-5".into())
 }
 
 /// More threads than the largest machines have are a slip.

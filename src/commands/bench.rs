@@ -155,7 +155,7 @@ fn measure_all(
             start(&mut session, &tokens[..=args.depth], &mut watch)?;
             let measured = measure(&mut session, |session| {
                 for _ in 0..args.generated_tokens {
-                    let next = greedy.sample(session.logits())?;
+                    let next = greedy.sample(session.logits(), 0)?;
                     session.run(&[next], &mut watch)?;
                 }
                 Ok(())
@@ -194,7 +194,7 @@ fn measure_together(
                 batch.push_with_logits(0, last);
                 engine.forward(&batch, &mut [&mut *sequence], &mut workspace, &mut watch)?;
             }
-            next[i] = greedy.sample(workspace.logits(0))?;
+            next[i] = greedy.sample(workspace.logits(0), 0)?;
         }
         let (work, experts, start) = (workspace.work(), engine.store_stats(), Instant::now());
         for _ in 0..args.generated_tokens {
@@ -205,7 +205,7 @@ fn measure_together(
             let mut all: Vec<&mut Sequence> = sequences.iter_mut().collect();
             engine.forward(&batch, &mut all, &mut workspace, &mut watch)?;
             for (i, next) in next.iter_mut().enumerate() {
-                *next = greedy.sample(workspace.logits(i))?;
+                *next = greedy.sample(workspace.logits(i), 0)?;
             }
         }
         let seconds = start.elapsed().as_secs_f64();

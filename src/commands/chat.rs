@@ -176,7 +176,6 @@ impl<'a> Chat<'a> {
             Line::Clear => {
                 self.messages.clear();
                 self.session.reset();
-                self.sampler.forget();
                 Ok(())
             }
             Line::Stats => {
@@ -286,7 +285,6 @@ impl<'a> Chat<'a> {
             self.system = Some(messages.remove(0).content);
         }
         self.messages = messages;
-        self.sampler.forget();
         self.context.ui.note(format_args!("{}: {} messages", path.display(), self.messages.len()));
         Ok(())
     }

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     check_swallowed_model(args)?;
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
-    let mut sampler = Sampler::new(options)?;
+    let mut sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
@@ -297,6 +297,8 @@ fn sampler_options(args: &SamplingArgs) -> SamplerOptions {
         top_p: args.top_p,
         min_p: args.min_p,
         repeat_penalty: args.repeat_penalty,
+        frequency_penalty: args.frequency_penalty,
+        presence_penalty: args.presence_penalty,
         seed: args.seed.0.unwrap_or_else(any_seed),
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::engine::Engine;
-use crate::sampler::{Sampler, SamplerError};
+use crate::sampler::{Allowed, Sampler, SamplerError};
 use crate::text::TextStream;
 
 /// When an answer ends, besides the model's own end tokens.
@@ -51,11 +51,15 @@ pub struct Answer {
     max_tokens: usize,
     /// Tokens that can still be run.
     room: usize,
+    /// Place of the answer's first token in the text.
+    start: usize,
     ids: Vec<u32>,
     text: String,
     /// What of the text was taken.
     taken: usize,
     finish_reason: Option<FinishReason>,
+    /// The stop string that ended it.
+    stopped_by: Option<usize>,
 }
 
 impl Answer {
@@ -67,10 +71,12 @@ impl Answer {
             stream: TextStream::new(options.stop.clone()),
             max_tokens,
             room,
+            start: engine.ctx().saturating_sub(room),
             ids: Vec::with_capacity(max_tokens.min(256).min(room)),
             text: String::new(),
             taken: 0,
             finish_reason: None,
+            stopped_by: None,
         }
     }
 
@@ -79,13 +85,26 @@ impl Answer {
     /// # Errors
     /// Where `sampler` finds none; the answer stays as it is.
     pub fn next(&mut self, logits: &[f32], sampler: &mut Sampler) -> Result<Next, SamplerError> {
+        self.next_among(logits, sampler, None)
+    }
+
+    /// [`Answer::next`] among some tokens alone.
+    ///
+    /// # Errors
+    /// As [`Answer::next`].
+    pub fn next_among(
+        &mut self,
+        logits: &[f32],
+        sampler: &mut Sampler,
+        allowed: Option<Allowed<'_>>,
+    ) -> Result<Next, SamplerError> {
         if let Some(reason) = self.finish_reason {
             return Ok(Next::Finish(reason));
         }
         if self.ids.len() >= self.max_tokens {
             return Ok(Next::Finish(self.finish(FinishReason::Length)));
         }
-        let id = sampler.sample(logits)?;
+        let id = sampler.sample_among(logits, self.start + self.ids.len(), allowed)?;
         sampler.accept(id);
         self.ids.push(id);
         if self.engine.end_ids().contains(&id) {
@@ -94,6 +113,7 @@ impl Answer {
         let tokenizer = self.engine.tokenizer();
         let step = self.stream.push(tokenizer.map_or(&[][..], |tokenizer| tokenizer.visible_bytes(id)));
         self.text.push_str(step.text);
+        self.stopped_by = step.stopped;
         if step.stopped.is_some() {
             return Ok(Next::Finish(self.finish(FinishReason::Stop)));
         }
@@ -132,6 +152,11 @@ impl Answer {
     /// Why it ended; `None` while it goes on.
     pub fn finish_reason(&self) -> Option<FinishReason> {
         self.finish_reason
+    }
+
+    /// The stop string that ended it, as an index into the list of the options.
+    pub fn stopped_by(&self) -> Option<usize> {
+        self.stopped_by
     }
 
     /// Text and ids, taken out.

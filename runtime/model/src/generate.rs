@@ -179,8 +179,8 @@ fn drive(
     let clock = Clock::start(session);
     let ran = session.run(prompt, observer);
     (stats.prompt_tokens, stats.prompt_time, stats.prompt_work, stats.prompt_experts) = clock.read(session);
-    prompt[..stats.prompt_tokens].iter().for_each(|&id| sampler.accept(id));
     ran?;
+    sampler.begin(session.tokens());
 
     let clock = Clock::start(session);
     let generated = (|| {

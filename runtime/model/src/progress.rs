@@ -14,6 +14,10 @@ pub trait LoadProgress: Sync {
     fn reading(&self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+
+    /// So many bytes of weights, beyond those told of before, are where they belong; all of them are the plan's dense weights,
+    /// about. Called from several threads.
+    fn loaded(&self, _bytes: u64) {}
 }
 
 /// Progress that nobody watches.

@@ -110,7 +110,9 @@ impl<'a> TensorSource<'a> {
     ) -> Result<(), ModelError> {
         go_on(self.progress)?;
         let info = find(self.file, name)?;
-        Ok(self.file.read_range(info, (start * row_bytes) as u64, buf)?)
+        self.file.read_range(info, (start * row_bytes) as u64, buf)?;
+        self.progress.loaded(buf.len() as u64);
+        Ok(())
     }
 
     /// A vector in f32.

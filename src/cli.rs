@@ -54,6 +54,8 @@ pub(crate) enum Command {
     /// Answer a prompt, or chat.
     #[command(after_help = EXPERT_FIGURES)]
     Run(RunArgs),
+    /// Answer over HTTP, as OpenAI's API does; several at once.
+    Serve(ServeArgs),
     /// Measure speed.
     #[command(after_help = EXPERT_FIGURES)]
     Bench(BenchArgs),
@@ -254,6 +256,58 @@ pub(crate) struct RunArgs {
     /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces an earlier trace.
     #[arg(long, value_name = "FILE")]
     pub(crate) record_routing: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("auth"))]
+pub(crate) struct ServeArgs {
+    /// The model; without it, the small one inside this program.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<OsString>,
+    /// The address to listen on; any but this machine's own needs a key.
+    #[arg(long, value_name = "H", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// The port to listen on; 0 takes any that is free.
+    #[arg(long, value_name = "P", default_value_t = 8080)]
+    pub(crate) port: u16,
+    /// Conversations at once; each has room for the whole context.
+    #[arg(long, value_name = "N", default_value = "4", value_parser = conversations)]
+    pub(crate) parallel: usize,
+    /// Context length; by default the model's own, or what the memory allows.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) ctx: Option<usize>,
+    /// How keys and values are kept (bf16 where the weights are quantized, otherwise f16).
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) kv_type: Option<KvName>,
+    /// What requests must bring as their key; by default ST_TOOL_API_KEY. Other users of this machine see it; a file is better.
+    #[arg(long, value_name = "KEY", group = "auth")]
+    pub(crate) api_key: Option<String>,
+    /// Keys that requests may bring, one a line.
+    #[arg(long, value_name = "FILE", group = "auth")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// No key, whoever may reach the address.
+    #[arg(long, group = "auth")]
+    pub(crate) no_auth: bool,
+    /// Let web pages of this origin ask, such as https://chat.example; `*` lets all.
+    #[arg(long, value_name = "ORIGIN", num_args = 1..)]
+    pub(crate) cors: Vec<String>,
+    /// Requests that may wait; more are refused.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
+    pub(crate) queue: usize,
+    /// The largest request.
+    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size)]
+    pub(crate) max_body: u64,
+    /// Tokens of a prompt that are read between the tokens of other answers, at most.
+    #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]
+    pub(crate) prompt_piece: usize,
+    /// Time that answers under way get when the server is told to end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) grace: u32,
+    /// Names that requests may call the model by; it is listed by the first.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) alias: Vec<String>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
 }
 
 #[derive(Debug, Args)]
@@ -522,6 +576,16 @@ fn threads(text: &str) -> Result<Unless<usize>, String> {
     match unless(text)? {
         Unless(Some(0)) => Err("it must be at least 1".into()),
         Unless(Some(many)) if many > MAX_THREADS => Err(format!("it must be at most {MAX_THREADS}")),
+        number => Ok(number),
+    }
+}
+
+/// More conversations than any machine of this kind serves are a slip.
+const MAX_CONVERSATIONS: usize = 64;
+
+fn conversations(text: &str) -> Result<usize, String> {
+    match positive(text)? {
+        many if many > MAX_CONVERSATIONS => Err(format!("it must be at most {MAX_CONVERSATIONS}")),
         number => Ok(number),
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Env {
     pub(crate) offline: bool,
     /// Proxies for connections.
     pub(crate) proxies: Proxies,
+    /// What requests to a server must bring.
+    pub(crate) api_key: Option<String>,
     /// Whether colours are unwanted.
     pub(crate) no_color: bool,
 }
@@ -52,6 +54,7 @@ impl Env {
             hub_endpoint: endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             offline: offline.is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str())),
             proxies: Proxies::from_variables(proxy),
+            api_key: text("ST_TOOL_API_KEY"),
             no_color: set("NO_COLOR").is_some(),
         }
     }

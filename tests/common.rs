@@ -152,3 +152,13 @@ pub(crate) fn greedy(engine: &Arc<Engine>, ids: &[u32], piece: usize, n: usize) 
     }
     tokens
 }
+
+/// Numbers that look like chance and are the same every time.
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}

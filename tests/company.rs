@@ -5,17 +5,7 @@ use std::sync::Arc;
 use st_convert::{Layout, WeightType};
 use st_model::{Batch, BatchKind, Engine, LoadOptions, ModelError, Sequence, Session};
 
-use crate::common;
-
-/// Numbers that look like chance and are the same every time.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % n
-    }
-}
+use crate::common::{self, Dice};
 
 /// The logits after every token of `text`, run alone.
 fn alone(engine: &Arc<Engine>, text: &[u32]) -> Vec<Vec<f32>> {

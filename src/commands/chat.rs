@@ -19,7 +19,7 @@ use st_model::sampler::Sampler;
 use st_model::tokenizer::Tokenizer;
 use st_model::{Engine, FinishReason, GenerateError, GenerateOptions, GenerateStats, Session};
 
-use super::run::{Out, bad_template, check_length, no_template, no_tokenizer};
+use super::run::{Out, bad_template, no_template, no_tokenizer};
 use super::stats;
 use crate::cli::RunArgs;
 use crate::context::Context;
@@ -246,7 +246,7 @@ impl<'a> Chat<'a> {
                 tokenizer(&self.engine)?.encode_chat(&rendered.map_err(|error| bad_template(&error))?)?
             }
             true => {
-                check_length(&self.engine, tokenizer(&self.engine)?, std::iter::once(text))?;
+                self.engine.check_texts(std::iter::once(text))?;
                 tokenizer(&self.engine)?.encode_prompt(text, true)?
             }
         };
@@ -265,7 +265,7 @@ impl<'a> Chat<'a> {
     /// Refuses messages that the context cannot hold before they are rendered.
     fn check_length(&self, messages: &[Message]) -> anyhow::Result<()> {
         let texts = messages.iter().map(|message| message.content.as_str());
-        check_length(&self.engine, tokenizer(&self.engine)?, texts)
+        Ok(self.engine.check_texts(texts)?)
     }
 
     fn save(&self, path: &Path) -> anyhow::Result<()> {

@@ -18,7 +18,17 @@ pub(crate) fn threads(args: &EngineArgs) -> usize {
     args.threads.0.unwrap_or_else(physical_cores)
 }
 
-/// Opens and loads a model. Without a name, the bundled one, and a note says so.
+/// Opens a model. Without a name, the bundled one, and a note says so.
+pub(crate) fn open(name: Option<&OsStr>, context: &Context) -> anyhow::Result<GgufFile> {
+    if name.is_none() {
+        context
+            .ui
+            .note("note: no MODEL is given; this is `tiny`, the small model inside st-tool: it tells short stories");
+    }
+    Model::resolve(name.unwrap_or("tiny".as_ref()))?.open_gguf(context)
+}
+
+/// Opens and loads a model.
 pub(crate) fn load(
     name: Option<&OsStr>,
     args: &EngineArgs,
@@ -26,13 +36,7 @@ pub(crate) fn load(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
-    if name.is_none() {
-        context
-            .ui
-            .note("note: no MODEL is given; this is `tiny`, the small model inside st-tool: it tells short stories");
-    }
-    let file = Model::resolve(name.unwrap_or("tiny".as_ref()))?.open_gguf(context)?;
-    load_file(file, args, ctx, kv_type, context)
+    load_file(open(name, context)?, args, ctx, kv_type, context)
 }
 
 /// Loads a model that is open already.
@@ -55,11 +59,14 @@ pub(crate) fn load_for(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
-    tell_of_ignored(&file.header, context);
-    let options = LoadOptions {
+    load_with(file, LoadOptions { sequences, ..options(args, ctx, kv_type) }, &Loading(context), context)
+}
+
+/// How a model is loaded, by the options of a command.
+pub(crate) fn options(args: &EngineArgs, ctx: Option<usize>, kv_type: Option<KvName>) -> LoadOptions {
+    LoadOptions {
         threads: threads(args),
         ctx,
-        sequences,
         kv_type: kv_type.map(Into::into),
         memory: args.memory,
         io: args.io.into(),
@@ -68,8 +75,18 @@ pub(crate) fn load_for(
         io_threads: args.reads.map(usize::from),
         isa: args.isa,
         ..LoadOptions::default()
-    };
-    let engine = Engine::load_with(file, &options, &Loading(context))?;
+    }
+}
+
+/// Loads a model that is open already, followed by `progress`.
+pub(crate) fn load_with(
+    file: GgufFile,
+    options: LoadOptions,
+    progress: &dyn LoadProgress,
+    context: &Context,
+) -> anyhow::Result<Arc<Engine>> {
+    tell_of_ignored(&file.header, context);
+    let engine = Engine::load_with(file, &options, progress)?;
     context.interrupt.check()?;
     Ok(engine)
 }
@@ -94,14 +111,21 @@ impl LoadProgress for Loading<'_> {
     }
 }
 
-fn show_plan(plan: &MemoryPlan, context: &Context) {
+pub(crate) fn show_plan(plan: &MemoryPlan, context: &Context) {
     let Some(budget) = plan.budget else { return };
+    let ctx = match plan.sequences {
+        1 => format!("{} tokens", plan.ctx),
+        n => format!("{n} × {} tokens", plan.ctx),
+    };
+    let server = match plan.beside {
+        0 => String::new(),
+        bytes => format!(" + server {}", show_size(bytes)),
+    };
     context.ui.note(format_args!(
-        "memory: {} = weights {} + KV cache {} ({} tokens) + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
+        "memory: {} = weights {} + KV cache {} ({ctx}){server} + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
         show_size(budget),
         show_size(plan.dense),
         show_size(plan.kv_full + plan.kv_window),
-        plan.ctx,
         show_size(plan.scratch + plan.io),
         show_size(plan.template),
         plan.n_slots(),

@@ -13,6 +13,7 @@ mod perplexity;
 mod quantize;
 mod routing;
 mod run;
+mod serve;
 mod shell;
 mod stats;
 mod tokens;
@@ -34,6 +35,7 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Quantize(args) => quantize::run(&args, context),
         Command::Layout(args) => layout::run(&args, context),
         Command::Run(args) => run::run(&args, context),
+        Command::Serve(args) => serve::run(&args, context),
         Command::Bench(args) => bench::run(&args, context),
         Command::CacheSim(args) => cache_sim::run(&args, context),
         Command::Logits(args) => logits::run(&args, context),

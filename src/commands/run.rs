@@ -10,10 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::tokenizer::Tokenizer;
-use st_model::{
-    Batch, Engine, FinishReason, GenerateOptions, Generation, ModelError, Observer, Routing, Session, generate,
-};
+use st_model::{Batch, Engine, FinishReason, GenerateOptions, Generation, Observer, Routing, Session, generate};
 
 use super::chat::Chat;
 use super::routing::{Recorder, RoutingFile};
@@ -205,7 +202,7 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     if empty {
         return Err(Advice::new("the prompt is empty", "give a text with -p TEXT, -f FILE or on stdin").into());
     }
-    check_length(engine, tokenizer, args.system.as_deref().into_iter().chain([text]))?;
+    engine.check_texts(args.system.as_deref().into_iter().chain([text]))?;
     if args.raw {
         return Ok(tokenizer.encode_prompt(text, true)?);
     }
@@ -221,31 +218,6 @@ fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> any
     messages.push(Message::new(Role::User, text));
     let rendered = template.render(&messages, true).map_err(|error| bad_template(&error))?;
     Ok(tokenizer.encode_chat(&rendered)?)
-}
-
-/// Refuses texts that the context cannot hold together before anything is made of them: rendering and encoding take
-/// several times their size. Texts so short that this takes no memory to speak of are left to the model.
-pub(crate) fn check_length<'t>(
-    engine: &Engine,
-    tokenizer: &Tokenizer,
-    texts: impl Iterator<Item = &'t str> + Clone,
-) -> anyhow::Result<()> {
-    const SHORT: usize = 64 << 10;
-    let bytes: usize = texts.clone().map(str::len).sum();
-    if bytes <= SHORT.max(engine.ctx()) {
-        return Ok(());
-    }
-    let mut needed = bytes / tokenizer.longest_token().max(1);
-    if needed <= engine.ctx() {
-        needed = 0;
-        for text in texts {
-            needed += tokenizer.count_to(text, engine.ctx() + 1 - needed.min(engine.ctx()))?;
-        }
-    }
-    match needed > engine.ctx() {
-        true => Err(ModelError::ContextFull { needed, ctx: engine.ctx() }.into()),
-        false => Ok(()),
-    }
 }
 
 /// What goes without a chat template.

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use st_experts::{ExpertStore, StoreOptions, StoreStats};
 use st_gguf::GgufFile;
-use st_kernels::{Isa, KvPool, KvType};
+use st_kernels::{Isa, KvFormat, KvPool, KvType};
 
 use crate::batch::Batch;
 use crate::chat::{ChatError, ChatTemplate};
@@ -122,11 +122,8 @@ impl Engine {
             None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
         }?;
         let kv_format = kv_cache::format(&config, options.kv_type_for(source.is_quantized()));
-        let pages = match plan.budget {
-            Some(_) => (plan.kv_full + plan.kv_window) / kv_format.page_bytes() as u64,
-            None => u64::MAX,
-        };
-        let kv = KvPool::new(kv_format, usize::try_from(pages).unwrap_or(usize::MAX));
+        let planned = pages(&plan, kv_format);
+        let kv = KvPool::new(kv_format, if plan.budget.is_some() { planned } else { usize::MAX });
         let model = Model::load(&source, config, store, plan.residency.batch(), options)?;
         static ENGINES: AtomicU64 = AtomicU64::new(0);
         let id = ENGINES.fetch_add(1, Ordering::Relaxed);
@@ -267,6 +264,33 @@ impl Engine {
         (self.kv.in_use(), self.kv.most())
     }
 
+    /// Pages of keys and values that the plan counts: those of all its sequences at the full context.
+    pub fn planned_pages(&self) -> usize {
+        pages(&self.plan, self.kv.format())
+    }
+
+    /// Refuses texts that the context cannot hold together before anything is made of them: rendering and encoding take several
+    /// times their size. Texts so short that this takes no memory to speak of are left to [`Engine::forward`].
+    ///
+    /// # Errors
+    /// [`ModelError::ContextFull`] with a number of tokens that they have at least; [`ModelError::NoTokenizer`].
+    pub fn check_texts<'t>(&self, texts: impl Iterator<Item = &'t str> + Clone) -> Result<(), ModelError> {
+        const SHORT: usize = 64 << 10;
+        let tokenizer = self.tokenizer().ok_or(ModelError::NoTokenizer)?;
+        let bytes: usize = texts.clone().map(str::len).sum();
+        if bytes <= SHORT.max(self.ctx()) {
+            return Ok(());
+        }
+        let mut needed = bytes / tokenizer.longest_token().max(1);
+        if needed <= self.ctx() {
+            needed = 0;
+            for text in texts {
+                needed += tokenizer.count_to(text, self.ctx() + 1 - needed.min(self.ctx()))?;
+            }
+        }
+        self.check_room(needed)
+    }
+
     /// Rows that one pass takes, at most.
     pub fn max_rows(&self) -> usize {
         self.plan.residency.batch()
@@ -281,4 +305,9 @@ impl Engine {
     pub fn store_stats(&self) -> StoreStats {
         self.model.store().stats()
     }
+}
+
+/// Pages that a plan counts.
+fn pages(plan: &MemoryPlan, format: KvFormat) -> usize {
+    usize::try_from((plan.kv_full + plan.kv_window) / format.page_bytes() as u64).unwrap_or(usize::MAX)
 }

@@ -22,6 +22,8 @@ pub struct LoadOptions {
     pub kv_type: Option<KvType>,
     /// The most memory that the process may use, in bytes.
     pub memory: Option<u64>,
+    /// What the process will take beside the model and its conversations, in bytes: a server's connections, tables of grammars.
+    pub beside: u64,
     /// At most this many experts in the cache, whatever the memory allows; `None` takes what the plan gives.
     pub slots: Option<usize>,
     /// How experts are read.
@@ -47,6 +49,7 @@ impl Default for LoadOptions {
             sequences: 1,
             kv_type: None,
             memory: None,
+            beside: 0,
             slots: None,
             io: IoMode::Auto,
             expert_io: None,

@@ -62,6 +62,8 @@ pub struct Costs {
 pub struct FixedCosts {
     /// The process as it stands when the plan is made: the program, the file's header, the tokenizer.
     pub process: u64,
+    /// What it will take beside the model.
+    pub beside: u64,
     /// Embedding, attention, routers, norms and head, as they lie in memory.
     pub dense: u64,
     /// Activations and scratch of a decoding step and of a prompt batch.
@@ -105,6 +107,8 @@ pub struct MemoryPlan {
     pub budget: Option<u64>,
     /// What the process takes before anything is loaded, in bytes.
     pub process: u64,
+    /// What it will take beside the model: a server's connections, tables of grammars, in bytes.
+    pub beside: u64,
     /// Weights that are always resident: everything but the experts, in bytes.
     pub dense: u64,
     /// Buffers of one forward pass, and what sampling needs, in bytes.
@@ -214,6 +218,7 @@ impl MemoryPlan {
         Self {
             budget: request.budget,
             process: fixed.process,
+            beside: fixed.beside,
             dense: fixed.dense,
             scratch: fixed.scratch,
             io: fixed.io,
@@ -257,7 +262,7 @@ impl MemoryPlan {
 
     /// Everything but the expert cache and the reserve, in bytes.
     pub fn beside_cache(&self) -> u64 {
-        self.process + self.dense + self.scratch + self.io + self.template + self.kv_full + self.kv_window
+        self.process + self.beside + self.dense + self.scratch + self.io + self.template + self.kv_full + self.kv_window
     }
 
     /// Everything together, in bytes.
@@ -296,10 +301,11 @@ mod tests {
     fn costs() -> [Costs; 2] {
         [120, 30].map(|scratch| Costs {
             fixed: FixedCosts {
-                process: 40 * MIB,
+                process: 34 * MIB,
+                beside: 5 * MIB,
                 dense: 240 * MIB,
                 scratch: scratch * MIB,
-                io: 7 * MIB,
+                io: 8 * MIB,
                 template: MIB,
             },
             variable: VariableCosts { kv_full_per_token: 32 << 10, kv_window: MIB, slot: 2 * MIB },

@@ -41,18 +41,23 @@ impl Sequence {
         self.trim();
     }
 
+    /// How many tokens [`Sequence::truncate`] to `len` would keep.
+    pub fn keeps(&self, len: usize) -> usize {
+        match len {
+            len if len >= self.len() => self.len(),
+            len if len < self.kv.iter().map(LayerKv::shortest_cut).max().unwrap_or(0) => 0,
+            len => len,
+        }
+    }
+
     /// Forgets all but the first `len` tokens. Returns how many are kept: `len`, or none where a window layer no longer has
     /// what the next token would see. Where the latest batch began is always kept.
     pub fn truncate(&mut self, len: usize) -> usize {
-        if len >= self.len() {
-            return self.len();
+        let len = self.keeps(len);
+        if len < self.len() {
+            self.tokens.truncate(len);
+            self.trim();
         }
-        if len == 0 || len < self.kv.iter().map(LayerKv::shortest_cut).max().unwrap_or(0) {
-            self.reset();
-            return 0;
-        }
-        self.tokens.truncate(len);
-        self.trim();
         len
     }
 

@@ -83,6 +83,7 @@ pub(crate) fn plan(
         let one = ExpertStore::memory_for(source.experts(), &*slots, &store);
         let fixed = FixedCosts {
             process,
+            beside: options.beside,
             dense,
             scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
@@ -149,8 +150,8 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelEr
 /// The workspace: activations, what experts need, logits.
 fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize, sequences: usize) -> u64 {
     let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, batch)).iter().sum::<usize>();
-    // What sampling makes of logits.
-    let sampling = 3 * n_vocab * size_of::<f32>();
+    // What sampling makes of logits, for each that samples.
+    let sampling = sequences * 3 * n_vocab * size_of::<f32>();
     (Workspace::bytes(config, n_vocab, batch, logit_rows(sequences))
         + inputs
         + Moe::scratch_bytes(config, batch)

@@ -1,0 +1,9 @@
+//! One file an API: requests to jobs, events to responses.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod logprobs;
+pub(crate) mod models;
+pub(crate) mod openai;
+pub(crate) mod status;
+pub(crate) mod text;

@@ -1,0 +1,129 @@
+//! What OpenAI's chat and text completions have in common: the frame of a response, usage, and why an answer ended.
+
+use axum::extract::Request;
+use serde_json::{Value, json};
+
+use crate::app::{App, now};
+use crate::body;
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::job::{Ending, Finished};
+
+/// The fields of a request whose `model` is this one.
+///
+/// # Errors
+/// Where the server is not ready, the body is no JSON object, or another model is asked for.
+pub(crate) async fn fields(app: &App, request: Request) -> Result<Fields, ApiError> {
+    app.engine()?;
+    let bytes = body::read(app, request).await?;
+    let mut fields = Fields::of(body::json(&bytes.bytes)?, "")?;
+    check_model(app, &mut fields)?;
+    Ok(fields)
+}
+
+/// Refuses a request for another model.
+pub(crate) fn check_model(app: &App, fields: &mut Fields) -> Result<(), ApiError> {
+    match fields.text("model")? {
+        Some(model) if !app.settings.names.contains(&model) => Err(no_model(app, &model)),
+        _ => Ok(()),
+    }
+}
+
+/// The error for a model that is not here.
+pub(crate) fn no_model(app: &App, model: &str) -> ApiError {
+    let shown: String = model.chars().take(100).collect();
+    ApiError {
+        param: Some("model".to_owned()),
+        ..ApiError::new(
+            hyper::StatusCode::NOT_FOUND,
+            "model_not_found",
+            format!("the model {shown:?} is not here; this is {}", app.settings.names.join(", ")),
+        )
+    }
+}
+
+/// Whether and how a response is streamed.
+pub(crate) struct Streaming {
+    pub(crate) is_on: bool,
+    pub(crate) with_usage: bool,
+}
+
+impl Streaming {
+    pub(crate) fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        let is_on = fields.flag("stream")?;
+        let with_usage = match fields.within("stream_options")? {
+            Some(mut options) => options.flag("include_usage")?,
+            None => false,
+        };
+        Ok(Self { is_on, with_usage })
+    }
+}
+
+/// What all responses and chunks of one request have in common.
+#[derive(Clone)]
+pub(crate) struct Frame {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    seed: u64,
+    fingerprint: String,
+}
+
+impl Frame {
+    pub(crate) fn new(app: &App, prefix: &str, object: &'static str, seed: u64) -> Self {
+        let fingerprint = format!("st-{}", env!("CARGO_PKG_VERSION"));
+        Self { id: app.id(prefix), object, created: now(), model: app.name().to_owned(), seed, fingerprint }
+    }
+
+    /// An object with `choices`.
+    pub(crate) fn with(&self, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "choices": choices,
+        })
+    }
+}
+
+/// Why an answer ended, in OpenAI's words.
+pub(crate) fn finish_reason(finished: &Finished) -> &'static str {
+    match finished.ending {
+        Ending::EndToken | Ending::StopString(_) => "stop",
+        Ending::Length => "length",
+    }
+}
+
+/// What the answers to some prompts took: each prompt counts once, with its `n` answers.
+pub(crate) fn usage(all: &[Finished], n: usize) -> Value {
+    let first = || all.iter().step_by(n.max(1));
+    let prompt: usize = first().map(|finished| finished.prompt).sum();
+    let cached: usize = first().map(|finished| finished.cached).sum();
+    let made: usize = all.iter().map(|finished| finished.made).sum();
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    })
+}
+
+/// Where the time of an answer went.
+pub(crate) fn timings(finished: &Finished) -> Value {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let rate = |n: usize, time: std::time::Duration| if time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() };
+    json!({
+        "queue_ms": ms(finished.waited),
+        "prompt_n": finished.prompt - finished.cached,
+        "prompt_ms": ms(finished.prompt_time),
+        "prompt_per_second": rate(finished.prompt - finished.cached, finished.prompt_time),
+        "predicted_n": finished.made,
+        "predicted_ms": ms(finished.answer_time),
+        // The first token comes with the prompt.
+        "predicted_per_second": rate(finished.made.saturating_sub(1), finished.answer_time),
+    })
+}

@@ -1,0 +1,129 @@
+//! What the addresses and the engine's thread have in common: a job goes one way, its events the other.
+//!
+//! Every API makes jobs of its requests and texts of their events; the scheduler knows no API. A dropped [`JobHandle`] ends the
+//! job's work: nothing is computed for nobody.
+
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use st_model::sampler::Sampler;
+use st_model::{GenerateOptions, Logprobs};
+use tokio::sync::mpsc;
+
+/// Events of one job that wait for their reader, at most. Whoever reads so slowly waits for himself.
+pub(crate) const EVENTS: usize = 256;
+
+/// One answer to be made.
+pub(crate) struct Job {
+    /// The text that it goes on with; not empty, and no longer than the context.
+    pub(crate) prompt: Vec<u32>,
+    /// How its tokens are chosen.
+    pub(crate) sampler: Sampler,
+    /// When it ends, besides the model's own end tokens.
+    pub(crate) limits: GenerateOptions,
+    /// Whether to tell how likely its tokens were, and how many others beside each.
+    pub(crate) logprobs: Option<usize>,
+    /// What its tokens must fit.
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
+}
+
+/// What the tokens of an answer must fit: a grammar, a schema. One belongs to one answer.
+pub(crate) trait Constraint: Send {
+    /// The token of the answer's latest place is `id`. What may follow can be worked out from now on, beside the layers.
+    ///
+    /// # Errors
+    /// Why this cannot go on.
+    fn accept(&mut self, id: u32) -> Result<(), String>;
+
+    /// Tokens that may come next, one bit each, as [`st_model::sampler::Allowed`] has them; end tokens where the answer may end.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn allowed(&mut self) -> Result<&[u32], String>;
+}
+
+/// What becomes of a job, in order: `Begun`, any number of `Piece`s, and `Finished`; or `Failed` anywhere.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The prompt has been read.
+    Begun,
+    /// More of the answer.
+    Piece(Piece),
+    /// The answer is whole.
+    Finished(Finished),
+    /// There is no more of it.
+    Failed(Failure),
+}
+
+/// A part of an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Piece {
+    /// Whole characters; may be empty.
+    pub(crate) text: String,
+    /// The tokens of it, where logprobs were asked for, end tokens left out.
+    pub(crate) tokens: Vec<Token>,
+}
+
+/// A token and how likely it was.
+#[derive(Debug)]
+pub(crate) struct Token {
+    pub(crate) id: u32,
+    pub(crate) logprobs: Logprobs,
+}
+
+/// How an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// By an end token.
+    EndToken,
+    /// Before a stop string, by its index.
+    StopString(usize),
+    /// At the limit of tokens, or of the context; or the server ends.
+    Length,
+}
+
+/// What an answer took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Finished {
+    pub(crate) ending: Ending,
+    /// Tokens of the prompt.
+    pub(crate) prompt: usize,
+    /// Those of them that were not computed again.
+    pub(crate) cached: usize,
+    /// Tokens of the answer, an end token included.
+    pub(crate) made: usize,
+    /// In the queue.
+    pub(crate) waited: Duration,
+    /// From there to the first token.
+    pub(crate) prompt_time: Duration,
+    /// From there to the last.
+    pub(crate) answer_time: Duration,
+}
+
+/// Why an answer failed.
+#[derive(Clone, Debug)]
+pub(crate) enum Failure {
+    /// Something could not be computed: what, without folders.
+    Model(String),
+    /// The server ends, and the job had not begun.
+    Ending,
+}
+
+/// The reader's end of a job.
+#[derive(Debug)]
+pub(crate) struct JobHandle {
+    events: mpsc::Receiver<Event>,
+}
+
+impl JobHandle {
+    /// A handle, and where its events come from.
+    pub(crate) fn new() -> (Self, mpsc::Sender<Event>) {
+        let (sender, events) = mpsc::channel(EVENTS);
+        (Self { events }, sender)
+    }
+
+    /// The next event; `None` after the last.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.events.poll_recv(cx)
+    }
+}

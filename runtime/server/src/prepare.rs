@@ -1,0 +1,149 @@
+//! Texts and messages to tokens, away from the thread that serves connections, one request at a time.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use st_model::tokenizer::Tokenizer;
+use st_model::{Engine, ModelError};
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::sampling::too_long;
+
+/// Roles that templates know.
+const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
+
+/// Does `work` on a thread of its own, when no other request is at it.
+///
+/// # Errors
+/// What `work` says.
+pub(crate) async fn apart<T: Send + 'static>(
+    app: &App,
+    work: impl FnOnce(&Engine) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let engine = Arc::clone(app.engine()?);
+    let _turn = app.preparing.acquire().await.map_err(|_| ApiError::ending())?;
+    let done = tokio::task::spawn_blocking(move || work(&engine)).await;
+    done.unwrap_or_else(|_| Err(ApiError::new(hyper::StatusCode::INTERNAL_SERVER_ERROR, "failed", "it failed")))
+}
+
+/// The file's tokenizer.
+///
+/// # Errors
+/// Where it has none.
+pub(crate) fn tokenizer(engine: &Engine) -> Result<&Tokenizer, ApiError> {
+    engine.tokenizer().ok_or_else(|| ApiError::bad("the model's file has no tokenizer: it takes token ids alone"))
+}
+
+/// A text as tokens; what is called control tokens in it is letters.
+///
+/// # Errors
+/// Where it is longer than the context.
+pub(crate) fn text(engine: &Engine, text: &str, param: &str) -> Result<Vec<u32>, ApiError> {
+    let tokenizer = tokenizer(engine)?;
+    check(engine, &[text], param)?;
+    tokenizer.encode_prompt(text, false).map_err(|error| ApiError::field(param, error.to_string()))
+}
+
+/// A chat as tokens, rendered by the file's template.
+///
+/// # Errors
+/// Where there is no template, it refuses the messages, or they are longer than the context.
+pub(crate) fn chat(engine: &Engine, messages: &[Value], tools: &[Value]) -> Result<Vec<u32>, ApiError> {
+    let tokenizer = tokenizer(engine)?;
+    let rendered = render(engine, messages, tools)?;
+    tokenizer.encode_chat(&rendered).map_err(|error| ApiError::field("messages", error.to_string()))
+}
+
+/// A chat as the template makes it.
+///
+/// # Errors
+/// As [`chat`].
+pub(crate) fn render(
+    engine: &Engine,
+    messages: &[Value],
+    tools: &[Value],
+) -> Result<st_model::chat::Rendered, ApiError> {
+    const PARAM: &str = "messages";
+    let unusable = |error: std::sync::Arc<st_model::chat::ChatError>| ApiError::bad(error.to_string());
+    let template = engine.chat_template().map_err(unusable)?;
+    let template =
+        template.ok_or_else(|| ApiError::bad("the model's file has no chat template: it takes no messages"))?;
+    let mut texts = Vec::new();
+    messages.iter().chain(tools).for_each(|value| collect_texts(value, &mut texts));
+    check(engine, &texts, PARAM)?;
+    template.render_json(messages, tools, true).map_err(|error| ApiError::field(PARAM, error.to_string()))
+}
+
+fn collect_texts<'v>(value: &'v Value, texts: &mut Vec<&'v str>) {
+    match value {
+        Value::String(text) => texts.push(text),
+        Value::Array(items) => items.iter().for_each(|item| collect_texts(item, texts)),
+        Value::Object(fields) => fields.iter().for_each(|(key, value)| {
+            texts.push(key);
+            collect_texts(value, texts);
+        }),
+        _ => {}
+    }
+}
+
+fn check(engine: &Engine, texts: &[&str], param: &str) -> Result<(), ApiError> {
+    engine.check_texts(texts.iter().copied()).map_err(|error| match error {
+        ModelError::ContextFull { needed, ctx } => too_long(param, needed, ctx),
+        other => ApiError::field(param, other.to_string()),
+    })
+}
+
+/// Messages as templates take them: a role that they know, and content that is text.
+///
+/// # Errors
+/// What is wrong with a message, by its place.
+pub(crate) fn messages(list: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+    if list.is_empty() {
+        return Err(ApiError::field("messages", "it is empty"));
+    }
+    list.into_iter().enumerate().map(|(index, message)| one_message(message, &format!("messages[{index}]"))).collect()
+}
+
+fn one_message(message: Value, name: &str) -> Result<Value, ApiError> {
+    let Value::Object(mut fields) = message else {
+        return Err(ApiError::field(name, "an object is expected"));
+    };
+    let role = fields.get("role").and_then(Value::as_str).filter(|role| ROLES.contains(role)).map(str::to_owned);
+    let Some(role) = role else {
+        return Err(ApiError::field(format!("{name}.role"), format!("one of {} is expected", ROLES.join(", "))));
+    };
+    // What developers say is what templates call a system message.
+    let role = if role == "developer" { "system".to_owned() } else { role };
+    let calls = fields.get("tool_calls").is_some_and(|calls| !calls.is_null());
+    let content = match fields.remove("content") {
+        None | Some(Value::Null) if role == "assistant" && calls => Value::from(""),
+        None | Some(Value::Null) => return Err(ApiError::field(format!("{name}.content"), "it is missing")),
+        Some(content) => Value::from(content_text(content, &format!("{name}.content"))?),
+    };
+    fields.insert("role".to_owned(), role.into());
+    fields.insert("content".to_owned(), content);
+    Ok(Value::Object(fields))
+}
+
+/// A content's text: itself, or that of its parts, each in a line of its own.
+fn content_text(content: Value, name: &str) -> Result<String, ApiError> {
+    let parts = match content {
+        Value::String(text) => return Ok(text),
+        Value::Array(parts) => parts,
+        _ => return Err(ApiError::field(name, "a text is expected, or a list of parts")),
+    };
+    let text = |(index, part): (usize, Value)| {
+        let name = format!("{name}[{index}]");
+        match part.get("type").and_then(Value::as_str) {
+            Some("text" | "input_text" | "output_text" | "refusal") => {
+                let text = part.get("text").or_else(|| part.get("refusal")).and_then(Value::as_str);
+                text.map(str::to_owned).ok_or_else(|| ApiError::field(format!("{name}.text"), "a text is expected"))
+            }
+            Some(kind) => Err(ApiError::field(format!("{name}.type"), format!("this model takes text, not {kind:?}"))),
+            None => Err(ApiError::field(format!("{name}.type"), "it is missing")),
+        }
+    };
+    let texts: Vec<String> = parts.into_iter().enumerate().map(text).collect::<Result<_, _>>()?;
+    Ok(texts.join("\n"))
+}

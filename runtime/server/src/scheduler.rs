@@ -1,0 +1,299 @@
+//! The engine's thread: one step after the other, each with rows of all conversations.
+//!
+//! A step is the next token of every answer and a piece of the prompts that are read, in turn: nobody who is being answered waits
+//! for more than one piece. What a row computes does not depend on the rows beside it, so neither does any answer.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use st_model::{Batch, BatchKind, Engine, ModelError, Observer, Sequence, Workspace};
+use tokio::sync::mpsc::Sender;
+
+use crate::app::App;
+use crate::conversation::Conversation;
+use crate::failure::without_folders;
+use crate::job::{Event, Failure};
+use crate::prefix::{Prefixes, common};
+use crate::slots::Slot;
+
+/// Rows of a step in which nobody is being answered: large enough to be fast, small enough that who comes next is soon served.
+const ALONE: usize = 512;
+/// Who takes nothing for so long, while others wait for the place, is taken for gone.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// A prompt that shares at least so many tokens with one that is being read waits for them.
+const WORTH_WAITING: usize = 32;
+/// Copies of a text under way are kept at such distances, for models that cannot be cut back anywhere.
+const COPY_EVERY: usize = 1024;
+
+/// All conversations, and what runs them.
+pub(crate) struct Scheduler<'a> {
+    app: &'a App,
+    engine: Arc<Engine>,
+    workspace: Workspace,
+    batch: Batch,
+    active: Vec<Conversation>,
+    prefixes: Prefixes,
+    /// Whose prompt is read next.
+    turn: usize,
+    /// The latest step was given up for somebody who had gone; the next reads no prompts, so that answers go on whatever happens.
+    gave_up: bool,
+}
+
+/// A conversation's part of a step.
+#[derive(Clone, Copy)]
+struct Share {
+    index: usize,
+    rows: usize,
+}
+
+impl<'a> Scheduler<'a> {
+    /// Nothing to do yet.
+    ///
+    /// # Errors
+    /// Where buffers cannot be allocated.
+    pub(crate) fn new(app: &'a App, engine: Arc<Engine>) -> Result<Self, ModelError> {
+        let workspace = engine.workspace()?;
+        let prefixes = Prefixes::new(2 * app.settings.parallel * engine.ctx());
+        let (batch, active) = (Batch::default(), Vec::new());
+        Ok(Self { app, engine, workspace, batch, active, prefixes, turn: 0, gave_up: false })
+    }
+
+    /// Answers until the server ends.
+    pub(crate) fn run(mut self) {
+        loop {
+            self.drop_gone();
+            if self.app.is_over() {
+                self.active.iter_mut().for_each(Conversation::cut_off);
+                self.active.clear();
+            }
+            self.admit();
+            self.publish();
+            if self.active.is_empty() {
+                if self.app.is_ending() {
+                    return;
+                }
+                self.app.queue.wait(Duration::from_millis(100));
+                continue;
+            }
+            let step = self.compose();
+            match step.is_empty() {
+                // All readers are slow.
+                true => std::thread::sleep(Duration::from_millis(5)),
+                false => self.step(&step),
+            }
+        }
+    }
+
+    /// Ends what nobody waits for.
+    fn drop_gone(&mut self) {
+        let others_wait = self.app.queue.len() > 0;
+        let is_gone = |conversation: &Conversation| {
+            let stalled = conversation.stalled.is_some_and(|since| since.elapsed() > PATIENCE);
+            conversation.is_gone() || (stalled && others_wait)
+        };
+        for index in (0..self.active.len()).rev() {
+            if is_gone(&self.active[index]) {
+                self.app.metrics.hung_up.add(1);
+                self.end(index);
+            }
+        }
+    }
+
+    /// A conversation is over: its text is kept for those that begin like it.
+    fn end(&mut self, index: usize) {
+        let conversation = self.active.remove(index);
+        self.app.queue.leave(conversation.age());
+        self.prefixes.keep(conversation.sequence);
+        self.give_back_pages();
+    }
+
+    /// Begins conversations as long as there is room.
+    fn admit(&mut self) {
+        while self.active.len() < self.app.settings.parallel {
+            let (active, prefixes) = (&mut self.active, &self.prefixes);
+            // What another one is reading right now is not read twice.
+            let may_begin = |job: &crate::job::Job| {
+                let ahead =
+                    active.iter_mut().filter(|conversation| conversation.is_reading()).find_map(|conversation| {
+                        let shared = common(conversation.prompt(), &job.prompt).min(job.prompt.len() - 1);
+                        let worth = shared >= WORTH_WAITING.max(prefixes.shared(&job.prompt) + 1);
+                        (worth && shared > conversation.sequence.len()).then(|| conversation.copy_at(shared))
+                    });
+                ahead.is_none()
+            };
+            let Some(waiting) = self.app.queue.take(may_begin) else { return };
+            let under_way = self.active.iter().map(|conversation| &conversation.sequence);
+            let hit = self.prefixes.find(&waiting.job.prompt, under_way);
+            let conversation = Conversation::new(waiting, hit, &self.engine);
+            self.app.metrics.prompt_tokens.add(conversation.prompt().len() as u64);
+            self.app.metrics.cached_tokens.add(conversation.cached() as u64);
+            self.active.push(conversation);
+        }
+    }
+
+    fn publish(&self) {
+        let slot = |conversation: &Conversation| Slot {
+            prompt: conversation.prompt().len(),
+            cached: conversation.cached(),
+            read: conversation.sequence.len().min(conversation.prompt().len()),
+            made: conversation.made(),
+        };
+        self.app.slots.set(self.active.iter().map(slot));
+        let metrics = &self.app.metrics;
+        metrics.kv_pages.set(self.engine.kv_pages().0 as u64);
+        metrics.prefixes.set(self.prefixes.len() as u64);
+    }
+
+    /// Who gets how many rows of the next step: a token of every answer, and of prompts what there is room for.
+    fn compose(&mut self) -> Vec<Share> {
+        let mut shares = Vec::new();
+        let mut answering = false;
+        for (index, conversation) in self.active.iter_mut().enumerate() {
+            if conversation.is_reading() {
+                continue;
+            }
+            answering = true;
+            if conversation.has_room() {
+                conversation.stalled = None;
+                shares.push(Share { index, rows: conversation.rows(usize::MAX) });
+            } else {
+                conversation.stalled.get_or_insert_with(Instant::now);
+            }
+        }
+        if std::mem::take(&mut self.gave_up) && answering {
+            return shares;
+        }
+        let piece = self.app.settings.prompt_piece;
+        let taken: usize = shares.iter().map(|share| share.rows).sum();
+        let most = self.engine.max_rows().saturating_sub(taken);
+        let mut room = if answering { piece } else { piece.max(ALONE) }.min(most);
+        let n = self.active.len();
+        let turn = self.turn;
+        for index in (0..n).map(|i| (turn + i) % n) {
+            let conversation = &self.active[index];
+            let rows = if conversation.is_reading() { conversation.rows(room) } else { 0 };
+            if rows > 0 {
+                shares.push(Share { index, rows });
+                room -= rows;
+                self.turn = index + 1;
+            }
+        }
+        shares
+    }
+
+    /// Runs one step. Where it fails, each conversation is run alone, so that nobody fails for another.
+    fn step(&mut self, shares: &[Share]) {
+        let started = Instant::now();
+        match self.forward(shares) {
+            Ok(()) => self.advance(shares),
+            Err(ModelError::Cancelled) => self.gave_up = true,
+            Err(_) if shares.len() > 1 => {
+                for share in shares {
+                    match self.forward(std::slice::from_ref(share)) {
+                        Ok(()) => self.advance_one(0, *share),
+                        Err(ModelError::Cancelled) => self.gave_up = true,
+                        Err(error) => self.active[share.index].fail(failure(&error)),
+                    }
+                }
+                self.end_all_that_are_over();
+            }
+            Err(error) => {
+                self.active[shares[0].index].fail(failure(&error));
+                self.end_all_that_are_over();
+            }
+        }
+        self.app.metrics.steps.add(1);
+        self.app.metrics.busy.add_time(started.elapsed());
+    }
+
+    /// Runs the rows of some conversations.
+    fn forward(&mut self, shares: &[Share]) -> Result<(), ModelError> {
+        let reads = shares.iter().filter(|share| self.active[share.index].is_reading());
+        let read: usize = reads.clone().map(|share| share.rows).sum();
+        let readers = reads.map(|share| self.active[share.index].reader()).collect();
+        self.batch.clear(if read > 8 { BatchKind::Prompt } else { BatchKind::Decode });
+        for share in shares {
+            let pending = self.active[share.index].pending();
+            let (rows, rest) = pending.split_at(share.rows);
+            let (&last, others) = rows.split_last().ok_or(ModelError::EmptyPrompt)?;
+            others.iter().for_each(|&token| self.batch.push(share.index, token));
+            match rest.is_empty() {
+                true => drop(self.batch.push_with_logits(share.index, last)),
+                false => self.batch.push(share.index, last),
+            }
+        }
+        let mut watch = Watch { readers, app: self.app };
+        loop {
+            let mut sequences: Vec<&mut Sequence> =
+                self.active.iter_mut().map(|conversation| &mut conversation.sequence).collect();
+            match self.engine.forward(&self.batch, &mut sequences, &mut self.workspace, &mut watch) {
+                // Texts that are only kept make room for those that are under way.
+                Err(ModelError::KvFull { .. }) if self.prefixes.forget_one() => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// What follows from a step: copies, tokens, ends.
+    fn advance(&mut self, shares: &[Share]) {
+        let mut logits = 0;
+        for share in shares {
+            let wants = self.active[share.index].pending().is_empty();
+            self.advance_one(logits, *share);
+            logits += usize::from(wants);
+        }
+        self.end_all_that_are_over();
+    }
+
+    fn advance_one(&mut self, logits: usize, share: Share) {
+        let conversation = &mut self.active[share.index];
+        let reading = conversation.is_reading();
+        if reading {
+            self.app.metrics.read_tokens.add(share.rows as u64);
+        }
+        let len = conversation.sequence.len();
+        let copy = conversation.takes_copy()
+            || (reading && (len.is_multiple_of(COPY_EVERY) || conversation.pending().is_empty()));
+        if copy {
+            self.prefixes.keep(conversation.sequence.fork());
+        }
+        if conversation.pending().is_empty() {
+            let made = conversation.made();
+            conversation.advance(self.workspace.logits(logits), self.engine.end_ids());
+            self.app.metrics.made_tokens.add((conversation.made() - made) as u64);
+        }
+        self.give_back_pages();
+    }
+
+    fn end_all_that_are_over(&mut self) {
+        for index in (0..self.active.len()).rev() {
+            if self.active[index].is_over {
+                self.end(index);
+            }
+        }
+    }
+
+    /// Texts that are kept take no pages beyond those that were planned.
+    fn give_back_pages(&mut self) {
+        while self.engine.kv_pages().0 > self.engine.planned_pages() && self.prefixes.forget_one() {}
+    }
+}
+
+/// What is told of a failure.
+fn failure(error: &ModelError) -> Failure {
+    Failure::Model(without_folders(error))
+}
+
+/// Ends a step as soon as somebody whose prompt is read has gone, or the server's time is over.
+struct Watch<'a> {
+    readers: Vec<Sender<Event>>,
+    app: &'a App,
+}
+
+impl Observer for Watch<'_> {
+    fn progress(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        let gone = self.readers.iter().any(Sender::is_closed) || (!self.readers.is_empty() && self.app.is_over());
+        if gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}

@@ -1,0 +1,61 @@
+//! What a server is told when it starts.
+
+use std::time::Duration;
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Names of the model; the first is the one that it is listed by.
+    pub names: Vec<String>,
+    /// Conversations at once.
+    pub parallel: usize,
+    /// Requests that may wait for one to end.
+    pub queue: usize,
+    /// The largest body of a request, in bytes.
+    pub max_body: usize,
+    /// Tokens of a prompt that are read between the tokens of others' answers, at most.
+    pub prompt_piece: usize,
+    /// Time that answers under way get when the server ends.
+    pub grace: Duration,
+    /// Keys of which a request must have one; none where everybody may ask.
+    pub keys: Vec<String>,
+    /// Origins of web pages that may ask, such as `https://chat.example`; `*` for all.
+    pub cors: Vec<String>,
+    /// What the model says of itself under `meta` in the list of models, such as its file's name.
+    pub about: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Settings {
+    /// What most want, for a model of that name.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            names: vec![name.into()],
+            parallel: 4,
+            queue: 64,
+            max_body: 8 << 20,
+            prompt_piece: 128,
+            grace: Duration::from_secs(10),
+            keys: Vec::new(),
+            cors: Vec::new(),
+            about: serde_json::Map::new(),
+        }
+    }
+
+    /// Memory that a server with these settings takes beside the model, in bytes, for
+    /// [`LoadOptions::beside`](st_model::LoadOptions::beside).
+    pub fn memory(&self) -> u64 {
+        // The bodies that are read at once, and what is made of one; buffers of connections; events that wait for readers.
+        let bodies = BODIES as u64 * self.max_body as u64 + self.max_body as u64 * 2;
+        let connections = CONNECTIONS as u64 * CONNECTION_BYTES;
+        bodies + connections + (self.parallel as u64) * (256 << 10) + (2 << 20)
+    }
+}
+
+/// Connections at once.
+pub(crate) const CONNECTIONS: usize = 256;
+
+/// What a connection takes, about, where its client sends what clients send.
+const CONNECTION_BYTES: u64 = 16 << 10;
+
+/// Largest bodies that there is memory for at once: all bodies together are kept below them.
+pub(crate) const BODIES: usize = 2;

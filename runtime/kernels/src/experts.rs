@@ -18,7 +18,7 @@ use crate::table::GEMM_UNITS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
-/// Neuron groups whose live rows of up make one list; as many as fit where there are several tokens.
+/// Neuron groups whose live rows of up make one list; with more than four tokens, as many as fit.
 const GROUPS_AT_ONCE: usize = 32;
 
 /// What goes into an expert: rows of `n_embd` values, as floats ([`ExpertFormat::takes_floats`]) or quantized
@@ -104,8 +104,8 @@ impl Kernels {
         let acts = ty.is_quantized().then(|| few_rows(format, input, rows));
         let acts = acts.as_ref().map_or(&[][..], |acts| acts.as_slice());
         const NEURONS: usize = GROUPS_AT_ONCE * BLOCK_LEN;
-        let (mut ids, mut masks, mut ups) = ([0u32; NEURONS], [0u8; NEURONS], [0f32; NEURONS]);
-        let at_once = GROUPS_AT_ONCE / n;
+        let (mut ids, mut masks, mut ups) = ([0u32; NEURONS], [0u8; NEURONS], [0f32; 4 * NEURONS]);
+        let at_once = (4 * GROUPS_AT_ONCE / n).min(GROUPS_AT_ONCE);
         for start in groups.clone().step_by(at_once) {
             let end = groups.end.min(start + at_once);
             let neurons = start * BLOCK_LEN..n_ff.min(end * BLOCK_LEN);

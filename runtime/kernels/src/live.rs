@@ -1,7 +1,7 @@
 //! What the kernels of every instruction set share: the order in which weights are walked, and asking memory for them before they are
 //! used. Computes nothing; the instruction sets bring closures that do.
 //!
-//! Several tokens (1..=FEW_ROWS) go through a matrix together: what any of them needs is requested once, then each is computed as it
+//! Several tokens (1..=FEW_ROWS) go through a matrix together: what any of them needs comes from memory once, then each is computed as it
 //! would be alone, from cache.
 
 use std::cell::Cell;
@@ -270,10 +270,11 @@ pub(crate) struct LiveRows<'a> {
 }
 
 /// A block of rows of up.
-struct UpBlock {
+pub(crate) struct UpBlock {
     /// Nibbles and scales of each row; the last row's where there are fewer.
-    rows: [(*const u8, *const u8); UP_BLOCK],
-    is_empty: bool,
+    pub rows: [(*const u8, *const u8); UP_BLOCK],
+    /// How many rows there are.
+    pub len: usize,
     /// Cache lines of a row's scales.
     scale_lines: usize,
     /// Cache lines of a row's nibbles.
@@ -291,16 +292,30 @@ impl UpBlock {
         };
         Self {
             rows: std::array::from_fn(rows_at),
-            is_empty: rows.is_empty(),
+            len: rows.len(),
             scale_lines: up.head_bytes.div_ceil(64) + 1,
             lines: up.row_bytes.div_ceil(64),
+        }
+    }
+
+    /// Requests, by `prefetch`, line `line` of each of the rows.
+    #[inline(always)]
+    pub(crate) fn request_line(&self, line: usize, prefetch: impl Fn(*const u8)) {
+        if self.len == 0 {
+            return;
+        }
+        for (nibbles, scales) in &self.rows {
+            prefetch(nibbles.wrapping_add(line * 64));
+            if line < self.scale_lines {
+                prefetch(scales.wrapping_add(line * 64));
+            }
         }
     }
 
     /// Requests, by `prefetch`, a line of four of the rows; each of the rows has four steps for 64 bytes of it.
     #[inline(always)]
     fn request(&self, step: usize, prefetch: impl Fn(*const u8)) {
-        if self.is_empty {
+        if self.len == 0 {
             return;
         }
         let (line, first) = (step / 4, step % 4 * 4);
@@ -376,6 +391,52 @@ pub(crate) fn each_up_block(
             for (&place, sum) in places[t][..lens[t]].iter().zip(sums) {
                 out[usize::from(place) * n + t] = sum;
             }
+        }
+    }
+}
+
+/// Runs `compute(block, the one to request meanwhile, token, 16 sums)` for the rows of up that each token needs, [`UP_BLOCK`] at a time or
+/// as many as are left; `out` as `Table::up_rows` has it. `compute` requests each line of the next block when it takes that line of its
+/// own, as in [`LiveGroup::request`]. Tokens go one after the other: where neurons live independently, sharing rows costs more products
+/// than it saves unpacking, and what two of them need is in the cache when the second one comes.
+#[inline(always)]
+pub(crate) fn each_tokens_block(
+    up: &UpLayout,
+    region: &[u8],
+    rows: LiveRows<'_>,
+    acts: &[ActRow<'_>],
+    out: &mut [f32],
+    prefetch: impl Fn(*const u8),
+    compute: impl Fn(&UpBlock, &UpBlock, ActRow<'_>, &mut [f32; UP_BLOCK]),
+) {
+    let n = acts.len();
+    assert!(n <= FEW_ROWS && rows.masks.len() == rows.ids.len() && out.len() == rows.ids.len() * n);
+    if let Some(&last) = rows.ids.iter().max() {
+        // Checked once for all rows.
+        let last = last as usize + 1;
+        assert!(last * up.head_bytes <= up.scales_bytes && up.scales_bytes + last * up.row_bytes <= region.len());
+    }
+    for (t, a) in acts.iter().enumerate() {
+        let mut places = (0..rows.ids.len()).filter(|&i| rows.masks[i] >> t & 1 != 0);
+        // The places of the next 16 rows, and where those lie.
+        let mut draw = || {
+            let (mut at, mut ids, mut len) = ([0; UP_BLOCK], [0; UP_BLOCK], 0);
+            for place in places.by_ref().take(UP_BLOCK) {
+                (at[len], ids[len]) = (place, rows.ids[place]);
+                len += 1;
+            }
+            (at, UpBlock::new(up, region, &ids[..len]))
+        };
+        let (mut at, mut block) = draw();
+        (0..block.lines).for_each(|line| block.request_line(line, &prefetch));
+        while block.len > 0 {
+            let (next, ahead) = draw();
+            let mut sums = [0.0; UP_BLOCK];
+            compute(&block, &ahead, *a, &mut sums);
+            for (&place, sum) in at[..block.len].iter().zip(sums) {
+                out[place * n + t] = sum;
+            }
+            (at, block) = (next, ahead);
         }
     }
 }

@@ -1,9 +1,11 @@
 //! Asking memory for bytes before they are used.
 
-use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
 /// How far ahead of the bytes in use a stream of weights is requested.
 const STREAM_AHEAD: usize = 2304;
+/// The same where several tokens are computed with the bytes.
+const LINES_AHEAD: usize = 1536;
 /// How far ahead a page is touched, so that its address is known when its lines are requested.
 const PAGE_AHEAD: usize = 4 * PAGE;
 /// The smallest page.
@@ -32,6 +34,20 @@ pub(super) fn request_stream_of(p: *const u8, bytes: usize) {
         prefetch(p.wrapping_add(STREAM_AHEAD + at));
     }
     if p.addr() % PAGE < bytes {
+        prefetch(p.wrapping_add(PAGE_AHEAD));
+    }
+}
+
+/// [`request_stream`] where several tokens are computed with the bytes, which takes longer than reading them: every line, into the first
+/// level, soon before it is used. Lines that only the prefetcher of the second level brings are waited for then: eight tokens took 1.35 x
+/// as long on Zen 4.
+#[inline(always)]
+pub(super) fn request_lines<const BYTES: usize>(p: *const u8) {
+    for at in (0..BYTES).step_by(64) {
+        // SAFETY: a hint without effect on registers or memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(LINES_AHEAD + at).cast()) };
+    }
+    if p.addr() % PAGE < BYTES {
         prefetch(p.wrapping_add(PAGE_AHEAD));
     }
 }

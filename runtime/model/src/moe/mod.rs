@@ -2,7 +2,7 @@
 //!
 //! Owns the order: experts are computed as they land in the cache, each (row, expert) pair into a place of its own, and
 //! added in the order of the router's ranks, so that the order of arrival never shows in a bit. Each expert is acquired
-//! once for all rows; one that few rows chose goes through the sparse kernels, others through the dense ones.
+//! once for all rows; up to [`FEW_ROWS`] rows go through the sparse kernels, more through the dense ones.
 
 mod dense;
 mod pairs;
@@ -24,9 +24,6 @@ use dense::DenseScratch;
 use pairs::Pairs;
 use sparse::SparseScratch;
 
-/// Rows of one expert up to which the sparse kernels are the faster ones.
-const SPARSE_ROWS: usize = 3;
-
 /// The experts of all layers.
 #[derive(Debug)]
 pub(crate) struct Moe {
@@ -44,9 +41,8 @@ pub(crate) struct MoeScratch {
     pairs: Pairs,
     /// What each pair contributes, unweighted; `[pairs, n_embd]`.
     parts: Vec<f32>,
-    /// Ranks that can be computed now: all, and those of few rows.
+    /// Ranks that can be computed now.
     ready: Vec<usize>,
-    few: Vec<usize>,
     sparse: SparseScratch,
     dense: DenseScratch,
     /// Experts of a guess, each once.
@@ -179,10 +175,9 @@ impl Moe {
         input: ExpertInput<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Work, ModelError> {
-        let MoeScratch { pairs, parts, ready, few, sparse, dense, live, .. } = scratch;
+        let MoeScratch { pairs, parts, ready, sparse, dense, live, .. } = scratch;
         let format = &self.formats[layer];
         let n_ff = format.n_ff();
-        let is_small = pairs.rows_in_all() <= FEW_ROWS;
         let bytes = Matrix::ALL.map(|matrix| format.canonical_bytes(matrix) as u64);
         let watched = observer.watches_neurons();
         let mut work = Work::default();
@@ -194,17 +189,9 @@ impl Moe {
                 return Ok(work);
             }
             ready.sort_unstable_by_key(|&rank| lease.id(rank));
-            few.clear();
-            ready.retain(|&rank| {
-                let is_few = is_small && pairs.of(lease.id(rank)).len() <= SPARSE_ROWS;
-                if is_few {
-                    few.push(rank);
-                }
-                !is_few
-            });
-            if !few.is_empty() {
-                sparse.compute(cx, format, lease, few, pairs, input, parts)?;
-                for expert in few.iter().map(|&rank| lease.id(rank)) {
+            if pairs.rows_in_all() <= FEW_ROWS {
+                sparse.compute(cx, format, lease, ready, pairs, input, parts)?;
+                for expert in ready.iter().map(|&rank| lease.id(rank)) {
                     let of = pairs.of(expert);
                     work.add(&sparse.work(format, of.clone(), bytes));
                     if watched {
@@ -212,6 +199,7 @@ impl Moe {
                         show(observer, layer, expert, &pairs.rows()[of], hidden, live)?;
                     }
                 }
+                continue;
             }
             let mut done = 0;
             while done < ready.len() {

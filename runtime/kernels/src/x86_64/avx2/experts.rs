@@ -3,71 +3,122 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::gemv::{add_pairs, broadcast_quad, finish_pairs};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::live::{self, Ahead, LiveRows};
+use crate::live::{self, LiveRows};
 use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    let add = |sums, w, q| add_pairs(sums, w, q);
+    // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.
+    unsafe { up_rows_of(up, region, rows, acts, out, add, |sums| finish_pairs(sums)) };
+}
+
+/// Rows of up; `add` and `finish` as [`super::gemv::by_fours`] has them.
+///
+/// # Safety
+/// The CPU must have AVX2, FMA, F16C and what `add` needs; the activations must have kb blocks.
+#[inline(always)]
+pub(super) unsafe fn up_rows_of(
+    up: &UpLayout,
+    region: &[u8],
+    rows: LiveRows<'_>,
+    acts: &[ActRow<'_>],
+    out: &mut [f32],
+    add: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    finish: impl Fn(__m256i) -> __m256i,
+) {
     if up.ty.has_codes() {
         return scalar::planes::up_rows(up, region, rows, acts, out);
     }
-    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
-        1 => up_fours::<1>(up, region, rows, ahead, a, out),
-        2 => up_fours::<2>(up, region, rows, ahead, a, out),
-        3 => up_fours::<3>(up, region, rows, ahead, a, out),
-        _ => up_fours::<4>(up, region, rows, ahead, a, out),
+    live::each_tokens_block(up, region, rows, acts, out, prefetch, |block, ahead, a, sums| {
+        // SAFETY: the caller's promise; rows have 64 bytes of nibbles for each four blocks, and scales for kb.
+        unsafe {
+            let mut acc = [_mm256_setzero_ps(); 2];
+            // Line by line across the rows, as they were requested: reading a row to its end would have the CPU fetch the dead row after it.
+            for line in 0..up.kb.div_ceil(4) {
+                ahead.request_line(line, prefetch);
+                for b in (line * 4..up.kb.min(line * 4 + 4)).step_by(2) {
+                    for (rows, acc) in block.rows.as_chunks::<8>().0.iter().zip(&mut acc).take(block.len.div_ceil(8)) {
+                        add_two_blocks(rows, b, up.kb - b, a, acc, &add, &finish);
+                    }
+                }
+            }
+            _mm256_storeu_ps(sums.as_mut_ptr(), acc[0]);
+            _mm256_storeu_ps(sums.as_mut_ptr().add(8), acc[1]);
+        }
     });
 }
 
-/// `F` times four rows, the last ones repeated where there are fewer; lanes are rows. Line by line across the rows, as they were
-/// requested: reading a row to its end would have the CPU fetch the dead row after it.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
-    let low = _mm_set1_epi8(15);
-    let ones = _mm256_set1_epi16(1);
-    let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let fours = live::in_fours::<F>(rows);
-    let w = fours.map(|rows| rows.map(|r| &nibbles[r * up.row_bytes..][..up.row_bytes]));
-    let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
-    let mut acc = [_mm_setzero_ps(); F];
-    for line in 0..up.kb.div_ceil(4) {
-        for (f, acc) in acc.iter_mut().enumerate() {
-            ahead.request(prefetch);
-            for b in line * 4..up.kb.min(line * 4 + 4) {
-                // SAFETY: the activations have 32 bytes in block `b`.
-                let q = unsafe { _mm256_loadu_si256(a.q[b * BLOCK_LEN..][..BLOCK_LEN].as_ptr().cast()) };
-                let sums: [__m256i; 4] = std::array::from_fn(|i| {
-                    // SAFETY: the row has 16 bytes in block `b`.
-                    let qs = unsafe { _mm_loadu_si128(w[f][i][b * 16..][..16].as_ptr().cast()) };
-                    let high = _mm_and_si128(_mm_srli_epi16::<4>(qs), low);
-                    let w = _mm256_set_m128i(high, _mm_and_si128(qs, low));
-                    _mm256_madd_epi16(_mm256_maddubs_epi16(w, q), ones)
-                });
-                let sums = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
-                let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-                let isum = _mm_cvtepi32_ps(_mm_add_epi32(sums, _mm_set1_epi32(start(8, a.sums[b]))));
-                let half = |i: usize| i16::from_le_bytes([s[f][i][b * 2], s[f][i][b * 2 + 1]]);
-                let d_w = _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
-                *acc = _mm_fmadd_ps(isum, _mm_mul_ps(d_w, _mm_set1_ps(a.d[b])), *acc);
+/// Adds the products of two blocks of eight rows from block `b` on, or of the last one where one is `left`; lanes are rows.
+///
+/// # Safety
+/// As [`up_rows_of`]; rows must have 32 bytes of nibbles from block `b` on, and `left` scales.
+#[inline(always)]
+unsafe fn add_two_blocks(
+    rows: &[(*const u8, *const u8); 8],
+    b: usize,
+    left: usize,
+    a: ActRow<'_>,
+    acc: &mut __m256,
+    add: &impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    finish: &impl Fn(__m256i) -> __m256i,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_set1_epi8(15);
+        let (mut w, mut d) = ([_mm256_setzero_si256(); 8], [0; 8]);
+        for ((w, d), (nibbles, scales)) in w.iter_mut().zip(&mut d).zip(rows) {
+            *w = _mm256_loadu_si256(nibbles.add(b * 16).cast());
+            let scales = scales.add(b * 2);
+            *d = match left {
+                1 => scales.cast::<u16>().read_unaligned().into(),
+                _ => scales.cast::<i32>().read_unaligned(),
+            };
+        }
+        let quads = transpose(w);
+        let d = _mm256_setr_epi32(d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]);
+        let d = _mm256_packus_epi32(_mm256_and_si256(d, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32::<16>(d));
+        let d = _mm256_permute4x64_epi64::<0b11_01_10_00>(d);
+        let d = [_mm256_castsi256_si128(d), _mm256_extracti128_si256::<1>(d)];
+        for i in 0..left.min(2) {
+            let mut sums = _mm256_setzero_si256();
+            for g in 0..4 {
+                let (w, q) = (quads[i * 4 + g], a.q.as_ptr().add((b + i) * BLOCK_LEN + g * 4));
+                sums = add(sums, _mm256_and_si256(w, low), broadcast_quad(q));
+                sums = add(sums, _mm256_and_si256(_mm256_srli_epi16::<4>(w), low), broadcast_quad(q.add(16)));
             }
+            let start = _mm256_set1_epi32(start(8, *a.sums.get_unchecked(b + i)));
+            let d = _mm256_mul_ps(_mm256_cvtph_ps(d[i]), _mm256_set1_ps(*a.d.get_unchecked(b + i)));
+            *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(finish(sums), start)), d, *acc);
         }
     }
-    live::put_fours(acc.map(|v| four_floats(v)), out);
 }
 
-/// The floats of a vector.
+/// Transposes 8 vectors of 8 32-bit values.
 #[inline]
-#[target_feature(enable = "sse")]
-fn four_floats(v: __m128) -> [f32; 4] {
-    let mut floats = [0.0; 4];
-    // SAFETY: 4 floats.
-    unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
-    floats
+#[target_feature(enable = "avx2")]
+fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
+    let (mut t, mut u, mut out) = (r, r, r);
+    for i in (0..8).step_by(2) {
+        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for i in (0..8).step_by(4) {
+        u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for i in 0..4 {
+        out[i] = _mm256_permute2x128_si256::<0x20>(u[i], u[4 + i]);
+        out[4 + i] = _mm256_permute2x128_si256::<0x31>(u[i], u[4 + i]);
+    }
+    out
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -3,25 +3,41 @@
 use std::arch::x86_64::*;
 
 use crate::activations::{ActRow, start};
-use crate::live;
-use crate::r16::{R16_ROWS, tile_bytes};
+use crate::r16::R16_ROWS;
 use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
-use crate::x86_64::request::request_stream;
+use crate::x86_64::request::{request_lines, request_stream};
 
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
     if ty.has_codes() {
         return scalar::planes::gemv(ty, kb, tiles, acts, out);
     }
-    // SAFETY: the callers of a table's functions have the CPU features; tiles are whole and tokens have kb blocks and an output for
-    // each row.
-    live::each_row_group(kb * tile_bytes(ty), tiles, acts, out, |group, a, out| unsafe {
+    let add_signed = |sums, w, q| _mm256_add_epi32(sums, dot_signed(w, q));
+    // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.
+    unsafe {
         match ty {
-            WeightType::Q4_0 => gemv_of::<288>(kb, group, a, out, |tile, half, q, bias| q4_sum(tile, half, q, bias)),
-            _ => gemv_of::<544>(kb, group, a, out, |tile, half, q, _| q8_sum(tile, half, q)),
+            WeightType::Q4_0 => {
+                by_fours::<288>(kb, tiles, acts, out, 8, |sums, w, q| add_pairs(sums, w, q), |sums| finish_pairs(sums))
+            }
+            _ => by_fours::<544>(kb, tiles, acts, out, 0, add_signed, |sums| sums),
         }
-    });
+    }
+}
+
+/// Adds products of nibbles and activations: sums of 16 bits, which have room for eight.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn add_pairs(sums: __m256i, w: __m256i, q: __m256i) -> __m256i {
+    _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, q))
+}
+
+/// Sums of 32 bits from those of [`add_pairs`].
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn finish_pairs(sums: __m256i) -> __m256i {
+    _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
 }
 
 /// 4 bytes of activations in every lane.
@@ -52,78 +68,91 @@ pub(super) fn dot_signed(w: __m256i, a: __m256i) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
-/// Sums of half a tile (8 rows) of Q4_0.
+/// Row groups of tiles of `TILE` bytes times tokens, four at a time: as many sums as there are registers for. `add(sums, w, q)` adds
+/// products of bytes, and `finish` makes of its sums such of 32 bits. Weights are `offset` less than their bytes, those of 8 bits less
+/// than theirs with the sign bit flipped where there is one.
 ///
 /// # Safety
-/// A tile of 288 bytes and 32 activations.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn q4_sum(tile: *const u8, half: usize, q: *const i8, bias: i32) -> __m256i {
-    let low = _mm256_set1_epi8(15);
-    let mut pairs = _mm256_setzero_si256();
-    for g in 0..4 {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let w = _mm256_loadu_si256(tile.add(32 + g * 64 + half * 32).cast());
-            let lo = _mm256_maddubs_epi16(_mm256_and_si256(w, low), broadcast_quad(q.add(g * 4)));
-            let w = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
-            let hi = _mm256_maddubs_epi16(w, broadcast_quad(q.add(16 + g * 4)));
-            pairs = _mm256_add_epi16(pairs, _mm256_add_epi16(lo, hi));
-        }
-    }
-    _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), _mm256_set1_epi32(bias))
-}
-
-/// Sums of half a tile (8 rows) of Q8_0.
-///
-/// # Safety
-/// A tile of 544 bytes and 32 activations.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn q8_sum(tile: *const u8, half: usize, q: *const i8) -> __m256i {
-    let mut sum = _mm256_setzero_si256();
-    for g in 0..8 {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let w = _mm256_loadu_si256(tile.add(32 + g * 64 + half * 32).cast());
-            sum = _mm256_add_epi32(sum, dot_signed(w, broadcast_quad(q.add(g * 4))));
-        }
-    }
-    sum
-}
-
-/// # Safety
-/// `tiles` has `kb * TILE` bytes per 16 outputs, `a` at least kb blocks.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn gemv_of<const TILE: usize>(
+/// The CPU must have AVX2, FMA, F16C and what `add` needs; tiles must be whole groups, tokens have `kb` blocks.
+#[inline(always)]
+pub(super) unsafe fn by_fours<const TILE: usize>(
     kb: usize,
     tiles: &[u8],
-    a: ActRow<'_>,
-    out: &mut [f32],
-    sum: impl Fn(*const u8, usize, *const i8, i32) -> __m256i,
+    acts: &[ActRow<'_>],
+    out: &mut [&mut [f32]],
+    offset: i32,
+    add: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    finish: impl Fn(__m256i) -> __m256i,
 ) {
-    let mut tile = tiles.as_ptr();
-    for out in out.chunks_exact_mut(R16_ROWS) {
-        let mut acc = [_mm256_setzero_ps(); 2];
-        for b in 0..kb {
-            // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
+    for (i, group) in tiles.chunks_exact(kb * TILE).enumerate() {
+        for (acts, out) in acts.chunks(4).zip(out.chunks_mut(4)) {
+            // SAFETY: the caller's promise.
             unsafe {
-                request_stream::<TILE>(tile);
-                let q = a.q.as_ptr().add(b * BLOCK_LEN);
-                let d_a = _mm256_set1_ps(*a.d.get_unchecked(b));
-                for (half, acc) in acc.iter_mut().enumerate() {
-                    let isum = sum(tile, half, q, start(8, *a.sums.get_unchecked(b)));
-                    let d_w = _mm256_cvtph_ps(_mm_loadu_si128(tile.add(half * 16).cast()));
-                    *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), _mm256_mul_ps(d_w, d_a), *acc);
+                match acts.len() {
+                    1 => tokens::<1, TILE>(group, acts, out, i, offset, &add, &finish),
+                    2 => tokens::<2, TILE>(group, acts, out, i, offset, &add, &finish),
+                    3 => tokens::<3, TILE>(group, acts, out, i, offset, &add, &finish),
+                    _ => tokens::<4, TILE>(group, acts, out, i, offset, &add, &finish),
                 }
-                tile = tile.add(TILE);
             }
         }
-        // SAFETY: out has 16 floats.
-        unsafe {
-            _mm256_storeu_ps(out.as_mut_ptr(), acc[0]);
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), acc[1]);
+    }
+}
+
+/// [`by_fours`] for row group `i` and `N` tokens.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn tokens<const N: usize, const TILE: usize>(
+    group: &[u8],
+    acts: &[ActRow<'_>],
+    out: &mut [&mut [f32]],
+    i: usize,
+    offset: i32,
+    add: &impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    finish: &impl Fn(__m256i) -> __m256i,
+) {
+    assert!(acts.len() == N && out.len() == N);
+    // SAFETY: the caller's promise: tile `b` of the row group and block `b` of the activations, and 16 outputs for the group.
+    unsafe {
+        let low = _mm256_set1_epi8(15);
+        let flip = _mm256_set1_epi8(if offset == 0 { 0 } else { -128 });
+        let mut acc = [[_mm256_setzero_ps(); N]; 2];
+        for (b, tile) in group.chunks_exact(TILE).map(<[u8]>::as_ptr).enumerate() {
+            if N == 1 {
+                request_stream::<TILE>(tile);
+            } else {
+                request_lines::<TILE>(tile);
+            }
+            for (half, acc) in acc.iter_mut().enumerate() {
+                let mut sums = [_mm256_setzero_si256(); N];
+                for g in 0..(TILE - 32) / 64 {
+                    let w = _mm256_loadu_si256(tile.add(32 + g * 64 + half * 32).cast());
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);
+                    for t in 0..N {
+                        let q = acts[t].q.as_ptr().add(b * BLOCK_LEN + g * 4);
+                        if TILE == 288 {
+                            sums[t] = add(sums[t], _mm256_and_si256(w, low), broadcast_quad(q));
+                            sums[t] = add(sums[t], high, broadcast_quad(q.add(16)));
+                        } else {
+                            sums[t] = add(sums[t], _mm256_xor_si256(w, flip), broadcast_quad(q));
+                        }
+                    }
+                }
+                let d_w = _mm256_cvtph_ps(_mm_loadu_si128(tile.add(half * 16).cast()));
+                for t in 0..N {
+                    let start = _mm256_set1_epi32(start(offset, *acts[t].sums.get_unchecked(b)));
+                    let d = _mm256_mul_ps(d_w, _mm256_set1_ps(*acts[t].d.get_unchecked(b)));
+                    let sums = _mm256_cvtepi32_ps(_mm256_add_epi32(finish(sums[t]), start));
+                    acc[t] = _mm256_fmadd_ps(sums, d, acc[t]);
+                }
+            }
+        }
+        for (t, out) in out.iter_mut().enumerate() {
+            let out = &mut out[i * R16_ROWS..][..R16_ROWS];
+            _mm256_storeu_ps(out.as_mut_ptr(), acc[0][t]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), acc[1][t]);
         }
     }
 }

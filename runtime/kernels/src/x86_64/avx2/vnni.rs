@@ -3,17 +3,70 @@
 
 use std::arch::x86_64::*;
 
+use super::experts::up_rows_of;
 use super::gemm::{LAYOUT, Outputs, Sums, by_blocks, load_group, start_sums};
-use super::gemv::broadcast_quad;
-use crate::activations::UNIT_ROWS;
+use super::gemv::{broadcast_quad, by_fours};
+use crate::activations::{ActRow, UNIT_ROWS};
+use crate::expert_format::UpLayout;
+use crate::live::LiveRows;
 use crate::panel::{PanelKind, Values};
 use crate::scalar;
 use crate::table::{Isa, Table};
+use crate::weight_type::WeightType;
 
 /// AVX-VNNI's encoding.
-pub(crate) static TABLE: Table = Table { isa: Isa::AvxVnni, gemm: gemm_vex, ..super::AVX2 };
+pub(crate) static TABLE: Table =
+    Table { isa: Isa::AvxVnni, gemv_r16: gemv_vex, up_rows: up_vex, gemm: gemm_vex, ..super::AVX2 };
 /// AVX-512's.
-pub(crate) static EVEX_TABLE: Table = Table { isa: Isa::AvxVnni, gemm: gemm_evex, ..super::AVX2 };
+pub(crate) static EVEX_TABLE: Table =
+    Table { isa: Isa::AvxVnni, gemv_r16: gemv_evex, up_rows: up_evex, gemm: gemm_evex, ..super::AVX2 };
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn gemv_vex(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    // SAFETY: AVX2, FMA and F16C are among this function's features; lengths are checked by the callers of a table's functions.
+    unsafe { gemv(ty, kb, tiles, acts, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a)) };
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
+fn gemv_evex(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
+    // SAFETY: as above.
+    unsafe { gemv(ty, kb, tiles, acts, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a)) };
+}
+
+/// # Safety
+/// As [`by_fours`].
+#[inline(always)]
+unsafe fn gemv(
+    ty: WeightType,
+    kb: usize,
+    tiles: &[u8],
+    acts: &[ActRow<'_>],
+    out: &mut [&mut [f32]],
+    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+) {
+    if ty.has_codes() {
+        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        match ty {
+            WeightType::Q4_0 => by_fours::<288>(kb, tiles, acts, out, 8, dpbusd, |sums| sums),
+            _ => by_fours::<544>(kb, tiles, acts, out, 128, dpbusd, |sums| sums),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn up_vex(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    // SAFETY: AVX2, FMA and F16C are among this function's features; lengths are checked by the callers of a table's functions.
+    unsafe { up_rows_of(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a), |sums| sums) };
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
+fn up_evex(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    // SAFETY: as above.
+    unsafe { up_rows_of(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a), |sums| sums) };
+}
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
 fn gemm_vex(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {

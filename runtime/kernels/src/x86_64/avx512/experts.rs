@@ -3,10 +3,13 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::gemm::transpose;
+use super::gemv::{broadcast_quad, start_sums};
 use super::plane_rows;
 use crate::activations::{ActRow, HiddenGroup};
 use crate::expert_format::{DownLayout, UpLayout};
-use crate::live::{self, Ahead, LiveRows};
+use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
+use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
@@ -14,61 +17,76 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[
     if up.ty.has_codes() {
         return plane_rows::up_rows(up, region, rows, acts, out);
     }
-    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
-        1 => up_fours::<1>(up, region, rows, ahead, a, out),
-        2 => up_fours::<2>(up, region, rows, ahead, a, out),
-        3 => up_fours::<3>(up, region, rows, ahead, a, out),
-        _ => up_fours::<4>(up, region, rows, ahead, a, out),
+    live::each_tokens_block(up, region, rows, acts, out, prefetch, |block, ahead, a, sums| {
+        *sums = up_block(up, block, ahead, a);
     });
 }
 
-/// `F` times four rows, the last ones repeated where there are fewer: with four blocks of each of four rows, the 16 sums fill a vector.
-/// Line by line across the rows, as they were requested: reading a row to its end would have the CPU fetch the dead row after it.
+/// Products of a block of rows, lanes being rows. Line by line across the rows, as they were requested: reading a row to its end would
+/// have the CPU fetch the dead row after it. A line of all rows is transposed, so that it is computed as tiles are.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
-fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
+fn up_block(up: &UpLayout, block: &UpBlock, ahead: &UpBlock, a: ActRow<'_>) -> [f32; UP_BLOCK] {
     let low = _mm512_set1_epi8(15);
-    let by_block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    let transpose = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    let (scales, nibbles) = region.split_at(up.scales_bytes);
-    let fours = live::in_fours::<F>(rows);
-    // Bounds of every row, checked once; the unchecked reads below stay inside them.
-    let w = fours.map(|rows| rows.map(|r| nibbles[r * up.row_bytes..][..up.row_bytes].as_ptr()));
-    let s = fours.map(|rows| rows.map(|r| scales[r * up.kb * 2..][..up.kb * 2].as_ptr()));
-    let mut acc = [_mm_setzero_ps(); F];
-    for c in 0..up.kb.div_ceil(4) {
+    let minus = _mm512_set1_epi16(-8);
+    let mut acc = _mm512_setzero_ps();
+    for line in 0..up.kb.div_ceil(4) {
+        ahead.request_line(line, prefetch);
         // SAFETY: rows have 64 bytes of nibbles for each four blocks, and kb scales; the activations are padded to whole fours.
         unsafe {
-            let q0 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128).cast());
-            let q1 = _mm512_loadu_si512(a.q.as_ptr().add(c * 128 + 64).cast());
-            let (q_lo, q_hi) = (_mm512_shuffle_i64x2::<0x88>(q0, q1), _mm512_shuffle_i64x2::<0xdd>(q0, q1));
-            let sums = _mm_loadu_si128(a.sums.as_ptr().add(c * 4).cast());
-            let start = _mm_madd_epi16(sums, _mm_set1_epi16(-8));
-            let start = _mm512_permutexvar_epi32(by_block, _mm512_castsi128_si512(start));
-            let d_a = _mm_loadu_ps(a.d.as_ptr().add(c * 4));
-            let d_a = _mm512_permutexvar_ps(by_block, _mm512_castps128_ps512(d_a));
-            let left = up.kb - c * 4;
-            for f in 0..F {
-                ahead.request(prefetch);
-                // Each lane of 128 bits is a block, each 32 bits of it a quarter of its sum.
-                let quarter_sums = |i: usize| {
-                    let w = _mm512_loadu_si512(w[f][i].add(c * 64).cast());
-                    let lo = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(w, low), q_lo);
-                    _mm512_dpbusd_epi32(lo, _mm512_and_si512(_mm512_srli_epi16::<4>(w), low), q_hi)
-                };
-                let sums = add_quarters([quarter_sums(0), quarter_sums(1), quarter_sums(2), quarter_sums(3)]);
-                let isum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, start));
-                let d: [i64; 4] = std::array::from_fn(|i| load_scales(s[f][i].add(c * 8), left));
-                let d_w = _mm256_permutexvar_epi16(transpose, _mm256_setr_epi64x(d[0], d[1], d[2], d[3]));
-                let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
-                let sum = _mm_fmadd_ps(_mm512_castps512_ps128(isum), _mm512_castps512_ps128(d), acc[f]);
-                let sum = _mm_fmadd_ps(_mm512_extractf32x4_ps::<1>(isum), _mm512_extractf32x4_ps::<1>(d), sum);
-                let sum = _mm_fmadd_ps(_mm512_extractf32x4_ps::<2>(isum), _mm512_extractf32x4_ps::<2>(d), sum);
-                acc[f] = _mm_fmadd_ps(_mm512_extractf32x4_ps::<3>(isum), _mm512_extractf32x4_ps::<3>(d), sum);
+            let mut rows = [_mm512_setzero_si512(); UP_BLOCK];
+            for (row, (nibbles, _)) in rows.iter_mut().zip(&block.rows) {
+                *row = _mm512_loadu_si512(nibbles.add(line * 64).cast());
+            }
+            let quads = transpose(rows);
+            let scales = line_scales(block, line, up.kb - line * 4);
+            for (b, d_w) in scales.into_iter().enumerate() {
+                let at = line * 4 + b;
+                let mut sums = [start_sums(a.sums.as_ptr().add(at).cast(), minus), _mm512_setzero_si512()];
+                for g in 0..4 {
+                    let (w, q) = (quads[b * 4 + g], a.q.as_ptr().add(at * BLOCK_LEN + g * 4));
+                    sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_and_si512(w, low), broadcast_quad(q));
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
+                    sums[1] = _mm512_dpbusd_epi32(sums[1], high, broadcast_quad(q.add(16)));
+                }
+                let d = _mm512_mul_ps(d_w, _mm512_set1_ps(*a.d.get_unchecked(at)));
+                acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1])), d, acc);
             }
         }
     }
-    live::put_fours(acc.map(|v| four_floats(v)), out);
+    let mut sums = [0.0; UP_BLOCK];
+    // SAFETY: 16 floats.
+    unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), acc) };
+    sums
+}
+
+/// Scales of the four blocks of a line, for each block those of all rows; 0 for blocks that are not `left`.
+///
+/// # Safety
+/// Each row must have scales for `min(left, 4)` blocks from the line on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+unsafe fn line_scales(block: &UpBlock, line: usize, left: usize) -> [__m512; 4] {
+    let mut d = [0; UP_BLOCK];
+    for (d, (_, scales)) in d.iter_mut().zip(&block.rows) {
+        // SAFETY: the caller's promise.
+        *d = unsafe { load_scales(scales.add(line * 8), left) };
+    }
+    let first = _mm512_setr_epi64(d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]);
+    let last = _mm512_setr_epi64(d[8], d[9], d[10], d[11], d[12], d[13], d[14], d[15]);
+    // Word `b` of each row: those of `first` are 0.., those of `last` 32..
+    let words = _mm512_set_epi16(
+        61, 57, 53, 49, 45, 41, 37, 33, 29, 25, 21, 17, 13, 9, 5, 1, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16,
+        12, 8, 4, 0,
+    );
+    let two = _mm512_permutex2var_epi16(first, words, last);
+    let others = _mm512_permutex2var_epi16(first, _mm512_add_epi16(words, _mm512_set1_epi16(2)), last);
+    [
+        _mm512_cvtph_ps(_mm512_castsi512_si256(two)),
+        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(two)),
+        _mm512_cvtph_ps(_mm512_castsi512_si256(others)),
+        _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(others)),
+    ]
 }
 
 /// The floats of a vector.

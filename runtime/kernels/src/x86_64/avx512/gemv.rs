@@ -7,7 +7,7 @@ use crate::activations::{ActRow, Sums, start};
 use crate::r16::R16_ROWS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
-use crate::x86_64::request::request_stream;
+use crate::x86_64::request::{request_lines, request_stream};
 
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
     if ty.has_codes() {
@@ -77,6 +77,16 @@ pub(super) unsafe fn start_sums(sums: *const i8, minus: __m512i) -> __m512i {
     _mm512_madd_epi16(unsafe { broadcast_quad(sums) }, minus)
 }
 
+/// Requests what comes after a tile; up to three tokens are computed as fast as it can be read.
+#[inline(always)]
+fn request<const BYTES: usize, const N: usize>(tile: *const u8) {
+    if N > 3 {
+        request_lines::<BYTES>(tile);
+    } else {
+        request_stream::<BYTES>(tile);
+    }
+}
+
 /// # Safety
 /// `tiles` has `kb * 288` bytes for each group, each token kb blocks and 16 outputs for each group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
@@ -89,7 +99,7 @@ unsafe fn gemv_q4<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], g
         for b in 0..kb {
             // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                request_stream::<288>(tile);
+                request::<288, N>(tile);
                 let mut sums: [[__m512i; 2]; N] =
                     std::array::from_fn(|t| [start_sums(tokens[t].sums.add(b).cast(), minus), _mm512_setzero_si512()]);
                 for g in 0..4 {
@@ -122,7 +132,7 @@ unsafe fn gemv_q8<const N: usize>(kb: usize, tiles: &[u8], tokens: [Token; N], g
         for b in 0..kb {
             // SAFETY: this is tile `b` of a row group, and block `b` of the activations.
             unsafe {
-                request_stream::<544>(tile);
+                request::<544, N>(tile);
                 let mut sums: [[__m512i; 2]; N] =
                     std::array::from_fn(|t| [start_sums(tokens[t].sums.add(b).cast(), minus), _mm512_setzero_si512()]);
                 for g in [0, 2, 4, 6] {

@@ -284,7 +284,7 @@ pub(crate) struct UpBlock {
 impl UpBlock {
     /// The rows `rows` (at most UP_BLOCK) of a region.
     #[inline(always)]
-    fn new(up: &UpLayout, region: &[u8], rows: &[u32]) -> Self {
+    pub(crate) fn new(up: &UpLayout, region: &[u8], rows: &[u32]) -> Self {
         let (scales, nibbles) = region.split_at(up.scales_bytes);
         let rows_at = |i: usize| {
             let row = rows.get(i).or(rows.last()).map_or(0, |&row| row as usize);

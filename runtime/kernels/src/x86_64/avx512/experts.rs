@@ -92,7 +92,7 @@ unsafe fn line_scales(block: &UpBlock, line: usize, left: usize) -> [__m512; 4] 
 /// The floats of a vector.
 #[inline]
 #[target_feature(enable = "sse")]
-pub(super) fn four_floats(v: __m128) -> [f32; 4] {
+fn four_floats(v: __m128) -> [f32; 4] {
     let mut floats = [0.0; 4];
     // SAFETY: 4 floats.
     unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
@@ -104,7 +104,7 @@ pub(super) fn four_floats(v: __m128) -> [f32; 4] {
 /// # Safety
 /// `p` must be readable for `2 * min(left, 4)` bytes.
 #[inline]
-pub(super) unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
+unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
     if left >= 4 {
         // SAFETY: the caller's promise.
         return unsafe { p.cast::<i64>().read_unaligned() };
@@ -118,7 +118,7 @@ pub(super) unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
 /// Adds the four 32-bit parts of each 128-bit lane of four vectors: lane `b` of the result holds `[v0, v1, v2, v3]`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn add_quarters(v: [__m512i; 4]) -> __m512i {
+fn add_quarters(v: [__m512i; 4]) -> __m512i {
     let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
     _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))

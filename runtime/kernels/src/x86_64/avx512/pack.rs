@@ -51,21 +51,29 @@ fn pack_r16_q4(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
                     let d = block(r).cast::<u16>().read_unaligned();
                     tile.as_mut_ptr().add(r * 2).cast::<u16>().write_unaligned(d);
                 }
-                // Lane L of v[i] is row 4L + i; transposing its quads puts rows in order.
-                let v: [__m512i; 4] = std::array::from_fn(|i| {
-                    let qs = |l: usize| _mm_loadu_si128(block(4 * l + i).add(2).cast());
-                    lanes(qs(0), qs(1), qs(2), qs(3))
-                });
-                let (ab_lo, ab_hi) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-                let (cd_lo, cd_hi) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-                let out = tile.as_mut_ptr().add(32);
-                _mm512_storeu_si512(out.cast(), _mm512_unpacklo_epi64(ab_lo, cd_lo));
-                _mm512_storeu_si512(out.add(64).cast(), _mm512_unpackhi_epi64(ab_lo, cd_lo));
-                _mm512_storeu_si512(out.add(128).cast(), _mm512_unpacklo_epi64(ab_hi, cd_hi));
-                _mm512_storeu_si512(out.add(192).cast(), _mm512_unpackhi_epi64(ab_hi, cd_hi));
+                let quads = transpose_quads(|r| _mm_loadu_si128(block(r).add(2).cast()));
+                for (g, quads) in quads.into_iter().enumerate() {
+                    _mm512_storeu_si512(tile.as_mut_ptr().add(32 + g * 64).cast(), quads);
+                }
             }
         }
     }
+}
+
+/// Quads `g` of 16 bytes of each of 16 rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose_quads(row: impl Fn(usize) -> __m128i) -> [__m512i; 4] {
+    // Lane L of v[i] is row 4L + i; transposing its quads puts rows in order.
+    let v: [__m512i; 4] = std::array::from_fn(|i| lanes(row(i), row(4 + i), row(8 + i), row(12 + i)));
+    let (ab_lo, ab_hi) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    let (cd_lo, cd_hi) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    [
+        _mm512_unpacklo_epi64(ab_lo, cd_lo),
+        _mm512_unpackhi_epi64(ab_lo, cd_lo),
+        _mm512_unpacklo_epi64(ab_hi, cd_hi),
+        _mm512_unpackhi_epi64(ab_hi, cd_hi),
+    ]
 }
 
 #[inline]

@@ -60,8 +60,8 @@ fn gemv_few<T: Coded>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
 unsafe fn gemv_of<T: Coded, const N: usize>(kb: usize, tiles: *const u8, tokens: [Token; N], groups: usize) {
     let table = table::<T>();
-    let [first, last] = sums_times::<T>(-offset::<T>());
-    let [first_sum, last_sum] = sums_times::<T>(1);
+    let minus = sums_times::<T>(-offset::<T>());
+    let plus = sums_times::<T>(1);
     let mut tile = tiles;
     for group in 0..groups {
         let mut acc = [_mm512_setzero_ps(); N];
@@ -74,14 +74,8 @@ unsafe fn gemv_of<T: Coded, const N: usize>(kb: usize, tiles: *const u8, tokens:
                     let planes = tile.add(tile_head_bytes(T::TY) + step * step_bytes(T::TY));
                     let at = b * T::STEPS + step;
                     request_stream_of(planes, step_bytes(T::TY));
-                    let mut sums: [[__m512i; 2]; N] = std::array::from_fn(|t| {
-                        let sums = broadcast_quad(tokens[t].sums.add(at).cast());
-                        match (offset::<T>(), T::SUBS) {
-                            (0, _) => [_mm512_setzero_si512(); 2],
-                            (_, 1) => [_mm512_madd_epi16(sums, first), _mm512_setzero_si512()],
-                            _ => [_mm512_madd_epi16(sums, first), _mm512_madd_epi16(sums, last)],
-                        }
-                    });
+                    let token_sums = std::array::from_fn(|t| broadcast_quad(tokens[t].sums.add(at).cast()));
+                    let mut sums = token_sums.map(|sums| start_of::<T>(sums, minus));
                     for g in 0..4 {
                         let (x, y) = (quads::<T>(planes, g, table), quads::<T>(planes, g + 4, table));
                         for (token, sums) in tokens.iter().zip(&mut sums) {
@@ -90,19 +84,8 @@ unsafe fn gemv_of<T: Coded, const N: usize>(kb: usize, tiles: *const u8, tokens:
                             sums[1] = _mm512_dpbusd_epi32(sums[1], y, broadcast_quad(q.add(16)));
                         }
                     }
-                    for sub in 0..T::SUBS {
-                        let (d_w, m_w) = scales.of(step * T::SUBS + sub);
-                        for ((acc, sums), token) in acc.iter_mut().zip(&sums).zip(&tokens) {
-                            let sum = if T::SUBS == 1 { _mm512_add_epi32(sums[0], sums[1]) } else { sums[sub] };
-                            let d_a = _mm512_set1_ps(*token.d.add(at));
-                            *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d_w, d_a), *acc);
-                            if T::CODING.has_minima {
-                                let which = if sub == 0 { first_sum } else { last_sum };
-                                let sum = _mm512_madd_epi16(broadcast_quad(token.sums.add(at).cast()), which);
-                                *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(m_w, d_a), *acc);
-                            }
-                        }
-                    }
+                    let d_a = std::array::from_fn(|t| _mm512_set1_ps(*tokens[t].d.add(at)));
+                    scales.add(step, &mut acc, &sums, &token_sums, &d_a, plus);
                 }
                 tile = tile.add(R16_ROWS * T::TY.block_bytes());
             }
@@ -115,12 +98,23 @@ unsafe fn gemv_of<T: Coded, const N: usize>(kb: usize, tiles: *const u8, tokens:
 /// What the two sums of a block of activations ([`Sums`]) are multiplied by, in pairs, to give `by` times the sum of each sub-block.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn sums_times<T: Coded>(by: i32) -> [__m512i; 2] {
+pub(super) fn sums_times<T: Coded>(by: i32) -> [__m512i; 2] {
     const { assert!(size_of::<Sums>() == 4) };
     let (first, last) = (by & 0xffff, by << 16);
     match T::SUBS {
         1 => [_mm512_set1_epi32(first | last); 2],
         _ => [_mm512_set1_epi32(first), _mm512_set1_epi32(last)],
+    }
+}
+
+/// What sums of products start from: of the two halves of a block, or of a whole one and nothing.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn start_of<T: Coded>(sums: __m512i, minus: [__m512i; 2]) -> [__m512i; 2] {
+    match (offset::<T>(), T::SUBS) {
+        (0, _) => [_mm512_setzero_si512(); 2],
+        (_, 1) => [_mm512_madd_epi16(sums, minus[0]), _mm512_setzero_si512()],
+        _ => minus.map(|minus| _mm512_madd_epi16(sums, minus)),
     }
 }
 
@@ -212,55 +206,32 @@ impl<T: Coded> Scales<T> {
                 _ => wide(0),
             };
             let m = if T::CODING.has_minima { wide(1) } else { _mm512_setzero_ps() };
-            Self::with(d, m, tile.add(32 * T::CODING.wide()).cast())
+            let narrow = if T::STEPS > 1 { &*tile.add(32 * T::CODING.wide()).cast() } else { &[[0; R16_ROWS]; 16] };
+            Self::with(d, m, narrow)
         }
     }
 
-    /// From f16 scales and minima, and the other bytes of the heads.
-    ///
-    /// # Safety
-    /// `narrow` must be readable for 256 bytes in a type of 256 columns.
+    /// From f16 scales and minima, and the other bytes of the heads, which only types of 256 columns have.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-    unsafe fn with(d: __m512, m: __m512, narrow: *const [[u8; R16_ROWS]; 16]) -> Self {
+    pub(super) fn with(d: __m512, m: __m512, narrow: &[[u8; R16_ROWS]; 16]) -> Self {
         let none = [[0; R16_ROWS]; crate::codes::MAX_SCALES];
         let (mut m, mut by) = (m, (none, none));
         if T::STEPS > 1 {
             m = _mm512_xor_ps(m, _mm512_set1_ps(-0.0));
-            // SAFETY: the caller's promise.
-            by = tile_integers::<T>(unsafe { &*narrow });
+            by = tile_integers::<T>(narrow);
         }
         Self { d, m, by, _type: std::marker::PhantomData }
     }
 
-    /// From heads that lie apart: f16 scale, f16 minimum and the other bytes of each row.
-    ///
-    /// # Safety
-    /// The rows must have what the type has of them.
+    /// Of a type whose scales are powers of two.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-    pub(super) unsafe fn of_rows(rows: &[(*const u8, *const u8, *const u8); R16_ROWS]) -> Self {
-        let mut narrow = [[0u8; R16_ROWS]; 16];
-        for (r, (_, _, bytes)) in rows.iter().enumerate() {
-            for (i, narrow) in narrow.iter_mut().enumerate().take(T::CODING.narrow()) {
-                // SAFETY: the caller's promise.
-                narrow[r] = unsafe { *bytes.add(i) };
-            }
-        }
-        let halves = |p: [*const u8; R16_ROWS]| {
-            // SAFETY: the caller's promise.
-            let halves = p.map(|p| unsafe { p.cast::<u16>().read_unaligned() });
-            // SAFETY: 32 bytes.
-            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(halves.as_ptr().cast()) })
-        };
-        let d = match T::CODING.wide() {
-            // SAFETY: 16 bytes.
-            0 => powers(_mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(narrow[0].as_ptr().cast()) })),
-            _ => halves(rows.map(|row| row.0)),
-        };
-        let m = if T::CODING.has_minima { halves(rows.map(|row| row.1)) } else { _mm512_setzero_ps() };
-        // SAFETY: 256 bytes.
-        unsafe { Self::with(d, m, &narrow) }
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn of_powers(exponents: [u8; R16_ROWS]) -> Self {
+        // SAFETY: 16 bytes.
+        let exponents = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(exponents.as_ptr().cast()) });
+        let by = [[0; R16_ROWS]; crate::codes::MAX_SCALES];
+        Self { d: powers(exponents), m: _mm512_setzero_ps(), by: (by, by), _type: std::marker::PhantomData }
     }
 
     /// Scale and minimum of a sub-block.
@@ -279,10 +250,37 @@ impl<T: Coded> Scales<T> {
     }
 }
 
+impl<T: Coded> Scales<T> {
+    /// Adds a step to the sums of `N` tokens: its integers by halves (`sums`), and where there are minima those of the activations.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+    pub(super) fn add<const N: usize>(
+        &self,
+        step: usize,
+        acc: &mut [__m512; N],
+        sums: &[[__m512i; 2]; N],
+        token_sums: &[__m512i; N],
+        d_a: &[__m512; N],
+        plus: [__m512i; 2],
+    ) {
+        for sub in 0..T::SUBS {
+            let (d_w, m_w) = self.of(step * T::SUBS + sub);
+            for (t, acc) in acc.iter_mut().enumerate() {
+                let sum = if T::SUBS == 1 { _mm512_add_epi32(sums[t][0], sums[t][1]) } else { sums[t][sub] };
+                *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d_w, d_a[t]), *acc);
+                if T::CODING.has_minima {
+                    let sum = _mm512_cvtepi32_ps(_mm512_madd_epi16(token_sums[t], plus[sub]));
+                    *acc = _mm512_fmadd_ps(sum, _mm512_mul_ps(m_w, d_a[t]), *acc);
+                }
+            }
+        }
+    }
+}
+
 /// Half of the powers of two whose biased exponents these are ([`crate::codes::half_of_power`]).
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn powers(exponents: __m512i) -> __m512 {
+fn powers(exponents: __m512i) -> __m512 {
     let normal = _mm512_slli_epi32::<23>(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)));
     let small = _mm512_sllv_epi32(_mm512_set1_epi32(0x0020_0000), exponents);
     let is_small = _mm512_cmplt_epi32_mask(exponents, _mm512_set1_epi32(2));

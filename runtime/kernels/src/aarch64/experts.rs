@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
-use crate::live::{self, Ahead, LiveRows};
+use crate::live::fours::{self, Ahead};
+use crate::live::{self, LiveRows};
 use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 
@@ -15,7 +16,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[
     if up.ty.has_codes() {
         return scalar::planes::up_rows(up, region, rows, acts, out);
     }
-    live::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
+    fours::each_up_block(up, region, rows, acts, out, prefetch, |rows, ahead, a, out| match rows.len().div_ceil(4) {
         1 => up_fours::<1>(up, region, rows, ahead, a, out),
         2 => up_fours::<2>(up, region, rows, ahead, a, out),
         3 => up_fours::<3>(up, region, rows, ahead, a, out),
@@ -29,7 +30,7 @@ pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[
 #[target_feature(enable = "neon,dotprod")]
 fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &Ahead, a: ActRow<'_>, out: &mut [f32]) {
     let (scales, qs) = region.split_at(up.scales_bytes);
-    let fours = live::in_fours::<F>(rows);
+    let fours = fours::in_fours::<F>(rows);
     let w = fours.map(|rows| rows.map(|r| &qs[r * up.row_bytes..][..up.row_bytes]));
     let s = fours.map(|rows| rows.map(|r| &scales[r * up.kb * 2..][..up.kb * 2]));
     let mut acc = [vdupq_n_f32(0.0); F];
@@ -57,7 +58,7 @@ fn up_fours<const F: usize>(up: &UpLayout, region: &[u8], rows: &[u32], ahead: &
             }
         }
     }
-    live::put_fours(acc.map(|v| four_floats(v)), out);
+    fours::put_fours(acc.map(|v| four_floats(v)), out);
 }
 
 /// The floats of a vector.

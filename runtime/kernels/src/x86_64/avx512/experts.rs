@@ -89,16 +89,6 @@ unsafe fn line_scales(block: &UpBlock, line: usize, left: usize) -> [__m512; 4] 
     ]
 }
 
-/// The floats of a vector.
-#[inline]
-#[target_feature(enable = "sse")]
-fn four_floats(v: __m128) -> [f32; 4] {
-    let mut floats = [0.0; 4];
-    // SAFETY: 4 floats.
-    unsafe { _mm_storeu_ps(floats.as_mut_ptr(), v) };
-    floats
-}
-
 /// Up to four f16 scales, zero where there are no more (`left` counts them).
 ///
 /// # Safety
@@ -113,15 +103,6 @@ unsafe fn load_scales(p: *const u8, left: usize) -> i64 {
     // SAFETY: the caller's promise; at most 6 bytes.
     unsafe { std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), 2 * left) };
     i64::from_le_bytes(bytes)
-}
-
-/// Adds the four 32-bit parts of each 128-bit lane of four vectors: lane `b` of the result holds `[v0, v1, v2, v3]`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn add_quarters(v: [__m512i; 4]) -> __m512i {
-    let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
-    _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]

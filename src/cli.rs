@@ -118,7 +118,7 @@ pub(crate) struct DownloadArgs {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("type").required(true))]
 pub(crate) struct QuantizeArgs {
-    /// A checkpoint folder, `4b`, `21b`, `owner/name`, or an F32, F16, BF16 or Q8_0 GGUF file.
+    /// A checkpoint folder, `4b`, `21b`, `owner/name`, or a GGUF file.
     #[arg(value_name = "MODEL")]
     pub(crate) model: OsString,
     /// 4 bits and a scale per 32 weights.
@@ -142,6 +142,9 @@ pub(crate) struct QuantizeArgs {
     /// For Q4_0: choose each block's scale for the least squared error, and tell what that gains. Takes about twice the time.
     #[arg(long)]
     pub(crate) search: bool,
+    /// Quantize again what is below 8 bits already, which loses more than quantizing the original.
+    #[arg(long)]
+    pub(crate) allow_requantize: bool,
     /// Keep the LM head that a tied model stores beside the embedding, where the two differ.
     #[arg(long)]
     pub(crate) keep_head: bool,

@@ -180,10 +180,24 @@ fn gguf_hint(error: &GgufError) -> Option<String> {
              `llama-gguf-split --merge` makes one file of them"
         ),
         GgufError::Type { .. } => OTHER_TYPES.into(),
+        GgufError::TransposedDown { file, .. } => transposed_hint(file),
         GgufError::MissingTensor { .. } => INCOMPLETE.into(),
         GgufError::Model { problem, .. } => return format_hint(problem),
         _ => return None,
     })
+}
+
+/// What to do about a file for PowerInfer: its plain twin has the same name without a part of it.
+fn transposed_hint(file: &str) -> String {
+    let plain = file.replace(".powerinfer", "");
+    let twin = match plain == file {
+        true => "the plain file of the model, without `powerinfer` in its name".to_owned(),
+        false => plain,
+    };
+    format!(
+        "take {twin}; `st-tool quantize {file} --q4_0 --allow-requantize` makes a plain one of this, with weights that are rounded \
+         once more"
+    )
 }
 
 /// What to do about a file that lacks tensors.
@@ -228,6 +242,9 @@ fn convert_hint(error: &ConvertError) -> Option<String> {
         ConvertError::Placeholder { what, .. } => placeholder_hint(*what),
         ConvertError::PackedInput { .. } => "st-tool layout IN.gguf OUT.gguf --to gguf".into(),
         ConvertError::SourceType { .. } | ConvertError::ComputedType { .. } => OTHER_TYPES.into(),
+        ConvertError::Requantize { .. } => {
+            "take a checkpoint, or a BF16, F16 or Q8_0 file; --allow-requantize does it all the same".into()
+        }
         ConvertError::TooLarge { .. } => "--bf16 and --f32 hold every weight".into(),
         ConvertError::Gguf(error) => return gguf_hint(error),
         _ => return None,

@@ -114,7 +114,15 @@ pub(crate) fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> Pa
     }
     let path = done.0.path().join(format!("{}.gguf", done.1.len()));
     let input = Input::open(checkpoint).expect("a checkpoint");
-    let options = ConvertOptions { ty, output_type: None, layout, threads: 2, search: false, keep_head: false };
+    let options = ConvertOptions {
+        ty,
+        output_type: None,
+        layout,
+        threads: 2,
+        search: false,
+        requantize: false,
+        keep_head: false,
+    };
     convert(&input, &options, &path, false, &NoProgress, &Cancel::default()).expect("a conversion");
     done.1.insert(key, path.clone());
     path

@@ -33,8 +33,8 @@ static FILES: LazyLock<Files> = LazyLock::new(|| {
     let random = dir.path().join("random.gguf");
     write_random(&random);
     let trained = common::converted(&common::repo("models/tiny/checkpoint"), WeightType::F32, Layout::Gguf);
-    let made = |name: &str, base: &Path, n_layers: usize| -> Vec<_> {
-        let files = kinds(n_layers).into_iter().map(|(kind, type_of)| {
+    let made = |name: &str, base: &Path, kinds: Vec<(String, TypeOf)>| -> Vec<_> {
+        let files = kinds.into_iter().map(|(kind, type_of)| {
             let [gguf, offload] = ["gguf", "offload"].map(|layout| dir.path().join(format!("{name}-{kind}-{layout}")));
             remix(base, &gguf, &*type_of).expect("a mixed file");
             let options = RelayoutOptions { to: Layout::Offload, threads: 2, overwrite: false };
@@ -44,7 +44,9 @@ static FILES: LazyLock<Files> = LazyLock::new(|| {
         files.collect()
     };
     let layers = GgufFile::open(&trained).and_then(|file| file.header.model_shape()).expect("a model").n_layers;
-    Files { trained: made("trained", &trained, layers), random: made("random", &random, 6), _dir: dir }
+    let mut few = kinds(layers);
+    few.retain(|(kind, _)| ["all", "q4_k_m"].contains(&&**kind));
+    Files { trained: made("trained", &trained, few), random: made("random", &random, kinds(6)), _dir: dir }
 });
 
 fn write_random(path: &Path) {
@@ -69,25 +71,27 @@ fn write_random(path: &Path) {
 }
 
 /// Kinds of published files.
-const PUBLISHED: &[&str] = &["bf16_q8_0"];
+const PUBLISHED: [&str; 9] =
+    ["bf16_q8_0", "q4_0", "q4_0-imatrix", "q4_k_m", "q5_k_m", "q3_k_m", "q2_k", "iq4_nl", "iq4_xs"];
 
 /// The mixes: one that repeats nothing from tensor to tensor and layer to layer, and those of published files.
 fn kinds(n_layers: usize) -> Vec<(String, TypeOf)> {
-    use GgmlType::{BF16, F16, F32, Q4_0, Q8_0};
-    const FIVE: [GgmlType; 5] = [Q4_0, F16, Q8_0, BF16, F32];
+    use GgmlType::*;
+    const ALL: [GgmlType; 16] =
+        [Q4_0, F16, Q8_0, Q6_K, BF16, Q4_K, F32, Q5_K, Q4_1, Q2_K, IQ4_XS, Q3_K, Q5_0, MXFP4, Q5_1, IQ4_NL];
     let stays_float =
         |tensor| matches!(tensor, Tensor::OutputNorm | Tensor::AttnNorm | Tensor::FfnNorm | Tensor::FfnGateInp);
     let all: TypeOf =
-        Box::new(move |tensor, layer| if stays_float(tensor) { F32 } else { FIVE[(tensor as usize + 3 * layer) % 5] });
+        Box::new(move |tensor, layer| if stays_float(tensor) { F32 } else { ALL[(tensor as usize + 7 * layer) % 16] });
     // Down alone another type, in some layers, as an importance matrix makes it.
     let down: TypeOf = Box::new(move |tensor, layer| match tensor {
         tensor if stays_float(tensor) => F32,
         Tensor::FfnDownExps if layer < 2 => Q8_0,
-        Tensor::TokenEmbd | Tensor::Output => Q8_0,
+        Tensor::TokenEmbd | Tensor::Output => F16,
         _ => Q4_0,
     });
     let mut kinds = vec![("all".to_owned(), all), ("down".to_owned(), down)];
-    for &name in PUBLISHED {
+    for name in PUBLISHED {
         let mix = Mix::named(name).expect("a mix");
         kinds.push((name.to_owned(), Box::new(move |tensor, layer| mix.type_of(tensor, layer, n_layers, true))));
     }
@@ -116,31 +120,39 @@ fn logits(engine: &std::sync::Arc<Engine>, ids: &[u32], piece: usize) -> Vec<f32
     logits
 }
 
+/// Threads, rows at once and slots (`true`: the fewest) that a file is run with.
+type Way = (usize, usize, bool);
+
+/// Runs both layouts in every way of `ways` on each of `isas`, and expects the bits of `expected`.
+fn expect_bits(kind: &str, files: &[PathBuf; 2], isas: &[Isa], ways: &[Way], ids: &[u32], expected: &[f32]) {
+    for (i, path) in files.iter().enumerate() {
+        for &isa in isas {
+            for &(threads, piece, few) in ways {
+                let mut options = LoadOptions { isa: Some(isa), threads, ..LoadOptions::default() };
+                options.slots = few.then(|| 2 * open(path).header.model_shape().expect("a model").n_experts_used);
+                let engine = common::engine(open(path), &options);
+                let got = logits(&engine, ids, piece);
+                assert!(got == expected, "{kind} layout {i} {isa:?} {threads} threads, pieces of {piece}, few: {few}");
+                assert!(!few || engine.store_stats().evictions > 0, "nothing was evicted");
+            }
+        }
+    }
+}
+
 /// The same bits for both layouts, all instruction sets, 1 and 2 threads, one row or many at once, and few slots or one for every expert.
 #[test]
 fn layout_threads_batch_and_memory_change_no_bit() {
+    let isas: Vec<_> = Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()).collect();
     for (kind, files) in FILES.trained.iter().chain(&FILES.random) {
-        let scalar = LoadOptions { isa: Some(Isa::Scalar), ..LoadOptions::default() };
-        let engine = common::engine(open(&files[0]), &scalar);
+        let engine = common::engine(open(&files[0]), &LoadOptions::default());
         let ids = ids(engine.n_vocab());
         let expected = logits(&engine, &ids, ids.len());
         assert!(expected.iter().any(|value| *value != expected[0]), "constant logits");
-        let fewest = 2 * engine.config().n_experts_used;
-        for (i, path) in files.iter().enumerate() {
-            for isa in Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()) {
-                for (threads, piece, slots) in
-                    [(1, 70, None), (2, 1, None), (2, 3, Some(fewest)), (1, 40, Some(fewest))]
-                {
-                    let options = LoadOptions { isa: Some(isa), threads, slots, ..LoadOptions::default() };
-                    let engine = common::engine(open(path), &options);
-                    let got = logits(&engine, &ids, piece);
-                    assert!(
-                        got == expected,
-                        "{kind} layout {i} {isa:?} {threads} threads, pieces of {piece}, {slots:?}"
-                    );
-                    assert!(slots.is_none() || engine.store_stats().evictions > 0, "nothing was evicted");
-                }
-            }
+        if kind == "all" {
+            expect_bits(kind, files, &isas, &[(2, 3, false), (1, 40, true)], &ids, &expected);
+            expect_bits(kind, files, &[Isa::Scalar], &[(2, 1, true)], &ids, &expected);
+        } else {
+            expect_bits(kind, files, &[engine.isa()], &[(2, 3, true)], &ids, &expected);
         }
     }
 }

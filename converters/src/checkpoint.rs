@@ -8,10 +8,11 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use st_gguf::Metadata;
+use st_kernels::WeightType;
 
 use crate::config::{CONFIG_KEYS, ModelConfig};
 use crate::error::ConvertError;
-use crate::input::{Input, Slot, SourceTensor, SourceType};
+use crate::input::{Input, Slot, SourceTensor};
 use crate::json::read_settings;
 use crate::shards::{self, Found, Shards};
 use crate::tensor_map::{TABLE, Tensor, is_derived, is_known, quantized_by, rule_of, without_wrappers};
@@ -100,9 +101,9 @@ fn bind(
                 return Err(ConvertError::Shape { path: path(), tensor: entry.name, got: entry.shape, expected });
             }
             let ty = match entry.dtype {
-                Dtype::F32 => SourceType::F32,
-                Dtype::F16 => SourceType::F16,
-                Dtype::BF16 => SourceType::Bf16,
+                Dtype::F32 => WeightType::F32,
+                Dtype::F16 => WeightType::F16,
+                Dtype::BF16 => WeightType::BF16,
                 other => {
                     return Err(ConvertError::SourceType {
                         path: path(),
@@ -112,7 +113,14 @@ fn bind(
                     });
                 }
             };
-            let source = SourceTensor { name: entry.name, first_weight: 0, file: entry.file, range: entry.range, ty };
+            let source = SourceTensor {
+                name: entry.name,
+                first_weight: 0,
+                file: entry.file,
+                range: entry.range,
+                ty,
+                transposed: false,
+            };
             tensors.insert((rule.tensor, layer, expert), source);
         }
     }

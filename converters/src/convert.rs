@@ -12,12 +12,12 @@ use st_kernels::{ExpertFormat, Kernels, SquaredErrors, WeightType};
 
 use crate::compare::{Comparison, Difference};
 use crate::error::ConvertError;
-use crate::input::Input;
-use crate::layout::{ALIGNMENT, EXPERT_TENSORS, OutputLayout, Unit};
+use crate::input::{Input, SourceTensor, weight_bytes};
+use crate::layout::{EXPERT_TENSORS, OutputLayout, Unit, alignment_of};
 use crate::metadata;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
-use crate::quantize::{Scratch, convert_weights};
+use crate::quantize::{Scratch, Target, convert_weights, untranspose};
 use crate::record;
 use crate::tensor_map::Tensor;
 
@@ -28,10 +28,6 @@ const READ_AHEAD_BYTES: usize = 64 << 20;
 
 /// Said of every file in the offload layout.
 pub(crate) const OFFLOAD_NOTE: &str = "the offload layout is for this tool; llama.cpp does not read it";
-
-/// Said of files that somebody may want to quantize further.
-const LLAMA_QUANTIZE_NOTE: &str = "llama.cpp loads this file, but its llama-quantize ignores the alignment that the file states and makes a \
-     broken one of it; quantize it with this tool";
 
 /// What to make of an input.
 #[derive(Clone, Debug)]
@@ -46,6 +42,8 @@ pub struct ConvertOptions {
     pub threads: usize,
     /// For Q4_0: choose each block's scale for the least squared error instead of the reference's.
     pub search: bool,
+    /// Whether weights below 8 bits may be quantized again as another type.
+    pub requantize: bool,
     /// Whether a tied model keeps an LM head that it stores beside the embedding and that differs from it.
     pub keep_head: bool,
 }
@@ -100,6 +98,8 @@ struct Job<'a> {
     keep_head: bool,
     layout: OutputLayout,
     metadata: Metadata,
+    /// Tensors start at multiples of this.
+    alignment: u64,
     /// Largest output of a unit.
     unit_bytes: usize,
     /// Bytes of input, and of the largest unit's input.
@@ -138,7 +138,7 @@ pub fn convert(
     let job = Job::new(input, options)?;
     let plan = job.plan()?;
     cancel.check()?;
-    let write_options = WriteOptions { alignment: ALIGNMENT, overwrite };
+    let write_options = WriteOptions { alignment: job.alignment, overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.layout.tensors, write_options)?;
     progress.start(job.input_bytes);
     let mut gains = BTreeMap::new();
@@ -196,7 +196,8 @@ impl<'a> Job<'a> {
         }
         let shape = input.shape();
         let layout = OutputLayout::new(shape, input.has_output(options.keep_head), options)?;
-        let mut metadata = metadata::describe(shape, &input.carried, options.ty);
+        let alignment = alignment_of(options.layout, options.ty.is_quantized());
+        let mut metadata = metadata::describe(shape, &input.carried, options.ty, alignment);
         if let Some(format) = &layout.packing {
             record::describe(&vec![format.clone(); shape.n_layers], &mut metadata);
         }
@@ -206,10 +207,12 @@ impl<'a> Job<'a> {
             keep_head: options.keep_head,
             layout,
             metadata,
+            alignment,
             unit_bytes: 0,
             input_bytes: 0,
             unit_input_bytes: 1,
         };
+        job.check_losses(options.requantize)?;
         for unit in &job.layout.units {
             let bytes: usize = job.sources(unit)?.iter().map(|(_, range)| range.len()).sum();
             job.input_bytes += bytes as u64;
@@ -220,7 +223,7 @@ impl<'a> Job<'a> {
     }
 
     fn plan(&self) -> Result<ConvertPlan, ConvertError> {
-        let plan = st_gguf::plan(&self.metadata, &self.layout.tensors, ALIGNMENT)?;
+        let plan = st_gguf::plan(&self.metadata, &self.layout.tensors, self.alignment)?;
         let places = plan.offsets.iter().zip(&plan.sizes);
         let tensors = self.layout.tensors.iter().zip(places);
         let mut warnings = self.input.warnings.clone();
@@ -228,8 +231,6 @@ impl<'a> Job<'a> {
         warnings.extend(self.input.shape().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());
-        } else if !self.layout.expert_target.ty.is_quantized() {
-            warnings.push(LLAMA_QUANTIZE_NOTE.into());
         }
         Ok(ConvertPlan {
             tensors: tensors
@@ -241,13 +242,40 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// Refuses to round twice, where nobody `allowed` it.
+    fn check_losses(&self, allowed: bool) -> Result<(), ConvertError> {
+        let lossy = |source: &SourceTensor, ty: WeightType| match source.is_requantized_as(ty) && !allowed {
+            true => Err(ConvertError::Requantize {
+                path: self.input.path().into(),
+                tensor: source.name.clone(),
+                got: source.ty.name(),
+                to: ty.name(),
+            }),
+            false => Ok(()),
+        };
+        for unit in &self.layout.units {
+            match unit {
+                Unit::Weights { slot, target, .. } => lossy(self.input.tensor(*slot)?, target.ty)?,
+                Unit::Record { layer, expert } => {
+                    for tensor in EXPERT_TENSORS {
+                        lossy(self.input.tensor((tensor, *layer, *expert))?, self.layout.expert_target.ty)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The bytes of input that a unit reads: file and range, in order.
     fn sources(&self, unit: &Unit) -> Result<Vec<(usize, Range<usize>)>, ConvertError> {
         match unit {
             Unit::Weights { slot, first, count, .. } => {
                 let source = self.input.tensor(*slot)?;
-                let start = source.range.start + source.ty.bytes(*first);
-                Ok(vec![(source.file, start..start + source.ty.bytes(*count))])
+                if source.transposed {
+                    return Ok(vec![(source.file, source.range.clone())]);
+                }
+                let start = source.range.start + weight_bytes(source.ty, *first);
+                Ok(vec![(source.file, start..start + weight_bytes(source.ty, *count))])
             }
             Unit::Record { layer, expert } => {
                 let matrix = |tensor| self.input.tensor((tensor, *layer, *expert));
@@ -294,8 +322,7 @@ impl<'a> Job<'a> {
             Unit::Weights { slot, first, count, target } => {
                 let (file, range) = &sources[0];
                 let source = self.input.tensor(*slot)?;
-                let bytes = self.input.read(source, *file, range)?;
-                let errors = convert_weights(source, *first, bytes, *target, &mut worker.scratch, out)?;
+                let errors = self.weights(worker, source, (*file, range), (*first, *count), *target, out)?;
                 if target.search {
                     gains.push(SearchGain { tensor: slot.0, weights: *count as u64, errors });
                 }
@@ -314,6 +341,28 @@ impl<'a> Job<'a> {
         Ok(Done { input_bytes, gains })
     }
 
+    /// Converts `count` weights of a matrix from the first one on, which the bytes `place` of the input hold.
+    fn weights(
+        &self,
+        worker: &mut Worker,
+        source: &SourceTensor,
+        (file, range): (usize, &Range<usize>),
+        (first, count): (usize, usize),
+        target: Target,
+        out: &mut [u8],
+    ) -> Result<SquaredErrors, ConvertError> {
+        let bytes = self.input.read(source, file, range)?;
+        if !source.transposed {
+            return convert_weights(source, first, bytes, target, &mut worker.scratch, out);
+        }
+        // Of the experts' matrices down alone is ever stored so.
+        let (columns, rows) = (self.input.shape().n_ff, self.input.shape().n_embd);
+        worker.upright.resize(count * 4, 0);
+        untranspose(source.ty, bytes, columns, rows, first / columns, &mut worker.upright);
+        let upright = SourceTensor { ty: WeightType::F32, transposed: false, ..source.clone() };
+        convert_weights(&upright, first, &worker.upright, target, &mut worker.scratch, out)
+    }
+
     /// Converts the three matrices of an expert and packs them into one record.
     fn pack(
         &self,
@@ -324,19 +373,19 @@ impl<'a> Job<'a> {
         record: &mut [u8],
     ) -> Result<Vec<SearchGain>, ConvertError> {
         let mut gains = Vec::new();
-        let Worker { kernels, scratch, canonical } = worker;
-        record::pack(*kernels, format, canonical, record, |matrix, canonical| {
+        let mut canonical = std::mem::take(&mut worker.canonical);
+        let packed = record::pack(worker.kernels, format, &mut canonical, record, |matrix, canonical| {
             let (tensor, (file, range)) = (EXPERT_TENSORS[matrix as usize], &sources[matrix as usize]);
             let source = self.input.tensor((tensor, layer, expert))?;
-            let bytes = self.input.read(source, *file, range)?;
-            let target = self.layout.expert_target;
-            let errors = convert_weights(source, 0, bytes, target, scratch, canonical)?;
+            let (target, weights) = (self.layout.expert_target, format.n_embd() * format.n_ff());
+            let errors = self.weights(worker, source, (*file, range), (0, weights), target, canonical)?;
             if target.search {
-                let weights = (format.n_embd() * format.n_ff()) as u64;
-                gains.push(SearchGain { tensor, weights, errors });
+                gains.push(SearchGain { tensor, weights: weights as u64, errors });
             }
             Ok(())
-        })?;
+        });
+        worker.canonical = canonical;
+        packed?;
         Ok(gains)
     }
 }
@@ -347,10 +396,12 @@ struct Worker {
     scratch: Scratch,
     /// One matrix of an expert as GGUF stores it, on its way into a record.
     canonical: Vec<u8>,
+    /// Floats of a matrix that the input holds transposed.
+    upright: Vec<u8>,
 }
 
 impl Worker {
     fn new() -> Self {
-        Self { kernels: Kernels::detect(), scratch: Scratch::new(), canonical: Vec::new() }
+        Self { kernels: Kernels::detect(), scratch: Scratch::new(), canonical: Vec::new(), upright: Vec::new() }
     }
 }

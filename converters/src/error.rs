@@ -163,6 +163,18 @@ pub enum ConvertError {
         /// The types that would do.
         expected: String,
     },
+    /// Weights of few bits would be rounded a second time.
+    #[error("{}: tensor {tensor} has type {got}, below 8 bits: quantizing it again as {to} loses more than quantizing the original", path.display())]
+    Requantize {
+        /// The input.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The type found.
+        got: &'static str,
+        /// The type asked for.
+        to: &'static str,
+    },
     /// A weight is NaN or infinite.
     #[error("tensor {tensor}: weight {index} is {value}, expected finite weights")]
     NonFinite {

@@ -1,16 +1,17 @@
-//! A GGUF file as input: F32, F16, BF16 or Q8_0 weights as this tool or llama.cpp's converter writes them.
+//! A GGUF file as input, with weights of any types that are computed with.
 //!
-//! Owns cutting the stacked expert tensors into single matrices. Carries
-//! tokenizer and general keys over unchanged. Refuses types that lost too much to be a source, and packed experts.
+//! Owns cutting the stacked expert tensors into single matrices, and telling PowerInfer's own files, whose down matrices are transposed.
+//! Carries tokenizer and general keys over unchanged. Refuses packed experts.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use st_format::same_shape;
-use st_gguf::{GgmlType, GgufFile, Header, Metadata, Part};
+use st_format::{is_transposed_down, same_shape};
+use st_gguf::{GgufFile, Header, Metadata, Part};
+use st_kernels::{UnsupportedType, WeightType};
 
 use crate::error::ConvertError;
-use crate::input::{Input, Slot, SourceTensor, SourceType};
+use crate::input::{Input, Slot, SourceTensor, weight_bytes};
 use crate::mapped::map_weights;
 use crate::tensor_map::{ModelShape, Scope, TABLE, Tensor};
 use crate::vocabulary;
@@ -36,6 +37,13 @@ pub(crate) fn open(path: &Path) -> Result<Input, ConvertError> {
     if ends.next_back() != Some(header.file_len) {
         let source = std::io::Error::other("the file changed its length while it was opened");
         return Err(ConvertError::Io { path: path.into(), source });
+    }
+    if tensors.values().any(|tensor| tensor.transposed) {
+        warnings.push(
+            "the file is one for PowerInfer, its down matrices quantized along the outputs: they are quantized anew along the \
+             neurons, so weights change; the plain file of the same model loses nothing"
+                .into(),
+        );
     }
     let tied = header.tensor(&Tensor::Output.name(0)).is_none();
     Ok(Input { path: path.into(), shape, tied, carried, files, gguf: Some(gguf), tensors, warnings })
@@ -74,30 +82,23 @@ fn bind(
             let Some(info) = header.tensor(&name) else {
                 return Err(ConvertError::MissingTensor { path: path.into(), tensor: name });
             };
-            if !same_shape(&info.shape, &expected) {
+            let transposed = rule.tensor == Tensor::FfnDownExps && is_transposed_down(&info.shape, shape);
+            if !same_shape(&info.shape, &expected) && !transposed {
                 let got = info.shape.clone();
                 return Err(ConvertError::Shape { path: path.into(), tensor: name, got, expected });
             }
-            let ty = match info.ty {
-                GgmlType::F32 => SourceType::F32,
-                GgmlType::F16 => SourceType::F16,
-                GgmlType::BF16 => SourceType::Bf16,
-                GgmlType::Q8_0 => SourceType::Q8_0,
-                other => {
-                    return Err(ConvertError::SourceType {
-                        path: path.into(),
-                        tensor: name,
-                        got: other.to_string(),
-                        expected: "F32, F16, BF16 or Q8_0",
-                    });
-                }
-            };
+            let ty = WeightType::try_from(info.ty).map_err(|UnsupportedType(got)| ConvertError::ComputedType {
+                path: path.into(),
+                tensor: name.clone(),
+                got: got.to_string(),
+                expected: WeightType::names(),
+            })?;
             // The header parser has proved that all experts together lie inside the file.
-            let bytes = ty.bytes(weights);
+            let bytes = weight_bytes(ty, weights);
             let file = parts.partition_point(|part| part.start <= info.offset).saturating_sub(1);
             let start = (info.offset - parts[file].start) as usize + expert * bytes;
             let first_weight = if rule.scope() == Scope::Expert { (expert * weights) as u64 } else { 0 };
-            let source = SourceTensor { name, first_weight, file, range: start..start + bytes, ty };
+            let source = SourceTensor { name, first_weight, file, range: start..start + bytes, ty, transposed };
             tensors.insert((rule.tensor, layer, expert), source);
         }
     }

@@ -8,34 +8,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use st_gguf::{GgufFile, Metadata};
+use st_kernels::WeightType;
 
 use crate::error::ConvertError;
 use crate::tensor_map::{ModelShape, Tensor, rule_of};
 use crate::{checkpoint, gguf_input};
 use st_sys::MappedFile;
 
-/// Types that weights may be stored as in an input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceType {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit IEEE floats.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Blocks of 32 bytes with an f16 scale; in GGUF files only.
-    Q8_0,
-}
-
-impl SourceType {
-    /// Bytes of `n` weights; `n` is a multiple of 32 for Q8_0.
-    pub(crate) fn bytes(self, n: usize) -> usize {
-        match self {
-            Self::F32 => n * 4,
-            Self::F16 | Self::Bf16 => n * 2,
-            Self::Q8_0 => n / 32 * 34,
-        }
-    }
+/// Bytes of `n` weights of a type, which are whole blocks.
+pub(crate) fn weight_bytes(ty: WeightType, n: usize) -> usize {
+    n / ty.block_len() * ty.block_bytes()
 }
 
 /// One matrix or vector of an input.
@@ -50,7 +32,17 @@ pub(crate) struct SourceTensor {
     /// Its bytes in the file.
     pub(crate) range: Range<usize>,
     /// How they are stored.
-    pub(crate) ty: SourceType,
+    pub(crate) ty: WeightType,
+    /// Whether rows stand for columns: down, as PowerInfer's own files have it.
+    pub(crate) transposed: bool,
+}
+
+impl SourceTensor {
+    /// Whether making weights of type `ty` of it rounds what was rounded to few bits before.
+    pub(crate) fn is_requantized_as(&self, ty: WeightType) -> bool {
+        let few_bits = self.ty.is_quantized() && self.ty != WeightType::Q8_0;
+        few_bits && ty.is_quantized() && (ty != self.ty || self.transposed)
+    }
 }
 
 /// Which matrix: tensor, layer, expert (0 where the scope has none).
@@ -74,7 +66,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// Opens a checkpoint folder, or a GGUF file of type F32, F16, BF16 or Q8_0.
+    /// Opens a checkpoint folder, or a GGUF file of types that are computed with.
     ///
     /// # Errors
     /// Everything that is wrong with the input short of its weights' values; see [`ConvertError`].
@@ -90,7 +82,7 @@ impl Input {
         let matrix =
             |tensor| self.tensors.get(&(tensor, 0, 0)).map(|source| (source.ty, source.file, source.range.clone()));
         let (Some(embedding), Some(head)) = (matrix(Tensor::TokenEmbd), matrix(Tensor::Output)) else { return };
-        let bytes = |(_, file, range): &(SourceType, usize, Range<usize>)| &self.files[*file].bytes()[range.clone()];
+        let bytes = |(_, file, range): &(WeightType, usize, Range<usize>)| &self.files[*file].bytes()[range.clone()];
         let equal = embedding.0 == head.0 && bytes(&embedding) == bytes(&head);
         for (_, file, range) in [&embedding, &head] {
             self.files[*file].release(range.clone());

@@ -2,7 +2,7 @@
 //!
 //! Order: first, in one run, everything that a token always needs (embedding, norms, attention, routers), so that it is
 //! loaded in one read; then the experts layer by layer, gate, up, down, so that what is used together lies together.
-//! Every tensor starts on a page. The plan is a pure function of configuration and options: it reads no weight.
+//! Every tensor of a quantized model starts on a page. The plan is a pure function of configuration and options: it reads no weight.
 
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_kernels::{ExpertFormat, WeightType};
@@ -12,8 +12,17 @@ use crate::error::ConvertError;
 use crate::quantize::Target;
 use crate::tensor_map::{Kind, ModelShape, Rule, Scope, TABLE, Tensor, rule_of};
 
-/// Tensors start at multiples of this: a page, and the sector size of direct reads.
+/// Tensors of files that are run as they are start at multiples of this: a page, and the sector size of direct reads.
 pub(crate) const ALIGNMENT: u64 = 4096;
+
+/// The alignment of files of floats: what other programs go on from. llama-quantize writes tensors 32 bytes apart whatever its input
+/// states, so that what it makes of other files cannot be loaded.
+const PLAIN_ALIGNMENT: u64 = 32;
+
+/// Where the tensors of an output may start, whose experts are quantized or floats.
+pub(crate) fn alignment_of(layout: Layout, is_quantized: bool) -> u64 {
+    if layout == Layout::Gguf && !is_quantized { PLAIN_ALIGNMENT } else { ALIGNMENT }
+}
 
 /// Most weights of one unit of work: large enough that its overhead vanishes, small enough that many fit in memory.
 const UNIT_WEIGHTS: usize = 1 << 20;

@@ -30,7 +30,7 @@ pub use compare::{Difference, DifferenceKind};
 pub use config::ModelConfig;
 pub use convert::{ConvertOptions, ConvertPlan, Converted, PlannedTensor, SearchGain, compare, convert, plan};
 pub use error::ConvertError;
-pub use input::{Input, SourceType};
+pub use input::Input;
 pub use progress::{Cancel, NoProgress, Progress};
 pub use relayout::{RelayoutOptions, relayout};
 pub use st_gguf::Layout;

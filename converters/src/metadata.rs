@@ -3,7 +3,6 @@
 use st_gguf::Metadata;
 use st_kernels::WeightType;
 
-use crate::layout::ALIGNMENT;
 use crate::tensor_map::ModelShape;
 
 /// The version of ggml's block formats that this project writes.
@@ -23,7 +22,7 @@ fn file_type(ty: WeightType) -> u32 {
 
 /// All keys of an output whose matrices are of type `ty`; `carried` holds the tokenizer and what the input brought
 /// along. Nothing depends on where the input lies.
-pub(crate) fn describe(shape: &ModelShape, carried: &Metadata, ty: WeightType) -> Metadata {
+pub(crate) fn describe(shape: &ModelShape, carried: &Metadata, ty: WeightType, alignment: u64) -> Metadata {
     let mut out = Metadata::new();
     out.insert("general.architecture", "smallthinker");
     out.insert("general.type", "model");
@@ -33,7 +32,7 @@ pub(crate) fn describe(shape: &ModelShape, carried: &Metadata, ty: WeightType) -
         out.insert(key, value.clone());
     }
     // Stated here so that its place does not depend on who writes the file; the writer keeps it.
-    out.insert("general.alignment", ALIGNMENT as u32);
+    out.insert("general.alignment", alignment as u32);
     out.insert("general.file_type", file_type(ty));
     out.insert("general.quantization_version", QUANTIZATION_VERSION);
     for (key, value) in shape.to_metadata() {

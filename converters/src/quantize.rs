@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use st_kernels::{Kernels, SquaredErrors, WeightType, dequantize_row, quantize_row_q8_0};
 
 use crate::error::ConvertError;
-use crate::input::{SourceTensor, SourceType};
+use crate::input::{SourceTensor, weight_bytes};
 
 /// Weights that pass through at a time: their floats stay in the first-level cache.
 const CHUNK: usize = 4096;
@@ -60,23 +60,18 @@ pub(crate) fn convert_weights(
     out: &mut [u8],
 ) -> Result<SquaredErrors, ConvertError> {
     let mut errors = SquaredErrors::default();
-    if source.ty == SourceType::Q8_0 {
-        check_scales(source, first, bytes)?;
-        if target.ty == WeightType::Q8_0 {
-            out.copy_from_slice(bytes);
-            return Ok(errors);
-        }
-    }
-    let in_chunks = bytes.chunks(source.ty.bytes(CHUNK));
+    let in_chunks = bytes.chunks(weight_bytes(source.ty, CHUNK));
     let out_chunks = out.chunks_mut(target.bytes(CHUNK));
+    let is_copied = source.ty == target.ty && !target.search;
     for (index, (bytes, out)) in in_chunks.zip(out_chunks).enumerate() {
         let n = out.len() / target.ty.block_bytes() * target.ty.block_len();
         let largest = decode(source.ty, bytes, scratch, n);
         let floats = &scratch.floats[..n];
-        if !fits(largest, target.ty) {
+        // What is copied fits as it is, if it is a number.
+        if largest >= INFINITY_BITS || !is_copied && !fits(largest, target.ty) {
             return Err(misfit(source, first + index * CHUNK, floats, target.ty));
         }
-        if same_type(source.ty, target.ty) {
+        if is_copied {
             out.copy_from_slice(bytes);
         } else {
             errors += encode(scratch.kernels, floats, target, &mut scratch.halves[..n], out);
@@ -85,37 +80,45 @@ pub(crate) fn convert_weights(
     Ok(errors)
 }
 
-fn same_type(source: SourceType, target: WeightType) -> bool {
-    matches!(
-        (source, target),
-        (SourceType::F32, WeightType::F32) | (SourceType::F16, WeightType::F16) | (SourceType::Bf16, WeightType::BF16)
-    )
+/// Rows `first_row..` of a matrix of `columns` columns, as many as fill `out` with little-endian floats, out of `bytes`, which hold it
+/// transposed: row after row of `n_rows` weights of type `ty`.
+pub(crate) fn untranspose(
+    ty: WeightType,
+    bytes: &[u8],
+    columns: usize,
+    n_rows: usize,
+    first_row: usize,
+    out: &mut [u8],
+) {
+    let mut stored = vec![0.0; columns * n_rows];
+    dequantize_row(ty, bytes, &mut stored);
+    for (i, row) in out.chunks_exact_mut(columns * 4).enumerate() {
+        for (column, float) in row.chunks_exact_mut(4).enumerate() {
+            float.copy_from_slice(&stored[column * n_rows + first_row + i].to_le_bytes());
+        }
+    }
 }
 
 /// Turns `bytes` into the first `n` floats of the scratch. Returns the largest magnitude among them, as the bits of a
 /// float, so that NaN counts as the largest: plain integer loops over the stored form, which compilers turn into a few
 /// vector instructions.
-fn decode(ty: SourceType, bytes: &[u8], scratch: &mut Scratch, n: usize) -> u32 {
+fn decode(ty: WeightType, bytes: &[u8], scratch: &mut Scratch, n: usize) -> u32 {
     let floats = &mut scratch.floats[..n];
     match ty {
-        SourceType::F32 => {
+        WeightType::F32 => {
             for (float, &bytes) in floats.iter_mut().zip(bytes.as_chunks().0) {
                 *float = f32::from_le_bytes(bytes);
             }
             largest_float(floats)
         }
-        SourceType::Q8_0 => {
-            dequantize_row(WeightType::Q8_0, bytes, floats);
-            largest_float(floats)
-        }
-        SourceType::Bf16 => {
+        WeightType::BF16 => {
             let stored = bytes.as_chunks().0;
             for (float, &bytes) in floats.iter_mut().zip(stored) {
                 *float = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
             }
             u32::from(largest_half(stored)) << 16
         }
-        SourceType::F16 => {
+        WeightType::F16 => {
             let stored = bytes.as_chunks().0;
             let halves = &mut scratch.halves[..n];
             for (half, &bytes) in halves.iter_mut().zip(stored) {
@@ -123,6 +126,10 @@ fn decode(ty: SourceType, bytes: &[u8], scratch: &mut Scratch, n: usize) -> u32 
             }
             halves.convert_to_f32_slice(floats);
             f16::from_bits(largest_half(stored)).to_f32().to_bits()
+        }
+        quantized => {
+            dequantize_row(quantized, bytes, floats);
+            largest_float(floats)
         }
     }
 }
@@ -192,19 +199,6 @@ fn misfit(source: &SourceTensor, first: usize, floats: &[f32], ty: WeightType) -
     }
 }
 
-/// Refuses Q8_0 blocks whose scale is no number.
-fn check_scales(source: &SourceTensor, first: usize, bytes: &[u8]) -> Result<(), ConvertError> {
-    let scale = |block: &[u8]| f16::from_le_bytes([block[0], block[1]]);
-    match bytes.chunks_exact(34).position(|block| !scale(block).is_finite()) {
-        None => Ok(()),
-        Some(block) => Err(ConvertError::NonFinite {
-            tensor: source.name.clone(),
-            index: source.first_weight + (first + block * 32) as u64,
-            value: scale(&bytes[block * 34..]).to_f32(),
-        }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,27 +208,28 @@ mod tests {
 
     const ALL: [WeightType; 5] = WeightType::WRITTEN;
 
-    fn source(ty: SourceType) -> SourceTensor {
-        SourceTensor { name: "t".into(), first_weight: 100, file: 0, range: 0..0, ty }
+    fn source(ty: WeightType) -> SourceTensor {
+        SourceTensor { name: "t".into(), first_weight: 100, file: 0, range: 0..0, ty, transposed: false }
     }
 
-    fn run(ty: SourceType, bytes: &[u8], n: usize, to: WeightType) -> Result<Vec<u8>, ConvertError> {
+    fn run(ty: WeightType, bytes: &[u8], n: usize, to: WeightType) -> Result<Vec<u8>, ConvertError> {
         let target = Target { ty: to, search: false };
         let mut out = vec![0; target.bytes(n)];
         convert_weights(&source(ty), 0, bytes, target, &mut Scratch::new(), &mut out)?;
         Ok(out)
     }
 
-    fn as_bytes(ty: SourceType, floats: &[f32]) -> Vec<u8> {
+    fn as_bytes(ty: WeightType, floats: &[f32]) -> Vec<u8> {
         match ty {
-            SourceType::F32 => floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            SourceType::F16 => floats.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-            SourceType::Bf16 => floats.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-            SourceType::Q8_0 => {
-                let mut out = vec![0; SourceType::Q8_0.bytes(floats.len())];
+            WeightType::F32 => floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            WeightType::F16 => floats.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            WeightType::BF16 => floats.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+            WeightType::Q8_0 => {
+                let mut out = vec![0; weight_bytes(WeightType::Q8_0, floats.len())];
                 quantize_row_q8_0(floats, &mut out);
                 out
             }
+            other => unreachable!("{other} is not made here"),
         }
     }
 
@@ -256,11 +251,11 @@ mod tests {
                 let expected = tensors.tensor(&format!("{case}.{suffix}")).unwrap();
                 // The vectors are gguf-py's; ggml's C code, which is followed, gives the scale of zeros a sign.
                 if (case, suffix) == ("negative_zeros", "q4_0") {
-                    let out = run(SourceType::F32, input.data(), n, ty).unwrap();
+                    let out = run(WeightType::F32, input.data(), n, ty).unwrap();
                     assert!(out.chunks_exact(18).all(|block| block[..2] == 0x8000_u16.to_le_bytes()));
                     continue;
                 }
-                match run(SourceType::F32, input.data(), n, ty) {
+                match run(WeightType::F32, input.data(), n, ty) {
                     Ok(out) => assert!(out == expected.data(), "{case} {suffix}"),
                     // The reference stores an infinite scale where this converter refuses.
                     Err(error) => assert!(matches!(error, ConvertError::TooLarge { .. }), "{case}: {error}"),
@@ -275,24 +270,18 @@ mod tests {
     fn every_pair_of_types_agrees_with_the_way_through_floats() {
         let n = 2 * CHUNK + 96;
         let floats = wave(n);
-        for from in [SourceType::F32, SourceType::F16, SourceType::Bf16, SourceType::Q8_0] {
+        for from in [WeightType::F32, WeightType::F16, WeightType::BF16, WeightType::Q8_0] {
             let bytes = as_bytes(from, &floats);
             let mut meant = vec![0.0; n];
-            let as_weight = match from {
-                SourceType::F32 => WeightType::F32,
-                SourceType::F16 => WeightType::F16,
-                SourceType::Bf16 => WeightType::BF16,
-                SourceType::Q8_0 => WeightType::Q8_0,
-            };
-            dequantize_row(as_weight, &bytes, &mut meant);
+            dequantize_row(from, &bytes, &mut meant);
             for to in ALL {
                 let out = run(from, &bytes, n, to).unwrap();
                 let expected = match to {
-                    WeightType::F32 => as_bytes(SourceType::F32, &meant),
-                    WeightType::F16 => as_bytes(SourceType::F16, &meant),
-                    WeightType::BF16 => as_bytes(SourceType::Bf16, &meant),
-                    WeightType::Q8_0 if from == SourceType::Q8_0 => bytes.clone(),
-                    WeightType::Q8_0 => as_bytes(SourceType::Q8_0, &meant),
+                    WeightType::F32 => as_bytes(WeightType::F32, &meant),
+                    WeightType::F16 => as_bytes(WeightType::F16, &meant),
+                    WeightType::BF16 => as_bytes(WeightType::BF16, &meant),
+                    WeightType::Q8_0 if from == WeightType::Q8_0 => bytes.clone(),
+                    WeightType::Q8_0 => as_bytes(WeightType::Q8_0, &meant),
                     WeightType::Q4_0 => {
                         let mut out = vec![0; n / 32 * 18];
                         quantize_row_q4_0(&meant, &mut out);
@@ -308,7 +297,7 @@ mod tests {
     #[test]
     fn a_weight_that_is_no_number_is_named() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for ty in [SourceType::F32, SourceType::F16, SourceType::Bf16] {
+            for ty in [WeightType::F32, WeightType::F16, WeightType::BF16] {
                 for to in ALL {
                     let mut floats = wave(CHUNK + 64);
                     floats[CHUNK + 3] = bad;
@@ -321,10 +310,10 @@ mod tests {
                 }
             }
         }
-        let mut blocks = as_bytes(SourceType::Q8_0, &wave(64));
+        let mut blocks = as_bytes(WeightType::Q8_0, &wave(64));
         blocks[34..36].copy_from_slice(&f16::NAN.to_le_bytes());
         for to in ALL {
-            assert!(matches!(run(SourceType::Q8_0, &blocks, 64, to), Err(ConvertError::NonFinite { index: 132, .. })));
+            assert!(matches!(run(WeightType::Q8_0, &blocks, 64, to), Err(ConvertError::NonFinite { index: 132, .. })));
         }
     }
 
@@ -334,12 +323,12 @@ mod tests {
         for (to, fits, overflows) in limits.into_iter().chain([(WeightType::BF16, 3.389e38, 3.4e38)]) {
             let mut floats = wave(64);
             floats[40] = fits;
-            let out = run(SourceType::F32, &as_bytes(SourceType::F32, &floats), 64, to).unwrap();
+            let out = run(WeightType::F32, &as_bytes(WeightType::F32, &floats), 64, to).unwrap();
             let mut back = vec![0.0; 64];
             dequantize_row(to, &out, &mut back);
             assert!(back.iter().all(|x| x.is_finite()));
             floats[40] = -overflows;
-            let error = run(SourceType::F32, &as_bytes(SourceType::F32, &floats), 64, to).unwrap_err();
+            let error = run(WeightType::F32, &as_bytes(WeightType::F32, &floats), 64, to).unwrap_err();
             assert!(matches!(error, ConvertError::TooLarge { index: 140, .. }), "{error}");
         }
     }

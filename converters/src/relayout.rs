@@ -14,7 +14,7 @@ use st_kernels::{ExpertFormat, Kernels, UnsupportedType, WeightType};
 
 use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor};
 use crate::error::ConvertError;
-use crate::layout::ALIGNMENT;
+use crate::layout::alignment_of;
 use crate::pipeline::run_ordered;
 use crate::progress::{Cancel, Progress};
 use crate::record;
@@ -77,7 +77,7 @@ pub fn relayout(
     let job = Job::new(input, options.to)?;
     let plan = job.plan(options.to)?;
     cancel.check()?;
-    let write_options = WriteOptions { alignment: ALIGNMENT, overwrite: options.overwrite };
+    let write_options = WriteOptions { alignment: job.alignment(options.to), overwrite: options.overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.tensors, write_options)?;
     progress.start(plan.input_bytes);
     let threads = options.threads.max(1);
@@ -187,7 +187,7 @@ impl<'a> Job<'a> {
     }
 
     fn plan(&self, to: Layout) -> Result<ConvertPlan, ConvertError> {
-        let plan = st_gguf::plan(&self.metadata, &self.tensors, ALIGNMENT)?;
+        let plan = st_gguf::plan(&self.metadata, &self.tensors, self.alignment(to))?;
         let places = plan.offsets.iter().zip(&plan.sizes);
         let tensors = self.tensors.iter().zip(places);
         Ok(ConvertPlan {
@@ -198,6 +198,12 @@ impl<'a> Job<'a> {
             output_bytes: plan.total,
             warnings: (to == Layout::Offload).then(|| OFFLOAD_NOTE.to_owned()).into_iter().collect(),
         })
+    }
+
+    /// Where tensors of the output may start: as where a file of this layout is made at once.
+    fn alignment(&self, to: Layout) -> u64 {
+        let types = || self.formats.iter().flat_map(|format| Matrix::ALL.map(|matrix| format.type_of(matrix)));
+        alignment_of(to, types().any(WeightType::is_quantized))
     }
 
     /// Bytes that a unit adds to the output.

@@ -113,6 +113,7 @@ fn plan(folder: &Path) {
             layout: Layout::Gguf,
             threads: 1,
             search: false,
+            requantize: false,
             keep_head: false,
         };
         let _ = st_convert::plan(&input, &options);

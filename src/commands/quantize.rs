@@ -22,6 +22,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         layout: args.layout.into(),
         threads: args.threads.0.unwrap_or_else(available_threads),
         search: args.search,
+        requantize: args.allow_requantize,
         keep_head: args.keep_head,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));

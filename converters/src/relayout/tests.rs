@@ -7,6 +7,7 @@ use st_format::{ModelShape, Scope, Tensor};
 use tempfile::TempDir;
 
 use super::*;
+use crate::layout::ALIGNMENT;
 use crate::progress::NoProgress;
 use st_gguf::crc32c;
 
@@ -142,8 +143,15 @@ fn it_agrees_with_the_converter() {
         let input = crate::Input::open(&checkpoint).unwrap();
         let [direct, moved] = [Layout::Gguf, Layout::Offload].map(|layout| {
             let out = dir.path().join(format!("{ty}-{}.gguf", layout.name()));
-            let options =
-                crate::ConvertOptions { ty, output_type: None, layout, threads: 2, search: false, keep_head: false };
+            let options = crate::ConvertOptions {
+                ty,
+                output_type: None,
+                layout,
+                threads: 2,
+                search: false,
+                requantize: false,
+                keep_head: false,
+            };
             crate::convert(&input, &options, &out, false, &NoProgress, &Cancel::new()).unwrap();
             out
         });

@@ -33,7 +33,7 @@ mod value;
 pub use error::FormatError;
 pub use ggml_type::GgmlType;
 pub use matrix::Matrix;
-pub use read::{ARCHITECTURE, Described, is_no_token, same_shape};
+pub use read::{ARCHITECTURE, Described, is_no_token, is_transposed_down, same_shape};
 pub use rope::RopeScaling;
 pub use shape::{Gating, Misfit, ModelShape, largest};
 pub use tensor::{Scope, Tensor, tensor_names};

@@ -226,6 +226,12 @@ pub fn same_shape(a: &[u64], b: &[u64]) -> bool {
     a[..significant(a)] == b[..significant(b)]
 }
 
+/// Whether a tensor of this shape holds the down matrices of all experts transposed, as files for PowerInfer have them: a row for each
+/// neuron. Where there are as many neurons as values of the hidden state nobody can tell.
+pub fn is_transposed_down(got: &[u64], shape: &ModelShape) -> bool {
+    shape.n_ff != shape.n_embd && same_shape(got, &Tensor::FfnUpExps.ggml_shape(shape))
+}
+
 /// Whether a token id is -1, as a signed or an unsigned number: how writers say that there is no such token.
 pub fn is_no_token(id: &Value) -> bool {
     matches!(id.as_integer(), Some(-1)) || *id == Value::U32(u32::MAX)

@@ -184,6 +184,14 @@ pub enum GgufError {
         /// The tensor.
         tensor: String,
     },
+    /// Down matrices that are transposed, as PowerInfer wants them.
+    #[error("{file}: tensor `{tensor}` is transposed: this is a file for PowerInfer alone")]
+    TransposedDown {
+        /// The file.
+        file: String,
+        /// Its name.
+        tensor: String,
+    },
     /// A tensor of another shape than needed. Shapes are in ggml order, fastest dimension first.
     #[error("{file}: tensor `{tensor}`: expected shape {expected:?}, got {got:?}")]
     Shape {

@@ -5,7 +5,7 @@
 //! a checksum, in which the three matrices lie one after the other. Building the index proves the shapes;
 //! nothing here reads weights.
 
-use st_format::Tensor;
+use st_format::{Tensor, is_transposed_down};
 
 use crate::error::{GgufError, Result};
 use crate::header::{Header, TensorInfo};
@@ -191,6 +191,10 @@ impl ExpertIndex {
                 (found.types[i], found.starts[i], found.strides[i]) = (tensors[i].ty, tensors[i].offset, len);
             }
             for (tensor, matrix) in tensors.into_iter().zip(Matrix::ALL) {
+                if matrix == Matrix::Down && is_transposed_down(&tensor.shape, shape) {
+                    let (file, tensor) = (header.file_name().to_owned(), tensor.name.clone());
+                    return Err(GgufError::TransposedDown { file, tensor });
+                }
                 header.expect_shape(tensor, &Tensor::experts(matrix).ggml_shape(shape))?;
             }
             index.layers.push(found);

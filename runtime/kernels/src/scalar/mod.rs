@@ -5,7 +5,9 @@ pub(crate) mod planes;
 mod quantized;
 
 pub(crate) use float::softmax;
-pub(crate) use quantized::{gemm_of, pack_r16};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use quantized::gemm_of;
+pub(crate) use quantized::pack_r16;
 
 use crate::table::{Isa, Table};
 

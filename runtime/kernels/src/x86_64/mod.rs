@@ -4,6 +4,7 @@ use crate::table::Table;
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;
+mod heads;
 mod request;
 mod sums;
 

@@ -4,15 +4,19 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::gemv::{add_pairs, broadcast_quad, finish_pairs};
+use super::plane_rows;
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
 use crate::live::{self, LiveRows};
-use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
+    if up.ty.has_codes() {
+        // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.
+        return unsafe { plane_rows::up_rows::<false>(up, region, rows, acts, out, |sums, _, _| sums) };
+    }
     let add = |sums, w, q| add_pairs(sums, w, q);
     // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.
     unsafe { up_rows_of(up, region, rows, acts, out, add, |sums| finish_pairs(sums)) };
@@ -32,9 +36,6 @@ pub(super) unsafe fn up_rows_of(
     add: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
     finish: impl Fn(__m256i) -> __m256i,
 ) {
-    if up.ty.has_codes() {
-        return scalar::planes::up_rows(up, region, rows, acts, out);
-    }
     live::each_tokens_block(up, region, rows, acts, out, prefetch, |block, ahead, a, sums| {
         // SAFETY: the caller's promise; rows have 64 bytes of nibbles for each four blocks, and scales for kb.
         unsafe {

@@ -5,19 +5,18 @@ use std::arch::x86_64::*;
 
 use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, dot_signed};
+use super::{gemm_parts, plane_rows, planes};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::expert_format::{DownLayout, UpLayout};
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
-use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::scalar;
 use crate::table::GEMM_UNITS;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn panel_r16(ty: WeightType, _kb: usize, tiles: &[u8], panel: &mut [u8]) {
     if ty.has_codes() {
-        return planes::panel_of_tiles(LAYOUT, ty, tiles, panel);
+        return planes::panel_tiles(ty, tiles, panel);
     }
     let low = _mm256_set1_epi8(15);
     for (tile, block) in tiles.chunks_exact(tile_bytes(ty)).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
@@ -57,7 +56,7 @@ fn store_scales(scales: &[u8], out: &mut [u8]) {
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]) {
     if up.ty.has_codes() {
-        return planes::panel_of_rows(LAYOUT, up, region, first, panel);
+        return plane_rows::panel_rows(up, region, first, panel);
     }
     let (scales, nibbles) = region.split_at(up.scales_bytes);
     for (b, block) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
@@ -114,7 +113,8 @@ pub(super) type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
     if !kind.is_plain() {
-        return scalar::gemm_of(LAYOUT, kind, kb, panel, units, out);
+        // SAFETY: the features are those of this function.
+        return unsafe { gemm_parts::gemm::<false>(kind, kb, panel, units, out, |sums, _, _| sums) };
     }
     // A loop of known length would be unrolled and put in the order of tokens, which needs more registers than there are.
     let groups = std::hint::black_box(8);

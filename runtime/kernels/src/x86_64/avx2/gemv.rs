@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
+use super::planes;
 use crate::activations::{ActRow, start};
 use crate::r16::R16_ROWS;
-use crate::scalar;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::{request_lines, request_stream};
@@ -12,7 +12,8 @@ use crate::x86_64::request::{request_lines, request_stream};
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
     if ty.has_codes() {
-        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+        // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.
+        return unsafe { planes::gemv::<false>(ty, kb, tiles, acts, out, |sums, _, _| sums) };
     }
     let add_signed = |sums, w, q| _mm256_add_epi32(sums, dot_signed(w, q));
     // SAFETY: the features are those of this function; lengths are checked by the callers of a table's functions.

@@ -8,8 +8,11 @@ mod attention;
 mod experts;
 mod float;
 mod gemm;
+mod gemm_parts;
 mod gemv;
 mod pack;
+mod plane_rows;
+mod planes;
 mod quantize;
 pub(crate) mod vnni;
 

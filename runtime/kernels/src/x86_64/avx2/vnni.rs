@@ -4,13 +4,13 @@
 use std::arch::x86_64::*;
 
 use super::experts::up_rows_of;
-use super::gemm::{LAYOUT, Outputs, Sums, by_blocks, load_group, start_sums};
+use super::gemm::{Outputs, Sums, by_blocks, load_group, start_sums};
 use super::gemv::{broadcast_quad, by_fours};
+use super::{gemm_parts, plane_rows, planes};
 use crate::activations::{ActRow, UNIT_ROWS};
 use crate::expert_format::UpLayout;
 use crate::live::LiveRows;
 use crate::panel::{PanelKind, Values};
-use crate::scalar;
 use crate::table::{Isa, Table};
 use crate::weight_type::WeightType;
 
@@ -42,10 +42,11 @@ unsafe fn gemv(
     tiles: &[u8],
     acts: &[ActRow<'_>],
     out: &mut [&mut [f32]],
-    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
 ) {
     if ty.has_codes() {
-        return scalar::planes::gemv(ty, kb, tiles, acts, out);
+        // SAFETY: the caller's promise.
+        return unsafe { planes::gemv::<true>(ty, kb, tiles, acts, out, dpbusd) };
     }
     // SAFETY: the caller's promise.
     unsafe {
@@ -59,13 +60,33 @@ unsafe fn gemv(
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn up_vex(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
     // SAFETY: AVX2, FMA and F16C are among this function's features; lengths are checked by the callers of a table's functions.
-    unsafe { up_rows_of(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a), |sums| sums) };
+    unsafe { up_rows(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a)) };
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
 fn up_evex(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
     // SAFETY: as above.
-    unsafe { up_rows_of(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a), |sums| sums) };
+    unsafe { up_rows(up, region, rows, acts, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a)) };
+}
+
+/// # Safety
+/// As [`up_rows_of`].
+#[inline(always)]
+unsafe fn up_rows(
+    up: &UpLayout,
+    region: &[u8],
+    rows: LiveRows<'_>,
+    acts: &[ActRow<'_>],
+    out: &mut [f32],
+    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match up.ty.has_codes() {
+            true => plane_rows::up_rows::<true>(up, region, rows, acts, out, dpbusd),
+            false => up_rows_of(up, region, rows, acts, out, dpbusd, |sums| sums),
+        }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
@@ -86,10 +107,11 @@ fn gemm(
     panel: &[u8],
     units: &[u8],
     out: &mut Outputs,
-    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i,
+    dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
 ) {
     if !kind.is_plain() {
-        return scalar::gemm_of(LAYOUT, kind, kb, panel, units, out);
+        // SAFETY: the caller has the features.
+        return unsafe { gemm_parts::gemm::<true>(kind, kb, panel, units, out, dpbusd) };
     }
     match kind.values {
         Values::Nibbles { offset } => {

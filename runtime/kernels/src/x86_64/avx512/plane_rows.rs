@@ -13,6 +13,7 @@ use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
 use crate::panel::PanelKind;
 use crate::r16::R16_ROWS;
 use crate::weight_type::BLOCK_LEN;
+use crate::x86_64::heads::narrow_bytes;
 use crate::x86_64::request::prefetch;
 
 pub(super) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[ActRow<'_>], out: &mut [f32]) {
@@ -77,34 +78,11 @@ impl Rows {
             let exponents = self.heads.map(|head| unsafe { *head.add(at) });
             return Scales::of_powers(exponents);
         }
-        let mut narrow = [[0u8; R16_ROWS]; 16];
-        if T::STEPS > 1 {
-            // SAFETY: planes follow the heads of all rows, so 16 bytes are readable at each.
-            let rows = self.heads.map(|head| unsafe { _mm_loadu_si128(head.add(at).cast()) });
-            for (bytes, narrow) in transpose_bytes(rows).into_iter().zip(&mut narrow) {
-                // SAFETY: 16 bytes.
-                unsafe { _mm_storeu_si128(narrow.as_mut_ptr().cast(), bytes) };
-            }
-        }
+        // SAFETY: planes follow the heads of all rows, so 16 bytes are readable at each.
+        let narrow = if T::STEPS > 1 { unsafe { narrow_bytes(self.heads, at) } } else { [[0; R16_ROWS]; 16] };
         let m = if T::CODING.has_minima { wide(1) } else { _mm512_setzero_ps() };
         Scales::with(wide(0), m, &narrow)
     }
-}
-
-/// Transposes 16 × 16 bytes: with the row number as the upper and the byte number as the lower four bits of an index, each round
-/// rotates it by one bit.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose_bytes(mut v: [__m128i; 16]) -> [__m128i; 16] {
-    for _ in 0..4 {
-        let mut t = v;
-        for i in 0..8 {
-            t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);
-            t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);
-        }
-        v = t;
-    }
-    v
 }
 
 /// A piece of 128 columns of 16 rows: the planes that its four blocks of 32 share.

@@ -306,6 +306,15 @@ pub(crate) struct ServeArgs {
     /// Time that answers under way get when the server is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) grace: u32,
+    /// Keep what conversations have computed in DIR, so that it is there after a restart.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// How much of it; 0 is none.
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = size_or_none)]
+    pub(crate) cache_size: u64,
+    /// One JSON object for each request and answer on stderr, without texts or keys.
+    #[arg(long)]
+    pub(crate) log_json: bool,
     /// Names that requests may call the model by; it is listed by the first.
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) alias: Vec<String>,
@@ -591,6 +600,10 @@ fn conversations(text: &str) -> Result<usize, String> {
         many if many > MAX_CONVERSATIONS => Err(format!("it must be at most {MAX_CONVERSATIONS}")),
         number => Ok(number),
     }
+}
+
+fn size_or_none(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" { Ok(0) } else { parse_size(text) }
 }
 
 fn count(text: &str) -> Result<usize, String> {

@@ -52,6 +52,11 @@ pub(crate) fn print(text: &str) -> Result<(), OutputError> {
     print_bytes(text.as_bytes())
 }
 
+/// Writes JSON and a line break to stderr. With stderr gone there is nobody left to tell.
+pub(crate) fn log(value: &Value) {
+    let _ = writeln!(io::stderr().lock(), "{value}");
+}
+
 /// Writes JSON and a line break to stdout, as [`print()`] does: at a terminal with the escapes that JSON has.
 pub(crate) fn print_json(value: &Value) -> Result<(), OutputError> {
     let line = format!("{value}\n");

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use st_gguf::GgufFile;
 use st_model::{Engine, LoadOptions, LoadProgress, MemoryPlan};
-use st_server::{Loading, Operator, ServeError, Settings, serve};
+use st_server::{Loading, Operator, Record, ServeError, Settings, What, serve};
 
 use super::engine::{self, show_plan};
 use crate::cli::ServeArgs;
@@ -35,6 +35,7 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
         prompt_piece: args.prompt_piece,
         grace: Duration::from_secs(args.grace.into()),
         keys,
+        cache: args.cache_dir.clone().map(|folder| (folder, args.cache_size)).filter(|(_, size)| *size > 0),
         cors: args.cors.iter().map(|origin| origin.trim_end_matches('/').to_owned()).collect(),
         ..named(args, &file)?
     };
@@ -44,7 +45,7 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
         ..engine::options(&args.engine, args.ctx, args.kv_type)
     };
     context.ui.note(format_args!("note: the model is loading; http://{address}/health tells how far it is"));
-    let here = Here { context, address, options, file: Mutex::new(Some(file)) };
+    let here = Here { context, address, options, log_json: args.log_json, file: Mutex::new(Some(file)) };
     match serve(listener, settings, &here) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(ServeError::Load(error)) => Err(error),
@@ -106,6 +107,7 @@ struct Here<'a> {
     context: &'a Context,
     address: SocketAddr,
     options: LoadOptions,
+    log_json: bool,
     /// Taken when it is loaded.
     file: Mutex<Option<GgufFile>>,
 }
@@ -122,6 +124,14 @@ impl Operator for Here<'_> {
     fn ready(&self, _: &Engine) {
         // Who started the server may have gone, and others still want answers.
         let _ = ui::print(&format!("http://{}\n", self.address));
+    }
+
+    fn told(&self, record: &Record) {
+        match (self.log_json, &record.what) {
+            (true, _) => ui::log(&record.json()),
+            (false, What::Failed(why)) => self.context.ui.note(format_args!("note: a step failed: {why}")),
+            (false, _) => {}
+        }
     }
 
     fn should_end(&self) -> bool {

@@ -206,6 +206,16 @@ impl Drop for KvPage {
 }
 
 impl KvPage {
+    /// Its memory, the same for the same keys and values on every machine.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Its memory, to be filled with what [`KvPage::as_bytes`] gave. Any bytes are numbers, if not any that make sense.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
     /// Stores the keys and values (`n_heads × head_dim` each) of position `p` of the chunk.
     ///
     /// # Panics

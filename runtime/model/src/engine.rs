@@ -23,6 +23,7 @@ use crate::plan::MemoryPlan;
 use crate::progress::{LoadProgress, NoProgress};
 use crate::sequence::Sequence;
 use crate::sizes;
+use crate::snapshot::{self, SnapshotError};
 use crate::tokenizer::Tokenizer;
 use crate::weights::TensorSource;
 use crate::workspace::{Workspace, logit_rows};
@@ -41,6 +42,8 @@ pub struct Engine {
     plan: MemoryPlan,
     /// The memory of all sequences' keys and values.
     kv: KvPool,
+    /// What tells the model from others.
+    identity: [u8; 32],
 }
 
 impl std::fmt::Debug for Engine {
@@ -108,6 +111,7 @@ impl Engine {
         for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"] {
             file.header.metadata.remove(key);
         }
+        let identity = snapshot::identity(&file, &config)?;
         let source = TensorSource::new(&file, &config, progress)?;
         let plan = sizes::plan(&source, &config, options)?;
         progress.planned(&plan);
@@ -127,13 +131,67 @@ impl Engine {
         let model = Model::load(&source, config, store, plan.residency.batch(), options)?;
         static ENGINES: AtomicU64 = AtomicU64::new(0);
         let id = ENGINES.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Self { id, model, tokenizer, chat_template, template_check: OnceLock::new(), end_ids, plan, kv }))
+        Ok(Arc::new(Self {
+            id,
+            model,
+            tokenizer,
+            chat_template,
+            template_check: OnceLock::new(),
+            end_ids,
+            plan,
+            kv,
+            identity,
+        }))
     }
 
     /// An empty text.
     pub fn sequence(&self) -> Sequence {
         let layer = |layer| LayerKv::new(self.config(), layer, &self.kv);
         Sequence::new(self.id, (0..self.config().n_layers).map(layer).collect())
+    }
+
+    /// Writes a text and what later tokens need of it, for [`Engine::restore`].
+    ///
+    /// # Errors
+    /// What writing meets; [`ModelError::Foreign`] within for another engine's text.
+    pub fn save(&self, sequence: &Sequence, out: impl std::io::Write) -> Result<(), SnapshotError> {
+        sequence.check_engine(self.id).map_err(Box::new)?;
+        Ok(self.expected().write(sequence.tokens(), sequence.layers(), out)?)
+    }
+
+    /// Reads a text that was written by an engine of the same model, on whatever machine, with whatever budget. What goes on from
+    /// it has the bits of a run from the beginning.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]: whatever keeps it from being exactly what was written.
+    pub fn restore(&self, input: impl std::io::Read) -> Result<Sequence, SnapshotError> {
+        let expected = self.expected();
+        let (head, rest) = expected.head(input)?;
+        let kv = expected.pages(&head, rest, &self.kv)?;
+        let n_vocab = self.n_vocab();
+        match head.tokens.iter().any(|&id| id as usize >= n_vocab) {
+            true => Err(SnapshotError::Damaged("its tokens are no tokens")),
+            false => Ok(Sequence::restored(self.id, head.tokens, kv)),
+        }
+    }
+
+    /// The tokens of a snapshot, whose pages are not looked at.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`].
+    pub fn snapshot_tokens(&self, input: impl std::io::Read) -> Result<Vec<u32>, SnapshotError> {
+        Ok(self.expected().head(input)?.0.tokens)
+    }
+
+    /// Bytes of a snapshot of `sequence`, about and not less.
+    pub fn snapshot_bytes(&self, sequence: &Sequence) -> u64 {
+        let pages = sequence.len().div_ceil(kv_cache::POSITION_STEP) * self.config().n_layers;
+        (pages * (self.kv.format().page_bytes() + 4) + 4 * sequence.len() + 1024 + 16 * self.config().n_layers) as u64
+    }
+
+    fn expected(&self) -> snapshot::Expected<'_> {
+        let (windows, ctx) = (self.config().windows.as_slice(), self.ctx());
+        snapshot::Expected { model: &self.identity, format: self.kv.format(), windows, ctx }
     }
 
     /// The buffers of one forward pass. The memory plan counts one: whoever runs several at once needs more.
@@ -289,6 +347,11 @@ impl Engine {
             }
         }
         self.check_room(needed)
+    }
+
+    /// What tells the model and its settings from all others, for people: the same for the same weights, on every machine.
+    pub fn fingerprint(&self) -> String {
+        self.identity[..6].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Rows that one pass takes, at most.

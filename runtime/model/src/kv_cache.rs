@@ -43,6 +43,21 @@ impl LayerKv {
         Self { memory: memory.clone(), window: config.windows[layer], first_chunk: 0, pages: Vec::new() }
     }
 
+    /// A layer with the pages of the chunks from `first_chunk` on, as they were.
+    pub(crate) fn restored(
+        memory: &KvPool,
+        window: Option<usize>,
+        first_chunk: usize,
+        pages: Vec<Arc<KvPage>>,
+    ) -> Self {
+        Self { memory: memory.clone(), window, first_chunk, pages }
+    }
+
+    /// The pages of some chunks that it has.
+    pub(crate) fn pages_of(&self, chunks: Range<usize>) -> impl Iterator<Item = &KvPage> {
+        self.pages[chunks.start - self.first_chunk..chunks.end - self.first_chunk].iter().map(AsRef::as_ref)
+    }
+
     /// Makes room for the positions `new`: gives back what none of them sees, takes pages, and copies one that is shared.
     ///
     /// # Errors

@@ -73,6 +73,16 @@ impl Sequence {
         Self { engine: self.engine, tokens: self.tokens.clone(), kv: self.kv.clone() }
     }
 
+    /// A text with its keys and values.
+    pub(crate) fn restored(engine: u64, tokens: Vec<u32>, kv: Vec<LayerKv>) -> Self {
+        Self { engine, tokens, kv }
+    }
+
+    /// The caches of all layers.
+    pub(crate) fn layers(&self) -> &[LayerKv] {
+        &self.kv
+    }
+
     /// Whether it belongs to the engine of that number.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::error::ApiError;
 use crate::guard::Keys;
+use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::queue::Queue;
 use crate::settings::{BODIES, Settings};
@@ -17,6 +18,7 @@ use crate::slots::Slots;
 /// The server as its parts see it.
 pub(crate) struct App {
     pub(crate) settings: Settings,
+    pub(crate) log: Log,
     pub(crate) keys: Keys,
     pub(crate) queue: Queue,
     pub(crate) metrics: Metrics,
@@ -40,7 +42,7 @@ pub(crate) struct App {
 }
 
 impl App {
-    pub(crate) fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: Settings, log: Log) -> Self {
         let bodies = (BODIES * settings.max_body).min(Semaphore::MAX_PERMITS);
         Self {
             keys: Keys::new(&settings.keys),
@@ -57,6 +59,7 @@ impl App {
             idle: AtomicBool::new(false),
             ids: AtomicU64::new(random()),
             settings,
+            log,
         }
     }
 

@@ -36,6 +36,9 @@ pub(crate) struct Conversation {
     pub(crate) stalled: Option<Instant>,
     /// Whether the answer has ended.
     pub(crate) is_over: bool,
+    pub(crate) has_failed: bool,
+    /// How it ended, once it has.
+    pub(crate) ended: Option<Finished>,
 }
 
 impl Conversation {
@@ -60,6 +63,8 @@ impl Conversation {
             began: None,
             stalled: None,
             is_over: false,
+            has_failed: false,
+            ended: None,
         };
         conversation.sampler.begin(&conversation.text);
         conversation.copy_at(hit.parts_at);
@@ -167,7 +172,7 @@ impl Conversation {
                     (None, FinishReason::Stop) => Ending::EndToken,
                     (None, _) => Ending::Length,
                 };
-                self.send(Event::Finished(self.finished(ending)));
+                self.finish(ending);
                 Ok(true)
             }
         }
@@ -180,16 +185,17 @@ impl Conversation {
         if !rest.is_empty() {
             self.send(Event::Piece(Piece { text: rest, tokens: Vec::new() }));
         }
-        self.send(Event::Finished(self.finished(Ending::Length)));
+        self.finish(Ending::Length);
     }
 
     /// Ends it for want of a token.
     pub(crate) fn fail(&mut self, failure: Failure) {
-        self.is_over = true;
+        (self.is_over, self.has_failed) = (true, true);
         self.send(Event::Failed(failure));
     }
 
-    fn finished(&self, ending: Ending) -> Finished {
+    /// What it took so far.
+    pub(crate) fn finished(&self, ending: Ending) -> Finished {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
         Finished {
@@ -201,6 +207,12 @@ impl Conversation {
             prompt_time: began - self.admitted,
             answer_time: now - began,
         }
+    }
+
+    fn finish(&mut self, ending: Ending) {
+        let finished = self.finished(ending);
+        self.ended = Some(finished);
+        self.send(Event::Finished(finished));
     }
 
     /// There is room for what a step tells, or nobody is left to tell it to.

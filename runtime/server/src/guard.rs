@@ -6,6 +6,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -16,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::app::App;
 use crate::error::{ApiError, Form};
+use crate::log::Record;
 
 /// Endings of names that no registrar gives out.
 const PRIVATE: [&str; 7] = [".localhost", ".local", ".internal", ".lan", ".home", ".home.arpa", ".test"];
@@ -50,7 +52,8 @@ fn hash(bytes: &[u8]) -> [u8; 32] {
 
 /// Lets a request through, or answers it.
 pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let form = Form::of(request.uri().path());
+    let (started, method, uri) = (Instant::now(), request.method().clone(), request.uri().clone());
+    let form = Form::of(uri.path());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let allowed = origin.filter(|origin| is_allowed(&app, origin));
     let mut response = match examine(&app, &request, allowed.is_some()) {
@@ -65,6 +68,8 @@ pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: N
     response.headers_mut().insert("x-content-type-options", HeaderValue::from_static("nosniff"));
     let hundreds = usize::from(response.status().as_u16() / 100).min(5);
     app.metrics.responses[hundreds].add(1);
+    let status = response.status().as_u16();
+    app.log.tell(Record::request(method.as_str(), uri.path(), status, started.elapsed()));
     response
 }
 

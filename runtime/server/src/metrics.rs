@@ -61,6 +61,8 @@ pub(crate) struct Metrics {
     pub(crate) kv_pages: Number,
     pub(crate) prefixes: Number,
     pub(crate) connections: Number,
+    pub(crate) snapshots: Number,
+    pub(crate) snapshot_bytes: Number,
 }
 
 /// The page of numbers.
@@ -103,6 +105,8 @@ pub(crate) fn text(app: &App) -> String {
     page.gauge("conversations", "Answers under way.", app.slots.busy());
     page.gauge("conversations_most", "Answers that may be under way at once.", app.settings.parallel);
     page.gauge("prefixes", "Texts that are kept for those that begin like them.", m.prefixes.get());
+    page.gauge("snapshots", "Texts that are kept on disk.", m.snapshots.get());
+    page.gauge("snapshot_bytes", "Bytes of them.", m.snapshot_bytes.get());
     page.gauge("kv_pages", "Pages of keys and values in use.", m.kv_pages.get());
     if let Some(bytes) = st_sys::resident() {
         page.gauge("resident_bytes", "Memory of this process.", bytes);

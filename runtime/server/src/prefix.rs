@@ -22,6 +22,8 @@ pub(crate) struct Prefixes {
 struct Entry {
     sequence: Sequence,
     used: u64,
+    /// Whether it is on disk, or need not be.
+    saved: bool,
 }
 
 /// What a new text shares with those that are kept.
@@ -77,6 +79,15 @@ impl Prefixes {
 
     /// Keeps a text.
     pub(crate) fn keep(&mut self, sequence: Sequence) {
+        self.add(sequence, false);
+    }
+
+    /// Keeps a text that is on disk.
+    pub(crate) fn keep_saved(&mut self, sequence: Sequence) {
+        self.add(sequence, true);
+    }
+
+    fn add(&mut self, sequence: Sequence, saved: bool) {
         if sequence.is_empty() || sequence.len() > self.most_tokens {
             return;
         }
@@ -89,10 +100,18 @@ impl Prefixes {
             return;
         }
         self.entries.retain(|entry| !serves(&sequence, &entry.sequence));
-        self.entries.push(Entry { sequence, used: self.clock });
+        self.entries.push(Entry { sequence, used: self.clock, saved });
         while self.entries.len() > MOST || self.tokens() > self.most_tokens {
             self.forget_one();
         }
+    }
+
+    /// A text that was not saved, the latest first; from now on it counts as saved.
+    pub(crate) fn to_be_saved(&mut self) -> Option<&Sequence> {
+        let unsaved = self.entries.iter_mut().filter(|entry| !entry.saved);
+        let latest = unsaved.max_by_key(|entry| entry.used)?;
+        latest.saved = true;
+        Some(&latest.sequence)
     }
 
     fn tokens(&self) -> usize {

@@ -28,6 +28,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/metrics", get(status::metrics))
         .route("/props", get(status::props))
         .route("/slots", get(status::slots))
+        .route("/openapi.json", get(status::openapi))
         .fallback(unknown)
         .method_not_allowed_fallback(other_method)
         .layer(from_fn_with_state(Arc::clone(app), guard::check))

@@ -4,6 +4,7 @@
 //! for more than one piece. What a row computes does not depend on the rows beside it, so neither does any answer.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,9 +13,12 @@ use tokio::sync::mpsc::Sender;
 
 use crate::app::App;
 use crate::conversation::Conversation;
+use crate::disk::Disk;
 use crate::failure::without_folders;
-use crate::job::{Event, Failure};
-use crate::prefix::{Prefixes, common};
+use crate::job::{Ending, Event, Failure};
+use crate::log::{Record, What};
+use crate::prefix::{Hit, Prefixes, common};
+use crate::serve::ServeError;
 use crate::slots::Slot;
 
 /// Rows of a step in which nobody is being answered: large enough to be fast, small enough that who comes next is soon served.
@@ -34,6 +38,7 @@ pub(crate) struct Scheduler<'a> {
     batch: Batch,
     active: Vec<Conversation>,
     prefixes: Prefixes,
+    disk: Option<Disk>,
     /// Whose prompt is read next.
     turn: usize,
     /// The latest step was given up for somebody who had gone; the next reads no prompts, so that answers go on whatever happens.
@@ -51,12 +56,14 @@ impl<'a> Scheduler<'a> {
     /// Nothing to do yet.
     ///
     /// # Errors
-    /// Where buffers cannot be allocated.
-    pub(crate) fn new(app: &'a App, engine: Arc<Engine>) -> Result<Self, ModelError> {
+    /// Where buffers cannot be allocated, or the folder of snapshots cannot be read.
+    pub(crate) fn new<E>(app: &'a App, engine: Arc<Engine>) -> Result<Self, ServeError<E>> {
         let workspace = engine.workspace()?;
         let prefixes = Prefixes::new(2 * app.settings.parallel * engine.ctx());
         let (batch, active) = (Batch::default(), Vec::new());
-        Ok(Self { app, engine, workspace, batch, active, prefixes, turn: 0, gave_up: false })
+        let open = |(folder, most): &(PathBuf, u64)| Disk::open(folder, *most, &engine).map_err(ServeError::Cache);
+        let disk = app.settings.cache.as_ref().map(open).transpose()?;
+        Ok(Self { app, engine, workspace, batch, active, prefixes, disk, turn: 0, gave_up: false })
     }
 
     /// Answers until the server ends.
@@ -65,15 +72,17 @@ impl<'a> Scheduler<'a> {
             self.drop_gone();
             if self.app.is_over() {
                 self.active.iter_mut().for_each(Conversation::cut_off);
-                self.active.clear();
+                (0..self.active.len()).rev().for_each(|index| self.end(index));
             }
             self.admit();
             self.publish();
             if self.active.is_empty() {
-                if self.app.is_ending() {
-                    return;
+                // There is time to save what is kept.
+                match (self.save_one(), self.app.is_ending()) {
+                    (true, _) => {}
+                    (false, true) => return,
+                    (false, false) => self.app.queue.wait(Duration::from_millis(100)),
                 }
-                self.app.queue.wait(Duration::from_millis(100));
                 continue;
             }
             let step = self.compose();
@@ -83,6 +92,34 @@ impl<'a> Scheduler<'a> {
                 false => self.step(&step),
             }
         }
+    }
+
+    /// Saves a text that is kept in memory alone; whether there was one.
+    fn save_one(&mut self) -> bool {
+        let Some(disk) = &mut self.disk else { return false };
+        let Some(sequence) = self.prefixes.to_be_saved() else { return false };
+        if let Err(error) = disk.save(sequence, &self.engine) {
+            self.app.log.tell(Record::new(What::Failed(without_folders(&error))));
+        }
+        let (files, bytes) = disk.size();
+        self.app.metrics.snapshots.set(files as u64);
+        self.app.metrics.snapshot_bytes.set(bytes);
+        true
+    }
+
+    /// What of `prompt` need not be run: the most that memory or disk has.
+    fn find(&mut self, prompt: &[u32]) -> Hit {
+        let under_way = self.active.iter().map(|conversation| &conversation.sequence);
+        let hit = self.prefixes.find(prompt, under_way);
+        let Some(disk) = &mut self.disk else { return hit };
+        let in_memory = hit.sequence.as_ref().map_or(0, Sequence::len);
+        let stored = disk.find(prompt, in_memory).and_then(|index| disk.load(index, &self.engine));
+        let Some(sequence) = stored else { return hit };
+        // From now on it is in memory.
+        self.prefixes.keep_saved(sequence);
+        self.give_back_pages();
+        let under_way = self.active.iter().map(|conversation| &conversation.sequence);
+        self.prefixes.find(prompt, under_way)
     }
 
     /// Ends what nobody waits for.
@@ -103,6 +140,13 @@ impl<'a> Scheduler<'a> {
     /// A conversation is over: its text is kept for those that begin like it.
     fn end(&mut self, index: usize) {
         let conversation = self.active.remove(index);
+        let otherwise = match (conversation.has_failed, conversation.ended) {
+            (true, _) => Some("failed"),
+            (false, None) => Some("gone"),
+            (false, Some(_)) => None,
+        };
+        let finished = conversation.ended.unwrap_or_else(|| conversation.finished(Ending::Length));
+        self.app.log.tell(Record::answer(&finished, otherwise));
         self.app.queue.leave(conversation.age());
         self.prefixes.keep(conversation.sequence);
         self.give_back_pages();
@@ -123,8 +167,7 @@ impl<'a> Scheduler<'a> {
                 ahead.is_none()
             };
             let Some(waiting) = self.app.queue.take(may_begin) else { return };
-            let under_way = self.active.iter().map(|conversation| &conversation.sequence);
-            let hit = self.prefixes.find(&waiting.job.prompt, under_way);
+            let hit = self.find(&waiting.job.prompt);
             let conversation = Conversation::new(waiting, hit, &self.engine);
             self.app.metrics.prompt_tokens.add(conversation.prompt().len() as u64);
             self.app.metrics.cached_tokens.add(conversation.cached() as u64);
@@ -185,7 +228,13 @@ impl<'a> Scheduler<'a> {
     /// Runs one step. Where it fails, each conversation is run alone, so that nobody fails for another.
     fn step(&mut self, shares: &[Share]) {
         let started = Instant::now();
-        match self.forward(shares) {
+        let outcome = self.forward(shares);
+        if let Err(error) = &outcome
+            && !matches!(error, ModelError::Cancelled)
+        {
+            self.app.log.tell(Record::new(What::Failed(without_folders(error))));
+        }
+        match outcome {
             Ok(()) => self.advance(shares),
             Err(ModelError::Cancelled) => self.gave_up = true,
             Err(_) if shares.len() > 1 => {

@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::App;
+use crate::log::{Log, RECORDS, Record};
 use crate::router::router;
 use crate::scheduler::Scheduler;
 use crate::settings::{CONNECTIONS, Settings};
@@ -41,6 +43,11 @@ pub trait Operator: Sync {
 
     /// The model is there: the server answers.
     fn ready(&self, engine: &Engine);
+
+    /// Something happened; called on a thread of its own.
+    fn told(&self, record: &Record) {
+        let _ = record;
+    }
 
     /// Whether the server is to end.
     fn should_end(&self) -> bool;
@@ -80,6 +87,9 @@ pub enum ServeError<E> {
     /// The model could not be run.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The folder of snapshots could not be used.
+    #[error("the folder for --cache-dir cannot be used")]
+    Cache(io::Error),
     /// There are no connections to be had, or no threads.
     #[error("cannot serve connections")]
     Io(#[from] io::Error),
@@ -91,7 +101,8 @@ pub enum ServeError<E> {
 /// # Errors
 /// Where the model cannot be loaded, or connections cannot be served.
 pub fn serve<O: Operator>(listener: TcpListener, settings: Settings, operator: &O) -> Result<(), ServeError<O::Error>> {
-    let app = Arc::new(App::new(settings));
+    let (records, told) = sync_channel(RECORDS);
+    let app = Arc::new(App::new(settings, Log::new(records.clone())));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -101,6 +112,10 @@ pub fn serve<O: Operator>(listener: TcpListener, settings: Settings, operator: &
     listener.set_nonblocking(true)?;
     let failed = AtomicBool::new(false);
     thread::scope(|scope| {
+        // Ends when whoever could tell something is gone.
+        thread::Builder::new().name("log".into()).spawn_scoped(scope, move || {
+            told.iter().map_while(|record| record).for_each(|record| operator.told(&record))
+        })?;
         let engine = thread::Builder::new().name("engine".into()).spawn_scoped(scope, || {
             let outcome = run_engine(&app, operator);
             failed.store(outcome.is_err(), Ordering::Relaxed);
@@ -111,8 +126,10 @@ pub fn serve<O: Operator>(listener: TcpListener, settings: Settings, operator: &
             runtime.block_on(connections(listener, &app, || operator.should_end() || failed.load(Ordering::Relaxed)));
         // Where connections failed, nobody waits for answers either.
         app.end();
-        let ran = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        ran.and(served.map_err(ServeError::Io))
+        let ran = engine.join();
+        // Connections that were cut off may still hold the log's other end.
+        let _ = records.send(None);
+        ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(served.map_err(ServeError::Io))
     })
 }
 

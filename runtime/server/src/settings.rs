@@ -1,5 +1,6 @@
 //! What a server is told when it starts.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How a server behaves.
@@ -21,6 +22,8 @@ pub struct Settings {
     pub keys: Vec<String>,
     /// Origins of web pages that may ask, such as `https://chat.example`; `*` for all.
     pub cors: Vec<String>,
+    /// Where texts are kept for the time after the server, and in how many bytes.
+    pub cache: Option<(PathBuf, u64)>,
     /// What the model says of itself under `meta` in the list of models, such as its file's name.
     pub about: serde_json::Map<String, serde_json::Value>,
 }
@@ -37,6 +40,7 @@ impl Settings {
             grace: Duration::from_secs(10),
             keys: Vec::new(),
             cors: Vec::new(),
+            cache: None,
             about: serde_json::Map::new(),
         }
     }

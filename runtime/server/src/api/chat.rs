@@ -35,11 +35,11 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     });
     let answers = Answers::new(app.queue.submit(jobs.await?).inspect_err(|_| app.metrics.refused.add(1))?);
     if streaming.is_on {
-        let frame = Frame::new(app, "chatcmpl-", "chat.completion.chunk", sampling.options.seed);
+        let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion.chunk", sampling.options.seed);
         let all = vec![None; sampling.n];
         return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage: streaming.with_usage, all }));
     }
-    let frame = Frame::new(app, "chatcmpl-", "chat.completion", sampling.options.seed);
+    let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion", sampling.options.seed);
     let wholes = answers.collect().await?;
     Ok(json_response(&whole(&frame, &engine, &sampling, &wholes)))
 }

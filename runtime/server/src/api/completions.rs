@@ -52,7 +52,7 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let jobs = jobs.await?;
     let n = jobs.len();
     let answers = Answers::new(app.queue.submit(jobs).inspect_err(|_| app.metrics.refused.add(1))?);
-    let frame = Frame::new(app, "cmpl-", "text_completion", sampling.options.seed);
+    let frame = Frame::new(app, &engine, "cmpl-", "text_completion", sampling.options.seed);
     if streaming.is_on {
         let (all, offsets) = (vec![None; n], vec![0; n]);
         return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage: streaming.with_usage, all, offsets }));
@@ -65,9 +65,10 @@ fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> 
     let mut sampling = Sampling::take(fields, &["max_tokens", "n_predict"], engine.n_vocab())?;
     // OpenAI's default, so that a forgotten limit is no endless text.
     sampling.max_tokens = sampling.max_tokens.or(Some(16));
+    let top = Sampling::top_logprobs(fields, "top_logprobs")?;
     sampling.logprobs = match fields.take("logprobs") {
         None | Some(Value::Bool(false)) => None,
-        Some(Value::Bool(true)) => Some(Sampling::top_logprobs(fields, "top_logprobs")?.unwrap_or(0)),
+        Some(Value::Bool(true)) => Some(top.unwrap_or(0)),
         Some(number) => {
             let mut one = Fields::of(json!({"logprobs": number}), "")?;
             Sampling::top_logprobs(&mut one, "logprobs")?

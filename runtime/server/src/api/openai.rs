@@ -2,6 +2,7 @@
 
 use axum::extract::Request;
 use serde_json::{Value, json};
+use st_model::Engine;
 
 use crate::app::{App, now};
 use crate::body;
@@ -71,8 +72,8 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    pub(crate) fn new(app: &App, prefix: &str, object: &'static str, seed: u64) -> Self {
-        let fingerprint = format!("st-{}", env!("CARGO_PKG_VERSION"));
+    pub(crate) fn new(app: &App, engine: &Engine, prefix: &str, object: &'static str, seed: u64) -> Self {
+        let fingerprint = format!("st-{}-{}", env!("CARGO_PKG_VERSION"), engine.fingerprint());
         Self { id: app.id(prefix), object, created: now(), model: app.name().to_owned(), seed, fingerprint }
     }
 

@@ -80,6 +80,13 @@ pub(crate) async fn props(State(app): State<Arc<App>>) -> Response {
     }))
 }
 
+/// `GET /openapi.json`: all addresses, for programs.
+pub(crate) async fn openapi() -> Response {
+    let mut response = Response::new(Body::from(include_str!("openapi.json")));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
 /// `GET /slots`.
 pub(crate) async fn slots(State(app): State<Arc<App>>) -> Response {
     match app.engine() {

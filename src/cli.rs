@@ -259,6 +259,9 @@ pub(crate) struct RunArgs {
     /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces an earlier trace.
     #[arg(long, value_name = "FILE")]
     pub(crate) record_routing: Option<PathBuf>,
+    /// Keep what is computed of the conversation in FILE, and go on from it; saves time and changes no token.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) session: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

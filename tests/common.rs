@@ -7,7 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use safetensors::SafeTensors;
 use st_convert::{Cancel, ConvertOptions, Input, Layout, NoProgress, WeightType, convert};
 use st_gguf::GgufFile;
-use st_model::{Engine, LoadOptions, Session};
+use st_kernels::Kernels;
+use st_model::{Engine, Isa, LoadOptions, Session};
 use tempfile::TempDir;
 
 /// A file below the repository's root.
@@ -169,4 +170,11 @@ impl Dice {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n
     }
+}
+
+/// An instruction set that this CPU runs and does not run by itself: one with vectors where there are several, since portable code is
+/// slow.
+pub(crate) fn other_isa() -> Isa {
+    let here: Vec<Isa> = Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()).collect();
+    if here.len() > 2 { here[1] } else { here[0] }
 }

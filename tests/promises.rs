@@ -10,7 +10,7 @@ use st_gguf::GgufFile;
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, GenerateOptions, LoadOptions, Session, generate};
 
-use crate::common::{Dice, repo};
+use crate::common::{Dice, other_isa, repo};
 use crate::http::{Answer, Server, request};
 use crate::program::patiently;
 
@@ -118,11 +118,11 @@ fn an_answer_is_the_same_alone_and_in_company() {
     let engine = alone();
     for (seed, args) in [
         (1, vec!["--parallel", "4"]),
-        (2, vec!["--parallel", "3", "--prompt-piece", "17", "--threads", "1", "--isa", "scalar"]),
+        (2, vec!["--parallel", "3", "--prompt-piece", "17", "--threads", "1", "--isa", other_isa().name()]),
         (3, vec!["--parallel", "2", "--prompt-piece", "5"]),
     ] {
         let server = Server::start(&args);
-        mixed(&server, &engine, seed, 6, 10);
+        mixed(&server, &engine, seed, 6, 5);
         assert!(server.metric("st_prompt_tokens_cached_total") > 0.0);
         assert!(server.metric("st_requests_hung_up_total") > 0.0);
         patiently(|| server.metric("st_conversations") == 0.0 && server.metric("st_queue_length") == 0.0);
@@ -139,7 +139,7 @@ fn a_budget_holds_with_everyone_on_board() {
     let budget: u64 = least.expect("bytes").parse::<u64>().expect("a number") + (2 << 20);
     let server = Server::start(&["--memory", &budget.to_string(), "--ctx", "1024"]);
     assert!(server.said().contains("4 × 1024 tokens"), "{}", server.said());
-    mixed(&server, &engine, 4, 6, 6);
+    mixed(&server, &engine, 4, 6, 4);
     assert!(server.metric("st_kv_pages") <= server.metric("st_kv_pages_most"));
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).expect("a process");
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
@@ -376,7 +376,7 @@ fn a_restart_forgets_nothing() {
     let prompt = cold["usage"]["prompt_tokens"].as_u64().expect("a number");
     ends(server);
     assert!(!snapshots().is_empty());
-    let server = Server::start(&[&args[..], &["--isa", "scalar", "--threads", "1"]].concat());
+    let server = Server::start(&[&args[..], &["--isa", other_isa().name(), "--threads", "1"]].concat());
     let warm = server.ask(CHAT, &body);
     assert_eq!((cached(&warm), &warm["choices"]), (prompt - 1, &cold["choices"]));
     ends(server);
@@ -394,14 +394,14 @@ fn a_restart_forgets_nothing() {
     ends(server);
     assert_eq!(std::fs::read(cache.join("note.stkv")).expect("still there"), b"mine");
     // The size is kept.
-    let server = Server::start(&[&args[..], &["--cache-size", "1MiB"]].concat());
+    let server = Server::start(&[&args[..], &["--cache-size", "5MiB"]].concat());
     for seed in 0..6 {
         let text = format!("{seed} {long}");
         server.ask(TEXT, &json!({"prompt": text, "max_tokens": 2}));
     }
     ends(server);
     let bytes: u64 = snapshots().iter().map(|path| path.metadata().expect("a file").len()).sum();
-    assert!(bytes <= 1 << 20 | 4, "{bytes}");
+    assert!(bytes > 0 && bytes <= 5 << 20, "{bytes}");
 }
 
 /// Records of requests and answers have numbers, and neither what was said nor a key.

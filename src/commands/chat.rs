@@ -89,7 +89,7 @@ pub(crate) struct Chat<'a> {
     engine: Arc<Engine>,
     /// With `--raw` every line is a text to continue.
     raw: bool,
-    session: Session,
+    session: &'a mut Session,
     sampler: Sampler,
     options: GenerateOptions,
     out: Out<'a>,
@@ -101,9 +101,9 @@ pub(crate) struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// A conversation in `session`, which is empty.
+    /// A conversation in `session`, which may hold what was computed before.
     pub(crate) fn new(
-        session: Session,
+        session: &'a mut Session,
         args: &RunArgs,
         sampler: Sampler,
         options: GenerateOptions,
@@ -253,7 +253,7 @@ impl<'a> Chat<'a> {
         // What the conversation has in common with what was run already is not run again.
         let kept = self.session.keep_prefix(&ids);
         let prompt = &ids[kept..];
-        let answer = self.out.answer(&mut self.session, prompt, &mut self.sampler, &self.options)?;
+        let answer = self.out.answer(self.session, prompt, &mut self.sampler, &self.options)?;
         self.latest = Some(answer.stats);
         if answer.finish_reason == FinishReason::Length && self.session.len() == self.session.ctx() {
             self.context.ui.note("note: the context is full; /clear begins anew");

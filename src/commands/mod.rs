@@ -14,6 +14,7 @@ mod quantize;
 mod routing;
 mod run;
 mod serve;
+mod session;
 mod shell;
 mod stats;
 mod tokens;

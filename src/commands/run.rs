@@ -14,7 +14,7 @@ use st_model::{Batch, Engine, FinishReason, GenerateOptions, Generation, Observe
 
 use super::chat::Chat;
 use super::routing::{Recorder, RoutingFile};
-use super::{engine, stats, tokens};
+use super::{engine, session, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
 use crate::report::{Advice, Interrupted, OutputError};
@@ -34,6 +34,7 @@ enum Input {
 
 pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode> {
     check_swallowed_model(args)?;
+    args.session.as_deref().map_or(Ok(()), session::check)?;
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
     let mut sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
@@ -44,13 +45,21 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
 
-    let session = Session::new(&engine)?;
+    let mut session = Session::new(&engine)?;
+    if let Some(path) = &args.session {
+        session::load(path, &mut session, context)?;
+    }
     let out = Out { style, recorder: recorder.as_mut(), context };
     let outcome = match input {
-        Input::Chat => Chat::new(session, args, sampler, generate_options, out).and_then(Chat::run),
-        Input::Ids(ids) => answer_once(session, &ids, &mut sampler, &generate_options, out),
+        Input::Chat => Chat::new(&mut session, args, sampler, generate_options, out).and_then(Chat::run),
+        Input::Ids(ids) => answer_once(&mut session, &ids, &mut sampler, &generate_options, out),
         Input::Text(text) => encode(&engine, &text, args, context)
-            .and_then(|prompt| answer_once(session, &prompt, &mut sampler, &generate_options, out)),
+            .and_then(|prompt| answer_once(&mut session, &prompt, &mut sampler, &generate_options, out)),
+    };
+    // An answer that was stopped, or failed, was computed as far as it is there.
+    let outcome = match &args.session {
+        Some(path) => session::save(path, &session).and(outcome),
+        None => outcome,
     };
     match recorder {
         Some(recorder) => recorder.finish(outcome, context),
@@ -60,13 +69,14 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
 
 /// The answer to the only prompt.
 fn answer_once(
-    mut session: Session,
+    session: &mut Session,
     prompt: &[u32],
     sampler: &mut Sampler,
     options: &GenerateOptions,
     mut out: Out<'_>,
 ) -> anyhow::Result<ExitCode> {
-    match out.answer(&mut session, prompt, sampler, options)?.finish_reason {
+    let kept = session.keep_prefix(prompt);
+    match out.answer(session, &prompt[kept..], sampler, options)?.finish_reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
         FinishReason::Stop | FinishReason::Length | FinishReason::Error => Ok(ExitCode::SUCCESS),
     }

@@ -183,6 +183,11 @@ impl Engine {
         Ok(self.expected().head(input)?.0.tokens)
     }
 
+    /// How many tokens of a text are kept that is restored from a snapshot of `tokens` and cut to `len`.
+    pub fn snapshot_keeps(&self, tokens: usize, len: usize) -> usize {
+        self.expected().keeps(tokens, len)
+    }
+
     /// Bytes of a snapshot of `sequence`, about and not less.
     pub fn snapshot_bytes(&self, sequence: &Sequence) -> u64 {
         let pages = sequence.len().div_ceil(kv_cache::POSITION_STEP) * self.config().n_layers;

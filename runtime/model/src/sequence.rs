@@ -41,11 +41,16 @@ impl Sequence {
         self.trim();
     }
 
+    /// The fewest tokens that it can be cut to, besides none.
+    pub fn shortest_cut(&self) -> usize {
+        self.kv.iter().map(LayerKv::shortest_cut).max().unwrap_or(0)
+    }
+
     /// How many tokens [`Sequence::truncate`] to `len` would keep.
     pub fn keeps(&self, len: usize) -> usize {
         match len {
             len if len >= self.len() => self.len(),
-            len if len < self.kv.iter().map(LayerKv::shortest_cut).max().unwrap_or(0) => 0,
+            len if len < self.shortest_cut() => 0,
             len => len,
         }
     }

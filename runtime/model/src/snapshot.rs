@@ -126,6 +126,19 @@ impl Expected<'_> {
         first..len.div_ceil(POSITION_STEP)
     }
 
+    /// How many tokens of a snapshot of `tokens` are kept where it is cut to `len`.
+    pub(crate) fn keeps(&self, tokens: usize, len: usize) -> usize {
+        let shortest = |layer| match (self.chunks(layer, tokens).start, self.windows[layer]) {
+            (first @ 1.., Some(window)) => first * POSITION_STEP + window - 1,
+            _ => 0,
+        };
+        match len {
+            len if len >= tokens => tokens,
+            len if len < (0..self.windows.len()).map(shortest).max().unwrap_or(0) => 0,
+            len => len,
+        }
+    }
+
     /// Writes a snapshot.
     ///
     /// # Errors

@@ -74,11 +74,12 @@ impl Disk {
     }
 
     /// How much of `prompt` a snapshot may have, beyond `least` tokens; its index.
-    pub(crate) fn find(&self, prompt: &[u32], least: usize) -> Option<usize> {
+    pub(crate) fn find(&self, prompt: &[u32], least: usize, engine: &Engine) -> Option<usize> {
         let most = prompt.len().saturating_sub(1);
         let shares = |stored: &Stored| {
             let tokens = stored.tokens.as_deref()?;
-            Some(common(tokens, prompt).min(most)).filter(|&shared| shared > least + WORTH_KEEPING)
+            let kept = engine.snapshot_keeps(tokens.len(), common(tokens, prompt).min(most));
+            (kept > least + WORTH_KEEPING).then_some(kept)
         };
         let all = self.stored.iter().enumerate();
         all.filter_map(|(index, stored)| Some((shares(stored)?, index))).max().map(|(_, index)| index)

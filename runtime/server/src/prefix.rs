@@ -93,7 +93,7 @@ impl Prefixes {
         }
         self.clock += 1;
         let serves = |longer: &Sequence, shorter: &Sequence| {
-            longer.tokens().starts_with(shorter.tokens()) && longer.keeps(shorter.len()) == shorter.len()
+            longer.tokens().starts_with(shorter.tokens()) && longer.shortest_cut() <= shorter.shortest_cut()
         };
         if let Some(entry) = self.entries.iter_mut().find(|entry| serves(&entry.sequence, &sequence)) {
             entry.used = self.clock;
@@ -107,7 +107,7 @@ impl Prefixes {
     }
 
     /// A text that was not saved, the latest first; from now on it counts as saved.
-    pub(crate) fn to_be_saved(&mut self) -> Option<&Sequence> {
+    pub(crate) fn next_unsaved(&mut self) -> Option<&Sequence> {
         let unsaved = self.entries.iter_mut().filter(|entry| !entry.saved);
         let latest = unsaved.max_by_key(|entry| entry.used)?;
         latest.saved = true;

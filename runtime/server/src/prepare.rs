@@ -147,3 +147,69 @@ fn content_text(content: Value, name: &str) -> Result<String, ApiError> {
     let texts: Vec<String> = parts.into_iter().enumerate().map(text).collect::<Result<_, _>>()?;
     Ok(texts.join("\n"))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::body;
+    use crate::fields::Fields;
+    use crate::sampling::Sampling;
+
+    #[test]
+    fn messages_are_what_templates_take() {
+        let list = json!([
+            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": null, "tool_calls": [{}]},
+            {"role": "tool", "tool_call_id": "1", "content": "c"},
+        ]);
+        let taken = messages(list.as_array().expect("a list").clone()).expect("messages");
+        assert_eq!(taken[0], json!({"role": "system", "content": "a\nb"}));
+        assert_eq!((&taken[1]["content"], &taken[2]["tool_call_id"]), (&json!(""), &json!("1")));
+    }
+
+    /// Bodies that are nearly right, changed here and there: an answer or an error, and never a panic.
+    #[test]
+    fn bodies_may_be_anything() {
+        let good = json!({
+            "model": "x", "messages": [{"role": "user", "content": [{"type": "text", "text": "\u{e9}"}]}], "max_tokens": 5,
+            "temperature": 0.5, "top_k": -1, "seed": 7, "stop": ["a"], "logit_bias": {"7": -100.0}, "stream_options": {}, "n": 2,
+        })
+        .to_string()
+        .into_bytes();
+        let mut dice = 1u64;
+        let mut below = |n: usize| {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (dice >> 33) as usize % n
+        };
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..100_000 {
+            let mut bytes = good.clone();
+            for _ in 0..=below(3) {
+                let at = below(bytes.len());
+                match below(4) {
+                    0 => bytes[at] = below(256) as u8,
+                    1 => bytes.truncate(at.max(1)),
+                    2 => drop(bytes.remove(at)),
+                    _ => bytes[at] = b"0123456789-+.eE\"\\[]{},:nulltrue"[below(33)],
+                }
+                if bytes.is_empty() {
+                    bytes.push(b'{');
+                }
+            }
+            let take = || {
+                let mut fields = Fields::of(body::json(&bytes)?, "")?;
+                fields.text("model")?;
+                fields.within("stream_options")?;
+                Sampling::take(&mut fields, &["max_tokens"], 100)?;
+                messages(fields.list("messages")?.unwrap_or_default())
+            };
+            match take() {
+                Ok(_) => taken += 1,
+                Err(error) => refused += usize::from(error.status.as_u16() == 400),
+            }
+        }
+        assert!(taken > 1000 && taken + refused == 100_000, "{taken} {refused}");
+    }
+}

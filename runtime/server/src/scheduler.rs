@@ -97,7 +97,7 @@ impl<'a> Scheduler<'a> {
     /// Saves a text that is kept in memory alone; whether there was one.
     fn save_one(&mut self) -> bool {
         let Some(disk) = &mut self.disk else { return false };
-        let Some(sequence) = self.prefixes.to_be_saved() else { return false };
+        let Some(sequence) = self.prefixes.next_unsaved() else { return false };
         if let Err(error) = disk.save(sequence, &self.engine) {
             self.app.log.tell(Record::new(What::Failed(without_folders(&error))));
         }
@@ -113,7 +113,7 @@ impl<'a> Scheduler<'a> {
         let hit = self.prefixes.find(prompt, under_way);
         let Some(disk) = &mut self.disk else { return hit };
         let in_memory = hit.sequence.as_ref().map_or(0, Sequence::len);
-        let stored = disk.find(prompt, in_memory).and_then(|index| disk.load(index, &self.engine));
+        let stored = disk.find(prompt, in_memory, &self.engine).and_then(|index| disk.load(index, &self.engine));
         let Some(sequence) = stored else { return hit };
         // From now on it is in memory.
         self.prefixes.keep_saved(sequence);

@@ -376,6 +376,8 @@ fn a_restart_forgets_nothing() {
     let prompt = cold["usage"]["prompt_tokens"].as_u64().expect("a number");
     ends(server);
     assert!(!snapshots().is_empty());
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&cache).expect("a folder").permissions());
+    assert_eq!(mode & 0o777, 0o700);
     let server = Server::start(&[&args[..], &["--isa", other_isa().name(), "--threads", "1"]].concat());
     let warm = server.ask(CHAT, &body);
     assert_eq!((cached(&warm), &warm["choices"]), (prompt - 1, &cold["choices"]));

@@ -43,7 +43,7 @@ impl Disk {
     /// # Errors
     /// Where the folder cannot be made or read.
     pub(crate) fn open(folder: &Path, most: u64, engine: &Engine) -> io::Result<Self> {
-        fs::create_dir_all(folder)?;
+        st_sys::create_private_folder(folder)?;
         let mut stored = Vec::new();
         for entry in fs::read_dir(folder)? {
             let path = entry?.path();

@@ -114,6 +114,14 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::rename(from, to)
 }
 
+/// Makes a folder, and those above it, where they are not there: for its owner alone, where the system knows owners.
+///
+/// # Errors
+/// What the system says.
+pub fn create_private_folder(dir: &Path) -> io::Result<()> {
+    os::create_private_folder(dir)
+}
+
 /// Makes the names in the folder `dir` survive a power failure, as far as its file system can.
 ///
 /// # Errors

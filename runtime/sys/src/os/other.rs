@@ -61,6 +61,11 @@ pub(crate) fn rename_new(_from: &Path, _to: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
+/// See [`crate::create_private_folder`].
+pub(crate) fn create_private_folder(dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)
+}
+
 /// A folder cannot be opened as a file here, and names are durable with the file.
 pub(crate) fn sync_folder(_dir: &Path) -> io::Result<()> {
     Ok(())

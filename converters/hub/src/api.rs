@@ -3,6 +3,7 @@
 //! All of it is checked before it is believed: hashes become file names and paths become paths.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use hf_hub::{Repo, RepoType};
@@ -154,6 +155,13 @@ impl Api<'_> {
         let subject = Subject { repo: self.repo, revision: commit, what: What::File(path) };
         let url = resolve_url(self.client.endpoint(), self.repo, commit, path);
         Ok(self.client.get_small(&url, limit, &subject, self.notify)?.0)
+    }
+
+    /// Some bytes of a file, without storing them.
+    pub(crate) fn part(&self, commit: &str, path: &str, range: &Range<u64>) -> Result<Vec<u8>, HubError> {
+        let subject = Subject { repo: self.repo, revision: commit, what: What::File(path) };
+        let url = resolve_url(self.client.endpoint(), self.repo, commit, path);
+        self.client.get_part(&url, range, &subject, self.notify)
     }
 }
 

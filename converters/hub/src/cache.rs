@@ -25,6 +25,7 @@ use crate::{HubError, RepoId, trees};
 /// One repository in a cache folder.
 #[derive(Debug)]
 pub(crate) struct CachedRepo {
+    repo: RepoId,
     paths: CacheRepo,
     folder: PathBuf,
     locks: PathBuf,
@@ -37,6 +38,7 @@ impl CachedRepo {
         let repo = linked.as_ref().unwrap_or(repo);
         let name = folder_name(repo);
         CachedRepo {
+            repo: repo.clone(),
             paths: Cache::new(cache_dir.to_owned()).repo(Repo::new(repo.to_string(), RepoType::Model)),
             folder: cache_dir.join(&name),
             locks: cache_dir.join(".locks").join(&name),
@@ -69,6 +71,21 @@ impl CachedRepo {
         &self.folder
     }
 
+    /// The name that has the folder.
+    pub(crate) fn repo(&self) -> &RepoId {
+        &self.repo
+    }
+
+    /// The folder of a folder for each commit.
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.folder.join("snapshots")
+    }
+
+    /// The folder of its locks.
+    pub(crate) fn locks(&self) -> &Path {
+        &self.locks
+    }
+
     pub(crate) fn snapshot(&self, commit: &str) -> PathBuf {
         self.paths.pointer_path(commit)
     }
@@ -97,9 +114,13 @@ fn folder_name(repo: &RepoId) -> String {
 }
 
 /// The repository whose folder `path` is a link to.
-fn linked_repo(path: &Path) -> Option<RepoId> {
-    let target = fs::read_link(path).ok()?;
-    let (owner, name) = target.to_str()?.strip_prefix("models--")?.split_once("--")?;
+pub(crate) fn linked_repo(path: &Path) -> Option<RepoId> {
+    repo_of_folder(fs::read_link(path).ok()?.to_str()?)
+}
+
+/// The repository whose folder has this name.
+pub(crate) fn repo_of_folder(name: &str) -> Option<RepoId> {
+    let (owner, name) = name.strip_prefix("models--")?.split_once("--")?;
     RepoId::owner_and_name(&format!("{owner}/{name}")).ok()
 }
 

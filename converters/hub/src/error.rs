@@ -19,6 +19,12 @@ pub enum HubError {
         /// Which rule it breaks.
         reason: &'static str,
     },
+    /// Another process is fetching what is to be removed.
+    #[error("another process is fetching files of {repo}")]
+    Busy {
+        /// The repository.
+        repo: String,
+    },
     /// There is no thread for a transfer.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),

@@ -28,11 +28,14 @@ mod api;
 mod cache;
 mod error;
 mod expected;
+mod held;
 mod http;
 mod lock;
 mod names;
+mod part;
 mod progress;
 mod proxy;
+mod published;
 mod request;
 mod snapshot;
 mod token;
@@ -41,15 +44,18 @@ mod trees;
 mod work;
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use address::without_secrets;
 pub use error::{Credentials, HubError};
 pub use expected::expected_sha256;
-pub use names::{ALIASES, Alias, DEFAULT_INCLUDE, RepoId, closest_known};
+pub use held::{HeldFile, HeldRepo};
+pub use names::{ALIASES, Alias, DEFAULT_INCLUDE, RepoId, closest_known, literal};
 pub use progress::DownloadProgress;
 pub use proxy::Proxies;
+pub use published::{Published, TypeTag};
 pub use request::{DEFAULT_ENDPOINT, DownloadRequest, HubConfig, ListedFile, Listing, RetryPolicy};
 pub use token::Token;
 
@@ -135,6 +141,18 @@ impl Hub {
             }
             let prepared = self.prepare(&client, request, progress)?;
             self.run(&client, request, &prepared, progress)
+        })
+    }
+
+    /// Some bytes of a file, without storing them: headers are read so. Unlike a whole file, they are not proven.
+    ///
+    /// # Errors
+    /// Any [`HubError`] but those of the disk.
+    pub fn read_part(&self, request: &DownloadRequest, file: &str, range: Range<u64>) -> Result<Vec<u8>, HubError> {
+        let client = Client::new(&self.config)?;
+        client.watched(|| {
+            let api = Api { client: &client, repo: &request.repo, notify: &|_, _| () };
+            api.part(&request.revision, file, &range)
         })
     }
 

@@ -20,6 +20,8 @@ pub struct Alias {
     pub repo: &'static str,
     /// Where it was before: caches may have it under this name, and mirrors may know no other.
     pub former: &'static str,
+    /// Where its authors publish it as GGUF.
+    pub gguf: &'static [&'static str],
 }
 
 /// Short names and the repositories they stand for.
@@ -28,13 +30,18 @@ pub const ALIASES: [Alias; 2] = [
         short: "4b",
         repo: "Tiiny/SmallThinker-4BA0.6B-Instruct",
         former: "PowerInfer/SmallThinker-4BA0.6B-Instruct",
+        gguf: &["Tiiny/SmallThinker-4BA0.6B-Instruct-GGUF", "Tiiny/SmallThinker-4BA0.6B-Instruct-INT4-QAT"],
     },
     Alias {
         short: "21b",
         repo: "Tiiny/SmallThinker-21BA3B-Instruct",
         former: "PowerInfer/SmallThinker-21BA3B-Instruct",
+        gguf: &["Tiiny/SmallThinker-21BA3B-Instruct-GGUF"],
     },
 ];
+
+/// The authors' organisation, and what it was called before.
+const OWNERS: [(&str, &str); 2] = [("Tiiny", "PowerInfer"), ("PowerInfer", "Tiiny")];
 
 /// What a conversion reads: weights and their index, configuration, tokenizer, chat template.
 pub const DEFAULT_INCLUDE: [&str; 7] = [
@@ -91,9 +98,17 @@ impl RepoId {
 
     /// The name that the same model is known by besides this one.
     pub(crate) fn other_name(&self) -> Option<RepoId> {
-        let alias = self.alias()?;
-        let other = if alias.repo.eq_ignore_ascii_case(&self.0) { alias.former } else { alias.repo };
-        Some(RepoId(other.to_owned()))
+        // The authors' organisation has moved with all that it has.
+        let (owner, name) = self.0.split_once('/')?;
+        let (_, other) = OWNERS.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(owner))?;
+        let known = ALIASES.iter().flat_map(|alias| alias.gguf.iter().chain([&alias.repo]));
+        let is_known = known.filter_map(|repo| repo.split_once('/')).any(|(_, known)| known.eq_ignore_ascii_case(name));
+        is_known.then(|| RepoId(format!("{other}/{name}")))
+    }
+
+    /// Whether both are one repository, perhaps by its former name.
+    pub fn is_same(&self, other: &RepoId) -> bool {
+        self.names().iter().any(|name| name.0.eq_ignore_ascii_case(&other.0))
     }
 
     /// All names that the model is known by, this one first.
@@ -224,6 +239,11 @@ impl Include {
     pub(crate) fn describe(&self) -> String {
         self.patterns.join(", ")
     }
+}
+
+/// The pattern that matches this path and no other.
+pub fn literal(path: &str) -> String {
+    globset::escape(path)
 }
 
 /// Percent-encodes everything but unreserved characters and `/`.

@@ -20,6 +20,7 @@ use ureq::http::{StatusCode, header};
 use crate::api::{Digest, Entry, resolve_url};
 use crate::cache::{create_parent, free_space};
 use crate::http::{Answer, Client, Failure, Subject, What, bad_response};
+use crate::part::parse_content_range;
 use crate::{DownloadProgress, HubError, RepoId};
 
 /// Size of one buffer between the socket, the file and the hash.
@@ -329,27 +330,9 @@ fn is_lfs_pointer(body: Body) -> bool {
     read.is_ok() && begins == BEGINNING
 }
 
-/// First byte, last byte and total of `bytes first-last/total`.
-fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
-    let (range, total) = value.trim().strip_prefix("bytes")?.trim().split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    (first <= last && last < u64::MAX).then_some((first, last, total))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn content_ranges_parse_and_nonsense_does_not() {
-        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, 9, Some(10))));
-        assert_eq!(parse_content_range("bytes 0-0/*"), Some((0, 0, None)));
-        for bad in ["bytes */10", "5-9/10", "bytes 9-5/10", "bytes 0-18446744073709551615/*", "bytes -1-2/3", ""] {
-            assert_eq!(parse_content_range(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn hashes_are_those_of_git_and_of_sha256sum() {

@@ -5,6 +5,7 @@
 
 mod access;
 mod faults;
+mod held;
 mod layout;
 mod moved;
 #[allow(dead_code, reason = "the example of the same name uses more of it")]

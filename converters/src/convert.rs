@@ -93,13 +93,13 @@ pub struct SearchGain {
 }
 
 /// Everything that a conversion derives from input and options before it reads a weight.
-struct Job<'a> {
+pub(crate) struct Job<'a> {
     input: &'a Input,
     keep_head: bool,
-    layout: OutputLayout,
-    metadata: Metadata,
+    pub(crate) layout: OutputLayout,
+    pub(crate) metadata: Metadata,
     /// Tensors start at multiples of this.
-    alignment: u64,
+    pub(crate) alignment: u64,
     /// Largest output of a unit.
     unit_bytes: usize,
     /// Bytes of input, and of the largest unit's input.
@@ -108,10 +108,27 @@ struct Job<'a> {
 }
 
 /// What one unit leaves behind besides its bytes.
-struct Done {
-    input_bytes: u64,
+pub(crate) struct Done {
+    pub(crate) input_bytes: u64,
     /// Of each matrix, where scales are searched for.
-    gains: Vec<SearchGain>,
+    pub(crate) gains: Vec<SearchGain>,
+}
+
+/// Sums of gains, one for each kind of matrix. Added in the order of the file, so that not even the last digit depends on threads.
+#[derive(Debug, Default)]
+pub(crate) struct Gains(BTreeMap<Tensor, SearchGain>);
+
+impl Gains {
+    pub(crate) fn add(&mut self, gain: SearchGain) {
+        let start = SearchGain { weights: 0, errors: SquaredErrors::default(), ..gain };
+        let sum = self.0.entry(gain.tensor).or_insert(start);
+        sum.weights += gain.weights;
+        sum.errors += gain.errors;
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<SearchGain> {
+        self.0.into_values().collect()
+    }
 }
 
 /// Lays out the output without reading a weight or touching the disk.
@@ -141,16 +158,10 @@ pub fn convert(
     let write_options = WriteOptions { alignment: job.alignment, overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.layout.tensors, write_options)?;
     progress.start(job.input_bytes);
-    let mut gains = BTreeMap::new();
-    job.run(options.threads, cancel, |_, bytes, done| {
+    let mut gains = Gains::default();
+    job.run(&job.all(), options.threads, cancel, |_, bytes, done| {
         writer.write(bytes)?;
-        // Added in the order of the file, so that not even the last digit depends on threads.
-        for gain in done.gains {
-            let SearchGain { weights, errors, .. } =
-                gains.entry(gain.tensor).or_insert(SearchGain { weights: 0, errors: SquaredErrors::default(), ..gain });
-            *weights += gain.weights;
-            *errors += gain.errors;
-        }
+        done.gains.into_iter().for_each(|gain| gains.add(gain));
         progress.advance(done.input_bytes);
         Ok(())
     })?;
@@ -158,7 +169,7 @@ pub fn convert(
     writer.state_checksums(job.metadata)?;
     writer.finish()?;
     progress.finish();
-    Ok(Converted { plan, gains: gains.into_values().collect() })
+    Ok(Converted { plan, gains: gains.into_vec() })
 }
 
 /// Converts `input` in memory and compares the result with the GGUF file `with`, tensor by tensor: names, shapes, types
@@ -176,7 +187,7 @@ pub fn compare(
     let job = Job::new(input, options)?;
     let mut comparison = Comparison::new(GgufFile::open(with)?, &job.layout.tensors);
     progress.start(job.input_bytes);
-    job.run(options.threads, cancel, |unit, bytes, done| {
+    job.run(&job.all(), options.threads, cancel, |unit, bytes, done| {
         comparison.add(job.layout.unit_tensor[unit], bytes)?;
         progress.advance(done.input_bytes);
         Ok(())
@@ -186,7 +197,7 @@ pub fn compare(
 }
 
 impl<'a> Job<'a> {
-    fn new(input: &'a Input, options: &ConvertOptions) -> Result<Self, ConvertError> {
+    pub(crate) fn new(input: &'a Input, options: &ConvertOptions) -> Result<Self, ConvertError> {
         let types = [Some(options.ty), options.output_type];
         if let Some(ty) = types.into_iter().flatten().find(|ty| !WeightType::WRITTEN.contains(ty)) {
             return Err(ConvertError::Options(format!("weights of type {ty} are read, not written")));
@@ -222,7 +233,7 @@ impl<'a> Job<'a> {
         Ok(job)
     }
 
-    fn plan(&self) -> Result<ConvertPlan, ConvertError> {
+    pub(crate) fn plan(&self) -> Result<ConvertPlan, ConvertError> {
         let plan = st_gguf::plan(&self.metadata, &self.layout.tensors, self.alignment)?;
         let places = plan.offsets.iter().zip(&plan.sizes);
         let tensors = self.layout.tensors.iter().zip(places);
@@ -267,7 +278,7 @@ impl<'a> Job<'a> {
     }
 
     /// The bytes of input that a unit reads: file and range, in order.
-    fn sources(&self, unit: &Unit) -> Result<Vec<(usize, Range<usize>)>, ConvertError> {
+    pub(crate) fn sources(&self, unit: &Unit) -> Result<Vec<(usize, Range<usize>)>, ConvertError> {
         match unit {
             Unit::Weights { slot, first, count, .. } => {
                 let source = self.input.tensor(*slot)?;
@@ -284,32 +295,38 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Does all units on `threads` threads and hands their bytes to `sink` in order.
-    fn run(
+    /// The numbers of all units.
+    fn all(&self) -> Vec<usize> {
+        (0..self.layout.units.len()).collect()
+    }
+
+    /// Does these units on `threads` threads and hands their bytes to `sink` in order.
+    pub(crate) fn run(
         &self,
+        units: &[usize],
         threads: usize,
         cancel: &Cancel,
-        sink: impl FnMut(usize, &[u8], Done) -> Result<(), ConvertError>,
+        mut sink: impl FnMut(usize, &[u8], Done) -> Result<(), ConvertError>,
     ) -> Result<(), ConvertError> {
         let threads = threads.max(1);
         let window = (IN_FLIGHT_BYTES / self.unit_bytes.max(1)).clamp(1, 4 * threads);
         let ahead = (READ_AHEAD_BYTES / self.unit_input_bytes).max(window);
         run_ordered(
-            self.layout.units.len(),
+            units.len(),
             threads,
             window,
             Worker::new,
-            |worker, unit, out| {
+            |worker, i, out| {
                 cancel.check()?;
-                let first_ahead = if unit == 0 { 1 } else { unit + ahead };
-                for later in self.layout.units.iter().take(unit + ahead + 1).skip(first_ahead) {
-                    for (file, range) in self.sources(later)? {
+                let first_ahead = if i == 0 { 1 } else { i + ahead };
+                for &later in units.iter().take(i + ahead + 1).skip(first_ahead) {
+                    for (file, range) in self.sources(&self.layout.units[later])? {
                         self.input.files[file].will_need(range);
                     }
                 }
-                self.produce(worker, &self.layout.units[unit], out)
+                self.produce(worker, &self.layout.units[units[i]], out)
             },
-            sink,
+            |i, bytes, done| sink(units[i], bytes, done),
         )
     }
 

@@ -77,6 +77,16 @@ impl Input {
         Ok(input)
     }
 
+    /// Opens a checkpoint folder whose weights are not all there, so that none is read: whether the LM head is the embedding
+    /// is known to the caller.
+    pub(crate) fn open_unread(path: &Path, head_is_embedding: bool) -> Result<Self, ConvertError> {
+        let mut input = checkpoint::open(path)?;
+        if head_is_embedding {
+            input.tensors.remove(&(Tensor::Output, 0, 0));
+        }
+        Ok(input)
+    }
+
     /// Leaves out an LM head that is the embedding once more, byte for byte: one copy computes the same.
     fn drop_equal_head(&mut self) {
         let matrix =

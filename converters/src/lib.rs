@@ -4,6 +4,7 @@
 //! It reads no environment, prints nothing and never exits: configuration comes in as arguments, progress goes out
 //! through [`Progress`], warnings come back with the result.
 
+pub mod arriving;
 mod checkpoint;
 mod compare;
 mod config;

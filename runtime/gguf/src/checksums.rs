@@ -89,7 +89,7 @@ fn places_of(tensors: &[TensorSpec]) -> Vec<Place> {
 }
 
 /// Parts of a tensor with this name and shape that have a sum each.
-pub(crate) fn parts_of(spec: &TensorSpec) -> u64 {
+pub fn checksum_parts(spec: &TensorSpec) -> u64 {
     places_of(std::slice::from_ref(spec)).iter().map(|place| place.range.len() as u64).sum()
 }
 

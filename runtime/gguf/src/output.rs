@@ -163,6 +163,8 @@ pub struct OutputFile {
     partial: PathBuf,
     /// `None` once it has its name.
     file: Option<File>,
+    /// Whether what was written stays for a later process, where this one does not finish it.
+    stays: bool,
 }
 
 impl OutputFile {
@@ -171,10 +173,32 @@ impl OutputFile {
     /// # Errors
     /// As [`check_output`]; [`GgufError::Busy`].
     pub fn create(path: &Path, kind: Kind, overwrite: bool) -> Result<Self> {
+        let mut begun = Self::go_on(path, kind, overwrite)?;
+        let emptied = begun.file().set_len(0);
+        begun.stays = false;
+        emptied.map_err(|source| GgufError::io(path.display(), "empty what is to become it", source))?;
+        Ok(begun)
+    }
+
+    /// As [`create`](Self::create), with what an earlier process left of it; what this one leaves stays for the next.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn go_on(path: &Path, kind: Kind, overwrite: bool) -> Result<Self> {
         let target = Target::find(path, kind, overwrite)?;
         let partial = target.partial();
         let file = claim(&target, &partial)?;
-        Ok(Self { target, partial, file: Some(file) })
+        Ok(Self { target, partial, file: Some(file), stays: true })
+    }
+
+    /// Bytes that it takes on the disk by now.
+    pub fn allocated(&self) -> u64 {
+        st_sys::allocated(self.file()).unwrap_or(0)
+    }
+
+    /// Removes what was written.
+    pub fn discard(mut self) {
+        self.stays = false;
     }
 
     /// The open file.
@@ -232,7 +256,7 @@ impl Write for OutputFile {
 
 impl Drop for OutputFile {
     fn drop(&mut self) {
-        if let Some(file) = self.file.take() {
+        if let Some(file) = self.file.take().filter(|_| !self.stays) {
             // Removed while still locked, so that it cannot be another writer's by now. What fails here
             // leaves a stale partial file, which the next writer takes over.
             let _ = std::fs::remove_file(&self.partial);
@@ -251,7 +275,7 @@ fn inherit(file: &File, existing: &Metadata) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(existing.mode() & mask))
 }
 
-/// Opens, locks and empties the partial file.
+/// Opens and locks the partial file.
 fn claim(target: &Target, partial: &Path) -> Result<File> {
     let name = partial.file_name().unwrap_or_default().display();
     let fail = |source| GgufError::io(target.named.display(), format!("create {name} beside it"), source);
@@ -285,7 +309,6 @@ fn claim(target: &Target, partial: &Path) -> Result<File> {
                 if !opened.is_file() {
                     return Err(GgufError::NotAFile { file: partial.display().to_string() });
                 }
-                file.set_len(0).map_err(fail)?;
                 if target.existing.is_some() && opened.mode() & 0o777 & !mode != 0 {
                     file.set_permissions(Permissions::from_mode(opened.mode() & mode)).map_err(fail)?;
                 }

@@ -59,7 +59,7 @@ impl GgufWriter {
         let mut writer = Self {
             stream: Some(TensorStream::new(
                 BufWriter::with_capacity(BUFFER_BYTES, file),
-                plan.sizes.iter().copied().zip(tensors.iter().map(checksums::parts_of)).collect(),
+                plan.sizes.iter().copied().zip(tensors.iter().map(checksums::checksum_parts)).collect(),
                 options.alignment,
             )),
             plan,
@@ -203,7 +203,7 @@ impl Drop for GgufWriter {
 }
 
 /// An error of writing, with a full disk or an exhausted quota told apart.
-fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Error) -> GgufError {
+pub(crate) fn write_error(path: &Path, needed: u64, available: Option<u64>, source: io::Error) -> GgufError {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     if matches!(source.kind(), StorageFull | QuotaExceeded) {
         // Under a quota the file system may have enough free: that figure would mislead.

@@ -99,6 +99,11 @@ pub fn free_space(dir: &Path) -> io::Result<Option<u64>> {
     os::free_space(dir)
 }
 
+/// Bytes that a file takes on the disk, holes not counted; `None` where the system does not say.
+pub fn allocated(file: &File) -> Option<u64> {
+    os::allocated(file)
+}
+
 /// Renames `from` to `to`, but never over something that exists.
 ///
 /// # Errors

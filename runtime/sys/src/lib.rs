@@ -43,8 +43,8 @@ mod pages;
 pub use allocator::Allocator;
 pub use cores::{available_threads, physical_cores, prefer_this_thread};
 pub use file::{
-    Advice, advise, beside, create_claimable, create_private_folder, free_space, open_uncached, read_at, read_exact_at,
-    rename_new, same_file, symlink, sync_folder, write_all_at,
+    Advice, advise, allocated, beside, create_claimable, create_private_folder, free_space, open_uncached, read_at,
+    read_exact_at, rename_new, same_file, symlink, sync_folder, write_all_at,
 };
 pub use mapped::MappedFile;
 pub use memory::{peak_resident, reset_peak_resident, resident};

@@ -49,6 +49,10 @@ pub(crate) fn same_file(_a: &File, _b: &File) -> bool {
     false
 }
 
+pub(crate) fn allocated(_: &File) -> Option<u64> {
+    None
+}
+
 pub(crate) fn free_space(_dir: &Path) -> io::Result<Option<u64>> {
     Ok(None)
 }

@@ -55,6 +55,11 @@ pub(crate) fn same_file(a: &File, b: &File) -> bool {
     }
 }
 
+pub(crate) fn allocated(file: &File) -> Option<u64> {
+    // In units of 512 bytes, whatever the file system's blocks are.
+    file.metadata().ok().map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512))
+}
+
 pub(crate) fn free_space(dir: &Path) -> io::Result<Option<u64>> {
     let stat = rustix::fs::statvfs(dir)?;
     Ok((stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize)))

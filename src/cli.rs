@@ -13,7 +13,7 @@ use crate::size::parse_size;
 /// SmallThinker from the Hugging Face hub to an answer, on a CPU, with little memory and a disk.
 ///
 /// MODEL is `tiny` (a small model inside this program), a .gguf file, `4b`, `21b`, or `owner/name` on the hub;
-/// for `quantize` also a folder with a checkpoint.
+/// `4b:q4_0` is the GGUF file of that type; for `quantize` also a folder with a checkpoint.
 #[derive(Debug, Parser)]
 #[command(name = "st-tool", version = env!("ST_TOOL_VERSION"), max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Cli {
@@ -24,6 +24,10 @@ pub(crate) struct Cli {
     /// Log what happens inside to stderr; twice for more.
     #[arg(short, long, global = true, display_order = 901, action = ArgAction::Count)]
     pub(crate) verbose: u8,
+
+    /// Fetch or remove without asking.
+    #[arg(long, global = true, display_order = 902)]
+    pub(crate) yes: bool,
 
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -67,10 +71,53 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
+    /// Turn text into token ids, or back.
+    Tokenize(TokenizeArgs),
+    /// Show which models are here, in the hub's cache and in the store of converted files.
+    List(ListArgs),
+    /// Remove a model from the hub's cache and from the store.
+    Rm(RmArgs),
     /// Print what a shell completes: names of verbs, options and values.
     Completions(CompletionsArgs),
     /// Write the manual pages.
     Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("text"))]
+pub(crate) struct TokenizeArgs {
+    /// The model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: OsString,
+    /// The text; by default, and with `-`, what is on stdin.
+    #[arg(short, long, value_name = "TEXT", group = "text", allow_hyphen_values = true)]
+    pub(crate) prompt: Option<String>,
+    /// What is in FILE; `-` reads stdin.
+    #[arg(short, long, value_name = "FILE", group = "text")]
+    pub(crate) file: Option<PathBuf>,
+    /// The text is a list of ids, to be turned into text.
+    #[arg(long)]
+    pub(crate) decode: bool,
+    /// The text of a control token, such as `<|im_end|>`, is text like any other, as in a message.
+    #[arg(long, conflicts_with = "decode")]
+    pub(crate) plain: bool,
+    /// One JSON object: each token's id and text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// `4b`, `21b` or `owner/name`: all of it; with `:TYPE` the GGUF file of that type.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: OsString,
 }
 
 #[derive(Debug, Args)]
@@ -89,7 +136,7 @@ pub(crate) struct ManArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DownloadArgs {
-    /// `4b`, `21b` or `owner/name`.
+    /// `4b`, `21b` or `owner/name`; with `:TYPE` behind it, the GGUF file of that type.
     #[arg(value_name = "MODEL")]
     pub(crate) model: String,
     /// Branch, tag or commit.
@@ -148,6 +195,9 @@ pub(crate) struct QuantizeArgs {
     /// Keep the LM head that a tied model stores beside the embedding, where the two differ.
     #[arg(long)]
     pub(crate) keep_head: bool,
+    /// Fetch a checkpoint that is not here as a whole, and keep it; otherwise it is converted while it is fetched, and not kept.
+    #[arg(long, conflicts_with_all = ["dry_run", "compare"])]
+    pub(crate) keep: bool,
     /// How the experts lie in the file.
     #[arg(long, value_name = "LAYOUT", default_value = "gguf")]
     pub(crate) layout: LayoutName,

@@ -11,6 +11,8 @@ pub(crate) struct Context {
     pub(crate) env: Env,
     /// Notes and progress.
     pub(crate) ui: Ui,
+    /// Whether the person has agreed to what would be asked.
+    pub(crate) yes: bool,
     /// Requests to stop.
     pub(crate) interrupt: Interrupt,
 }

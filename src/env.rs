@@ -13,6 +13,8 @@ use st_hub::{DEFAULT_ENDPOINT, Proxies, Token};
 pub(crate) struct Env {
     /// The folder with `models--owner--name` folders.
     pub(crate) hub_cache: PathBuf,
+    /// The folder of what this program converted for itself.
+    pub(crate) store: PathBuf,
     /// Where the token file lies that `hf auth login` leaves.
     token_path: PathBuf,
     token: Option<Token>,
@@ -49,6 +51,7 @@ impl Env {
         let offline = text("HF_HUB_OFFLINE").or_else(|| text("TRANSFORMERS_OFFLINE"));
         Self {
             hub_cache: hub_cache.unwrap_or_else(|| hf_home.join("hub")),
+            store: path("ST_TOOL_HOME").unwrap_or_else(|| cache.join("st-tool")),
             token_path: path("HF_TOKEN_PATH").unwrap_or_else(|| hf_home.join("token")),
             token: token("HF_TOKEN").or_else(|| token("HUGGING_FACE_HUB_TOKEN")),
             hub_endpoint: endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
@@ -91,6 +94,14 @@ mod tests {
         assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/f")]), "/h/f/hub");
         assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), "/c");
         assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "")]), "/f/hub");
+    }
+
+    #[test]
+    fn the_store_is_in_the_cache_of_the_person() {
+        let store = |vars: &[(&str, &str)]| env(vars).store.display().to_string();
+        assert_eq!(store(&[("HOME", "/h")]), "/h/.cache/st-tool");
+        assert_eq!(store(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), "/x/st-tool");
+        assert_eq!(store(&[("HOME", "/h"), ("ST_TOOL_HOME", "~/s")]), "/h/s");
     }
 
     #[test]

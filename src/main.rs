@@ -1,17 +1,21 @@
 //! `st-tool`: parses the command line, runs one command, and prints an error once.
 
+mod arriving;
 mod cli;
 mod commands;
 mod context;
 mod env;
+mod get;
 mod input;
 mod machine;
 mod memory;
 mod models;
 mod report;
+mod repos;
 mod shown;
 mod signals;
 mod size;
+mod store;
 mod table;
 mod tensor_file;
 mod terminal;
@@ -66,7 +70,8 @@ fn not_run(error: &clap::Error) -> ExitCode {
 }
 
 fn run(cli: Cli, env: Env, ui: Ui) -> ExitCode {
-    let result = Interrupt::install().map_err(anyhow::Error::from).map(|interrupt| Context { env, ui, interrupt });
+    let result =
+        Interrupt::install().map_err(anyhow::Error::from).map(|interrupt| Context { env, ui, interrupt, yes: cli.yes });
     let outcome = result.map(|context| {
         let status = commands::run(cli.command, &context);
         (status, context.interrupt)

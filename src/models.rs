@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use st_convert::Input;
 use st_gguf::GgufFile;
-use st_hub::{DownloadRequest, Hub, HubConfig, RepoId, without_secrets};
+use st_hub::{DownloadRequest, RepoId, without_secrets};
 
 use crate::context::Context;
+use crate::get::Wanted;
 use crate::input::is_stdin;
 use crate::report::Advice;
+use crate::repos::{hub, short_name};
+use crate::store::name_of;
 use crate::ui::DownloadBars;
 
 /// The bundled model, as `st-tool quantize --q4_0` makes it from `models/tiny/checkpoint`.
@@ -25,8 +28,8 @@ pub(crate) enum Model {
     File(PathBuf),
     /// A folder.
     Folder(PathBuf),
-    /// A repository on the hub.
-    Hub(RepoId),
+    /// A repository on the hub, perhaps with a type.
+    Hub(Wanted),
 }
 
 impl Model {
@@ -47,8 +50,8 @@ impl Model {
             return Ok(Self::Tiny);
         }
         let alias = !name.contains('/');
-        if alias && let Ok(repo) = RepoId::parse(name) {
-            return Ok(Self::Hub(repo));
+        if alias && let Ok(wanted) = Wanted::parse(name) {
+            return Ok(Self::Hub(wanted));
         }
         let path = Path::new(name);
         if path.is_dir() {
@@ -58,18 +61,22 @@ impl Model {
         if path.exists() || path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
             return Ok(Self::File(path.to_owned()));
         }
-        RepoId::parse(name).map(Self::Hub).map_err(|_| {
-            Advice::new(
+        match Wanted::parse(name) {
+            Ok(wanted) => Ok(Self::Hub(wanted)),
+            // A repository, and what cannot be a type.
+            Err(error) if name.split_once(':').is_some_and(|(repo, _)| RepoId::parse(repo).is_ok()) => Err(error.into()),
+            Err(_) => Err(Advice::new(
                 format!("there is no file or folder {:?}, and it is no model's name", without_secrets(name)),
-                "a model is `tiny`, a .gguf file, a checkpoint folder, `4b`, `21b`, or `owner/name` on the hub",
+                "a model is `tiny`, a .gguf file, a checkpoint folder, `4b`, `21b`, or `owner/name` on the hub; `:TYPE` behind \
+                 it is one of its GGUF files",
             )
-            .into()
-        })
+            .into()),
+        }
     }
 
     /// Opens the model for running.
     ///
-    /// A repository stands for the file that `quantize` made of it in the current folder.
+    /// A repository stands for the file that was made of it, or for one that is fetched where the person allows it.
     pub(crate) fn open_gguf(&self, context: &Context) -> anyhow::Result<GgufFile> {
         match self {
             Self::Tiny => GgufFile::from_static(TINY).context("the bundled model is damaged"),
@@ -79,23 +86,7 @@ impl Model {
                 format!("st-tool quantize {} --q4_0 makes one from a checkpoint", path.display()),
             )
             .into()),
-            Self::Hub(repo) => {
-                if let Some(path) = converted(repo) {
-                    context.ui.note(format_args!("note: {repo} is {}", path.display()));
-                    return open_file(&path);
-                }
-                let name = short_name(repo);
-                let there = hub(context).cached(repo, "main").ok().flatten().is_some();
-                let (state, does) = match there {
-                    true => ("is downloaded, but not converted in this folder", "converts"),
-                    false => ("is no file here, and not downloaded", "downloads and converts"),
-                };
-                Err(Advice::new(
-                    format!("{repo} {state}"),
-                    format!("st-tool quantize {name} --q4_0 {does} it; then run the file that it makes"),
-                )
-                .into())
-            }
+            Self::Hub(wanted) => open_file(&wanted.file(context)?),
         }
     }
 
@@ -110,7 +101,8 @@ impl Model {
                 .into());
             }
             Self::File(path) | Self::Folder(path) => path.clone(),
-            Self::Hub(repo) => snapshot(repo, context, fetch)?,
+            Self::Hub(Wanted { repo, ty: None }) => snapshot(repo, context, fetch)?,
+            Self::Hub(wanted) => wanted.source(context, fetch == Fetch::Allowed)?,
         };
         Ok(Input::open(&path)?)
     }
@@ -134,7 +126,7 @@ impl Model {
             Self::Tiny => "tiny".to_owned(),
             Self::File(path) => of_path(path, true),
             Self::Folder(path) => of_path(path, false),
-            Self::Hub(repo) => name_of(repo).to_owned(),
+            Self::Hub(wanted) => name_of(&wanted.repo).to_owned(),
         }
     }
 }
@@ -177,43 +169,8 @@ fn snapshot(repo: &RepoId, context: &Context, fetch: Fetch) -> anyhow::Result<Pa
     Ok(hub.download(&request, &DownloadBars::new(context.ui))?)
 }
 
-/// The hub as the environment describes it.
-pub(crate) fn hub(context: &Context) -> Hub {
-    Hub::new(hub_config(context))
-}
-
-/// Settings of the hub as the environment gives them.
-pub(crate) fn hub_config(context: &Context) -> HubConfig {
-    let env = &context.env;
-    HubConfig {
-        endpoint: env.hub_endpoint.clone(),
-        token: env.hub_token(),
-        offline: env.offline,
-        proxies: env.proxies.clone(),
-        cancel: context.interrupt.cancel().flag(),
-        ..HubConfig::new(&env.hub_cache)
-    }
-}
-
 fn open_file(path: &Path) -> anyhow::Result<GgufFile> {
     Ok(GgufFile::open(path)?)
-}
-
-/// A file of this repository that `quantize` wrote here under its default name, the smallest type first.
-fn converted(repo: &RepoId) -> Option<PathBuf> {
-    let types = ["q4_0", "q8_0", "f16", "bf16", "f32"];
-    let names =
-        types.iter().flat_map(|ty| ["", "-offload"].map(|layout| format!("{}-{ty}{layout}.gguf", name_of(repo))));
-    names.map(PathBuf::from).find(|path| path.is_file())
-}
-
-fn name_of(repo: &RepoId) -> &str {
-    repo.as_str().rsplit('/').next().unwrap_or_default()
-}
-
-/// What a person types for a repository.
-fn short_name(repo: &RepoId) -> String {
-    repo.alias().map_or_else(|| repo.to_string(), |alias| alias.short.to_owned())
 }
 
 #[cfg(test)]
@@ -223,8 +180,11 @@ mod tests {
     #[test]
     fn names_resolve_before_paths_and_paths_before_repositories() {
         assert_eq!(Model::resolve("tiny").expect("known"), Model::Tiny);
-        let Ok(Model::Hub(repo)) = Model::resolve("4b") else { panic!("4b is a repository") };
-        assert_eq!(repo.as_str(), "Tiiny/SmallThinker-4BA0.6B-Instruct");
+        let Ok(Model::Hub(wanted)) = Model::resolve("4b") else { panic!("4b is a repository") };
+        assert_eq!(wanted.repo.as_str(), "Tiiny/SmallThinker-4BA0.6B-Instruct");
+        let Ok(Model::Hub(wanted)) = Model::resolve("owner/name:Q4_K_M") else { panic!("a repository and a type") };
+        assert_eq!(wanted.to_string(), "owner/name:Q4_K_M");
+        assert!(Model::resolve("owner/name:q4 0").is_err());
         assert_eq!(Model::resolve("src").expect("a folder"), Model::Folder("src".into()));
         assert_eq!(Model::resolve("Cargo.toml").expect("a file"), Model::File("Cargo.toml".into()));
         assert_eq!(Model::resolve("no/where.gguf").expect("a file"), Model::File("no/where.gguf".into()));

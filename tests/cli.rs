@@ -13,7 +13,7 @@ use crate::common::{f32s, goldens, repo};
 use crate::golden::{INT8_TRAINED, within};
 use crate::program::{Run, arg, little_memory, names, patiently, program, run};
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 14] = [
     "download",
     "quantize",
     "layout",
@@ -23,6 +23,9 @@ const VERBS: [&str; 11] = [
     "logits",
     "inspect",
     "perplexity",
+    "tokenize",
+    "list",
+    "rm",
     "completions",
     "man",
 ];
@@ -662,7 +665,7 @@ fn addresses_are_no_models_and_their_passwords_are_not_shown() {
     for address in ["https://me:Passw0rd@hub.example/a/b", "https://me:Passw0rd@hub.example/m.gguf?token=Passw0rd"] {
         let refused = run(["run", address, "-p", "x"]).fails(&["hub.example", "is an address"]);
         assert!(!refused.stderr.contains("Passw0rd") && refused.hint().contains("owner/name"), "{}", refused.stderr);
-        let refused = run(["download", address]).fails(&["hub.example"]);
+        let refused = run(["download", address]).fails(&["hub.example", "does not name a model"]);
         assert!(!refused.stderr.contains("Passw0rd"), "{}", refused.stderr);
     }
     let refused = run(["run", "me:Passw0rd@hub/a/b", "-p", "x"]).fails(&["hub/a/b"]);

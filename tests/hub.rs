@@ -14,7 +14,7 @@ use server::{Fault, RepoFile, Server, Settings};
 
 #[path = "../converters/hub/tests/hub/server.rs"]
 #[allow(dead_code, reason = "the hub's own tests use more of it")]
-mod server;
+pub(crate) mod server;
 
 const REPO: &str = "Tiiny/SmallThinker-4BA0.6B-Instruct";
 
@@ -110,7 +110,7 @@ fn quantize_fetches_what_it_needs_but_not_for_a_dry_run_or_a_refused_output() {
     world.run(&["quantize", "4b", "--q4_0", "-o", "mine.gguf"]).fails(&["exists"]);
     assert_eq!(names(world.folder.path()), ["mine.gguf"]);
     world.run(&["quantize", "4b", "--q4_0", "-q", "-o", "new.gguf"]).ok();
-    assert_eq!(names(world.folder.path()), ["hf", "mine.gguf", "new.gguf"]);
+    assert_eq!(names(world.folder.path()), ["mine.gguf", "new.gguf"]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Integration tests of the whole program, in one binary.
 
+mod arriving;
 mod chat;
 mod cli;
 mod common;
@@ -7,6 +8,7 @@ mod company;
 mod crates;
 mod damage;
 mod faults;
+mod getting;
 mod golden;
 mod http;
 mod hub;

@@ -1,12 +1,14 @@
-//! `st-tool download`: from the hub to a folder, whose path goes to stdout.
+//! `st-tool download`: from the hub to a folder or a GGUF file, whose path goes to stdout.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use st_hub::{DownloadRequest, Hub, Listing, RepoId, Token};
+use st_hub::{DownloadRequest, Hub, HubError, Listing, Token};
 
 use crate::cli::DownloadArgs;
 use crate::context::Context;
-use crate::models::hub_config;
+use crate::get::Wanted;
+use crate::repos::hub_config;
 use crate::size::show_size;
 use crate::ui::{self, DownloadBars};
 
@@ -16,21 +18,55 @@ pub(crate) fn run(args: &DownloadArgs, context: &Context) -> anyhow::Result<Exit
     if let Some(token) = &args.token {
         config.token = Token::new(token.as_bytes(), "--token");
     }
+    let wanted = Wanted::parse(&args.model)?;
     let request = DownloadRequest {
         revision: args.revision.clone(),
         include: args.include.clone(),
         local_dir: args.local_dir.clone(),
         jobs: args.jobs,
-        ..DownloadRequest::new(RepoId::parse(&args.model)?)
+        ..DownloadRequest::new(wanted.repo.clone())
     };
     let hub = Hub::new(config);
+    let is_whole = wanted.ty.is_none() || !args.include.is_empty();
     if args.dry_run {
-        ui::print(&table(&hub.list(&request)?))?;
+        let listing = match hub.list(&request) {
+            Err(HubError::NotSmallThinker { .. }) if is_whole => hub.list(&published(&wanted, &request, &hub)?.0)?,
+            _ if !is_whole => hub.list(&published(&wanted, &request, &hub)?.0)?,
+            listing => listing?,
+        };
+        ui::print(&table(&listing))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let folder = hub.download(&request, &DownloadBars::new(context.ui))?;
-    ui::print_path(&folder)?;
+    let bars = || DownloadBars::new(context.ui);
+    let one = || -> anyhow::Result<PathBuf> {
+        let (request, first) = published(&wanted, &request, &hub)?;
+        Ok(hub.download(&request, &bars())?.join(first))
+    };
+    let path = match is_whole {
+        false => one()?,
+        true => match hub.download(&request, &bars()) {
+            // No checkpoint: GGUF files, of which one is meant.
+            Err(error @ HubError::NotSmallThinker { .. }) if args.include.is_empty() => {
+                one().map_err(|other| if other.downcast_ref::<HubError>().is_some() { error.into() } else { other })?
+            }
+            folder => folder?,
+        },
+    };
+    ui::print_path(&path)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The request for the one GGUF model that is meant, and its first file.
+fn published(wanted: &Wanted, like: &DownloadRequest, hub: &Hub) -> anyhow::Result<(DownloadRequest, String)> {
+    let Some(found) = wanted.published(hub, Some(&like.revision))? else {
+        return Err(HubError::NotSmallThinker {
+            repo: wanted.repo.to_string(),
+            found: "it has no config.json and no GGUF file".to_owned(),
+        }
+        .into());
+    };
+    let request = DownloadRequest { jobs: like.jobs, ..found.request(like.local_dir.clone()) };
+    Ok((request, found.model.files[0].path.clone()))
 }
 
 fn table(listing: &Listing) -> String {

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &InspectArgs, context: &Context) -> anyhow::Result<ExitC
 }
 
 /// Tensors and bytes per type, most bytes first.
-fn by_type(header: &Header) -> Vec<(&'static str, usize, u64)> {
+pub(super) fn by_type(header: &Header) -> Vec<(&'static str, usize, u64)> {
     let mut types: BTreeMap<&'static str, (usize, u64)> = BTreeMap::new();
     for tensor in &header.tensors {
         let entry = types.entry(tensor.ty.name()).or_default();

@@ -8,6 +8,7 @@ mod download;
 mod engine;
 mod inspect;
 mod layout;
+mod list;
 mod logits;
 mod perplexity;
 mod quantize;
@@ -17,6 +18,7 @@ mod serve;
 mod session;
 mod shell;
 mod stats;
+mod tokenize;
 mod tokens;
 
 use std::path::Path;
@@ -42,6 +44,9 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Logits(args) => logits::run(&args, context),
         Command::Inspect(args) => inspect::run(&args, context),
         Command::Perplexity(args) => perplexity::run(&args, context),
+        Command::Tokenize(args) => tokenize::run(&args, context),
+        Command::List(args) => list::run(&args, context),
+        Command::Rm(args) => list::rm(&args, context),
         Command::Completions(args) => shell::completions(&args),
         Command::Man(args) => shell::man(&args, context),
     }

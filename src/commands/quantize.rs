@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use st_convert::{ConvertOptions, ConvertPlan, SearchGain, SquaredErrors, compare, convert, plan};
+use st_convert::{ConvertOptions, ConvertPlan, Converted, SearchGain, SquaredErrors, compare, convert, plan};
 use st_gguf::Layout;
 
 use super::check_converted;
+use crate::arriving;
 use crate::cli::QuantizeArgs;
 use crate::context::Context;
+use crate::get::Wanted;
 use crate::models::{Fetch, Model, not_stdin};
 use crate::size::show_size;
 use crate::ui::{self, ConvertBar};
@@ -31,13 +33,24 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         // Said before anything is downloaded.
         check_converted(&output, args.force, model.path())?;
     }
-    let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
-    let input = model.open_source(context, fetch)?;
     let warn = |plan: &ConvertPlan| {
         for warning in &plan.warnings {
             context.ui.note(format_args!("note: {warning}"));
         }
     };
+    let tell = |written: &Converted| {
+        warn(&written.plan);
+        if args.search {
+            context.ui.note(gains_table(&written.gains).trim_end());
+        }
+        context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));
+    };
+    if let (Model::Hub(Wanted { repo, ty: None }), true) = (&model, writes) {
+        tell(&arriving::convert(repo, &options, &output, args.force, args.keep, context)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
+    let input = model.open_source(context, fetch)?;
     if args.dry_run {
         let plan = plan(&input, &options)?;
         warn(&plan);
@@ -60,11 +73,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
     let bar = ConvertBar::new(context.ui, "converting");
     let written = convert(&input, &options, &output, args.force, &bar, context.interrupt.cancel())?;
     drop(bar);
-    warn(&written.plan);
-    if args.search {
-        context.ui.note(gains_table(&written.gains).trim_end());
-    }
-    context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));
+    tell(&written);
     Ok(ExitCode::SUCCESS)
 }
 

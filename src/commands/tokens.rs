@@ -14,6 +14,11 @@ pub(crate) fn parse(list: &OsStr, interrupt: &Interrupt) -> anyhow::Result<Vec<u
         Some(path) => input::prompt(Path::new(OsStr::from_bytes(path)), interrupt)?,
         None => list.to_string_lossy().into_owned(),
     };
+    ids(&text)
+}
+
+/// The token ids in a text.
+pub(crate) fn ids(text: &str) -> anyhow::Result<Vec<u32>> {
     let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
     words
         .map(|word| {

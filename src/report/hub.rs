@@ -76,6 +76,7 @@ pub(super) fn hint(error: &HubError) -> Option<String> {
         }
         HubError::Offline { .. } => "run the same command once without --offline and without HF_HUB_OFFLINE".into(),
         HubError::NothingMatches { .. } => "--include '*' --dry-run lists every file".into(),
+        HubError::Busy { .. } => "wait until it is done, or end it, and try again".into(),
         HubError::NotSmallThinker { .. } => {
             "only models whose config.json says SmallThinkerForCausalLM can be used: `4b` and `21b` are two".into()
         }
@@ -110,7 +111,7 @@ mod tests {
         let io = |kind: io::ErrorKind| HubError::Io { action: "create", path: "/hf".into(), source: kind.into() };
         let forbidden = |page| HubError::Forbidden { url: host.clone(), message: None, page };
         let gated = |sent| HubError::Gated { repo: repo.clone(), host: host.clone(), status: 403, sent };
-        let cases: [(HubError, &[&str]); 23] = [
+        let cases: [(HubError, &[&str]); 24] = [
             (unauthorized(Credentials::Nothing), &["hf auth login", "HF_TOKEN", "--token", "did you mean"]),
             (unauthorized(Credentials::Token), &["invalid or expired", "https://hub/settings/tokens"]),
             (unauthorized(Credentials::Password), &["HF_ENDPOINT"]),
@@ -136,6 +137,7 @@ mod tests {
                 HubError::Offline { repo: repo.clone(), revision: "main".into(), what: "x".into() },
                 &["without --offline"],
             ),
+            (HubError::Busy { repo: repo.clone() }, &["wait until"]),
             (HubError::InvalidProxy { variable: "https_proxy".into() }, &["https_proxy should"]),
             (HubError::InvalidToken { origin: "HF_TOKEN".into(), found: '"' }, &["token", "quotes"]),
             (io(io::ErrorKind::PermissionDenied), &["HF_HOME", "HF_HUB_CACHE", "--local-dir"]),

@@ -300,6 +300,12 @@ pub(crate) struct RunArgs {
     /// End the answer before this text (`--stop=TEXT` where it begins with a dash).
     #[arg(long, value_name = "TEXT", num_args = 1..)]
     pub(crate) stop: Vec<String>,
+    /// Make the answer JSON that fits this JSON schema.
+    #[arg(long, value_name = "FILE|JSON", group = "fit")]
+    pub(crate) schema: Option<OsString>,
+    /// Make the answer fit this grammar, in llguidance's form of lark; `-` reads stdin.
+    #[arg(long, value_name = "FILE", group = "fit")]
+    pub(crate) grammar: Option<PathBuf>,
     /// One JSON object per answer on stdout.
     #[arg(long)]
     pub(crate) json: bool,

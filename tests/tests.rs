@@ -10,6 +10,7 @@ mod damage;
 mod faults;
 mod getting;
 mod golden;
+mod grammars;
 mod http;
 mod hub;
 mod identity;

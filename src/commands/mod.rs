@@ -6,6 +6,7 @@ mod chat;
 mod check;
 mod download;
 mod engine;
+mod fit;
 mod inspect;
 mod layout;
 mod list;

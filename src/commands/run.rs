@@ -8,13 +8,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indicatif::ProgressBar;
 use serde_json::json;
+use st_grammar::Grammar;
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Batch, Engine, FinishReason, GenerateOptions, Generation, Observer, Routing, Session, generate};
+use st_model::{
+    Batch, Engine, FinishReason, GenerateOptions, Generation, Observer, Routing, Session, generate_within,
+};
 
 use super::chat::Chat;
 use super::routing::{Recorder, RoutingFile};
-use super::{engine, session, stats, tokens};
+use super::{engine, fit, session, stats, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
 use crate::report::{Advice, Interrupted, OutputError};
@@ -38,6 +41,7 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
     let mut sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
+    let source = fit::source(args, context)?;
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
@@ -49,7 +53,8 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     if let Some(path) = &args.session {
         session::load(path, &mut session, context)?;
     }
-    let out = Out { style, recorder: recorder.as_mut(), context };
+    let grammar = source.map(|source| fit::compile(&engine, &source)).transpose()?;
+    let out = Out { style, recorder: recorder.as_mut(), grammar, context };
     let outcome = match input {
         Input::Chat => Chat::new(&mut session, args, sampler, generate_options, out).and_then(Chat::run),
         Input::Ids(ids) => answer_once(&mut session, &ids, &mut sampler, &generate_options, out),
@@ -109,6 +114,8 @@ pub(crate) struct Style {
 pub(crate) struct Out<'a> {
     pub(crate) style: Style,
     pub(crate) recorder: Option<&'a mut Recorder>,
+    /// What answers have to fit.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) context: &'a Context,
 }
 
@@ -122,11 +129,12 @@ impl Out<'_> {
         options: &GenerateOptions,
     ) -> anyhow::Result<Generation> {
         let Self { style, context, .. } = *self;
+        let constraint = fit::constraint(self.grammar.as_ref())?;
         let mut failure: Option<OutputError> = None;
         let mut ends_line = true;
         let bar = ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64);
         let mut watch = Watch { bar: &bar, start: Instant::now(), recorder: self.recorder.as_deref_mut(), context };
-        let outcome = generate(session, prompt, sampler, options, &mut watch, &mut |text| {
+        let outcome = generate_within(session, prompt, sampler, options, constraint, &mut watch, &mut |text| {
             if !bar.is_finished() {
                 bar.finish_and_clear();
             }

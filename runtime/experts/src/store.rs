@@ -320,6 +320,13 @@ impl ExpertStore {
         stats
     }
 
+    /// For each expert how often it was held, and how often it was read from the disk; `[n_layers, n_experts]`, layer by layer.
+    /// The counts wrap around.
+    pub fn activity(&self) -> (Vec<u32>, Vec<u32>) {
+        let state = self.shared.lock();
+        (state.table.uses.clone(), state.table.reads.clone())
+    }
+
     /// How experts are read: `direct`, `buffered` or `memory`.
     pub fn io_name(&self) -> &'static str {
         self.shared.reader.io().name()

@@ -58,6 +58,9 @@ fn every_budget_layout_and_mode_hands_out_the_files_bytes() {
                 let stats = store.stats();
                 assert_eq!(stats.lookups, 72);
                 assert_eq!(stats.loads, stats.misses());
+                let sum = |counts: Vec<u32>| counts.into_iter().map(u64::from).sum::<u64>();
+                let (uses, reads) = store.activity();
+                assert_eq!((uses.len(), sum(uses), sum(reads)), (15, stats.lookups, stats.loads));
                 assert!(stats.loads <= 15 + stats.rereads);
                 assert_eq!(store.is_resident(), n_slots >= 15);
                 if store.is_resident() {

@@ -149,6 +149,14 @@ pub(crate) struct Table<E = Box<dyn Eviction>> {
     mark: Vec<u64>,
     requests: u64,
     pub(crate) stats: StoreStats,
+    /// Per expert: how often it was held, and how often it was read; both wrap around.
+    pub(crate) uses: Vec<u32>,
+    pub(crate) reads: Vec<u32>,
+}
+
+/// One more for `key`.
+fn count(counts: &mut [u32], key: u32) {
+    counts[key as usize] = counts[key as usize].wrapping_add(1);
 }
 
 impl<E: Eviction> Table<E> {
@@ -192,6 +200,8 @@ impl<E: Eviction> Table<E> {
             mark: vec![0; n_keys],
             requests: 0,
             stats: StoreStats::default(),
+            uses: vec![0; n_keys],
+            reads: vec![0; n_keys],
         }
     }
 
@@ -352,6 +362,7 @@ impl<E: Eviction> Table<E> {
                 slot.used = true;
             }
             out.push(Held { slot: at, key, ready: self.slots[at as usize].ready });
+            count(&mut self.uses, key);
         }
         self.stats.lookups += keys.len() as u64;
         Ok(queued)
@@ -480,6 +491,9 @@ impl<E: Eviction> Table<E> {
             return;
         }
         let failed = slot.error.is_some();
+        if !failed {
+            count(&mut self.reads, slot.key);
+        }
         match (slot.pins, slot.intent) {
             (0, _) if failed => self.clear(at),
             (1.., _) => slot.place = if failed { Place::Failed } else { Place::Pinned },

@@ -3,12 +3,14 @@
 //! Owns when an answer ends (an end token, a stop string, the limit, the context, the caller) and the text that it makes,
 //! whole characters only. It runs nothing: whoever drives it runs the tokens that it gives, alone or with others'.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::constraint::Constraint;
 use crate::engine::Engine;
-use crate::sampler::{Allowed, Sampler, SamplerError};
+use crate::sampler::{Sampler, SamplerError};
 use crate::text::TextStream;
 
 /// When an answer ends, besides the model's own end tokens.
@@ -60,6 +62,11 @@ pub struct Answer {
     finish_reason: Option<FinishReason>,
     /// The stop string that ended it.
     stopped_by: Option<usize>,
+    constraint: Option<Box<dyn Constraint>>,
+    /// Tokens that the constraint leaves no choice about, not yet part of the answer.
+    forced: VecDeque<u32>,
+    /// Whether the constraint was asked for them since a token was chosen.
+    asked: bool,
 }
 
 impl Answer {
@@ -77,50 +84,84 @@ impl Answer {
             taken: 0,
             finish_reason: None,
             stopped_by: None,
+            constraint: None,
+            forced: VecDeque::new(),
+            asked: false,
         }
     }
 
-    /// Chooses the next token by the logits of the latest (at first, of the prompt's last).
+    /// The same, made to fit `constraint`.
+    #[must_use]
+    pub fn within(mut self, constraint: Option<Box<dyn Constraint>>) -> Self {
+        self.constraint = constraint;
+        self
+    }
+
+    /// The next token: the one that must come, or one chosen by the logits of the latest (at first, of the prompt's last).
     ///
     /// # Errors
     /// Where `sampler` finds none; the answer stays as it is.
     pub fn next(&mut self, logits: &[f32], sampler: &mut Sampler) -> Result<Next, SamplerError> {
-        self.next_among(logits, sampler, None)
-    }
-
-    /// [`Answer::next`] among some tokens alone.
-    ///
-    /// # Errors
-    /// As [`Answer::next`].
-    pub fn next_among(
-        &mut self,
-        logits: &[f32],
-        sampler: &mut Sampler,
-        allowed: Option<Allowed<'_>>,
-    ) -> Result<Next, SamplerError> {
-        if let Some(reason) = self.finish_reason {
-            return Ok(Next::Finish(reason));
+        if let Some(next) = self.next_forced(sampler)? {
+            return Ok(next);
         }
         if self.ids.len() >= self.max_tokens {
             return Ok(Next::Finish(self.finish(FinishReason::Length)));
         }
-        let id = sampler.sample_among(logits, self.start + self.ids.len(), allowed)?;
+        let position = self.start + self.ids.len();
+        let id = match &mut self.constraint {
+            None => sampler.sample(logits, position)?,
+            Some(constraint) => {
+                let allowed = constraint.allowed().map_err(SamplerError::Constraint)?;
+                sampler.sample_among(logits, position, Some(allowed))?
+            }
+        };
+        let next = self.take(id, sampler);
+        if let (Next::Token(id), Some(constraint)) = (next, &mut self.constraint) {
+            constraint.accept(id).map_err(SamplerError::Constraint)?;
+            self.asked = false;
+        }
+        Ok(next)
+    }
+
+    /// The next token where there is no choice about it, so that its logits need not be awaited: whoever takes these tokens one by
+    /// one has the same answer as who takes all of them and runs them in one pass.
+    ///
+    /// # Errors
+    /// Where the constraint does not let the answer go on.
+    pub fn next_forced(&mut self, sampler: &mut Sampler) -> Result<Option<Next>, SamplerError> {
+        if let Some(reason) = self.finish_reason {
+            return Ok(Some(Next::Finish(reason)));
+        }
+        if let (false, Some(constraint)) = (self.asked, &mut self.constraint) {
+            self.forced.extend(constraint.forced().map_err(SamplerError::Constraint)?);
+            self.asked = true;
+        }
+        if !self.forced.is_empty() && self.ids.len() >= self.max_tokens {
+            return Ok(Some(Next::Finish(self.finish(FinishReason::Length))));
+        }
+        let id = self.forced.pop_front();
+        Ok(id.map(|id| self.take(id, sampler)))
+    }
+
+    /// Makes a token part of the answer.
+    fn take(&mut self, id: u32, sampler: &mut Sampler) -> Next {
         sampler.accept(id);
         self.ids.push(id);
         if self.engine.end_ids().contains(&id) {
-            return Ok(Next::Finish(self.finish(FinishReason::Stop)));
+            return Next::Finish(self.finish(FinishReason::Stop));
         }
         let tokenizer = self.engine.tokenizer();
         let step = self.stream.push(tokenizer.map_or(&[][..], |tokenizer| tokenizer.visible_bytes(id)));
         self.text.push_str(step.text);
         self.stopped_by = step.stopped;
         if step.stopped.is_some() {
-            return Ok(Next::Finish(self.finish(FinishReason::Stop)));
+            return Next::Finish(self.finish(FinishReason::Stop));
         }
         if self.ids.len() > self.room || self.ids.len() >= self.max_tokens {
-            return Ok(Next::Finish(self.finish(FinishReason::Length)));
+            return Next::Finish(self.finish(FinishReason::Length));
         }
-        Ok(Next::Token(id))
+        Next::Token(id)
     }
 
     /// Ends it, if it has not ended: what was held back for a stop string that might have come is text now. Returns why it

@@ -369,6 +369,11 @@ impl Engine {
         logit_rows(self.plan.sequences)
     }
 
+    /// As [`ExpertStore::activity`]: which experts were used, and which were read.
+    pub fn expert_activity(&self) -> (Vec<u32>, Vec<u32>) {
+        self.model.store().activity()
+    }
+
     /// What the expert cache did since it was made.
     pub fn store_stats(&self) -> StoreStats {
         self.model.store().stats()

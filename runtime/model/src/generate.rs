@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use st_experts::StoreStats;
 
 use crate::answer::{Answer, FinishReason, GenerateOptions, Next};
+use crate::constraint::Constraint;
 use crate::error::ModelError;
 use crate::observer::Observer;
 use crate::sampler::Sampler;
@@ -143,8 +144,24 @@ pub fn generate(
     observer: &mut dyn Observer,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generation, GenerateError> {
+    generate_within(session, prompt, sampler, options, None, observer, on_text)
+}
+
+/// [`generate()`] of an answer that fits `constraint`.
+///
+/// # Errors
+/// As [`generate()`].
+pub fn generate_within(
+    session: &mut Session,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    constraint: Option<Box<dyn Constraint>>,
+    observer: &mut dyn Observer,
+    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<Generation, GenerateError> {
     let room = (session.ctx() - session.len()).saturating_sub(prompt.len());
-    let mut answer = Answer::new(session.engine(), options, room);
+    let mut answer = Answer::new(session.engine(), options, room).within(constraint);
     let mut stats = GenerateStats::default();
     let outcome = drive(session, prompt, sampler, &mut answer, &mut stats, observer, on_text);
     let finish_reason = match &outcome {
@@ -183,24 +200,37 @@ fn drive(
     sampler.begin(session.tokens());
 
     let clock = Clock::start(session);
+    let mut tokens = Vec::new();
     let generated = (|| {
         loop {
-            let next = answer.next(session.logits(), sampler)?;
+            let is_over = advance(answer, session.logits(), sampler, &mut tokens)?;
             if answer.ids().is_empty() {
                 return Ok(());
             }
-            let is_over = matches!(next, Next::Finish(_));
-            if on_text(answer.take_text()).is_break() && !is_over {
+            if is_over || on_text(answer.take_text()).is_break() {
                 return Ok(());
             }
-            match next {
-                Next::Token(id) => session.run(&[id], observer)?,
-                Next::Finish(_) => return Ok(()),
-            }
+            session.run(&tokens, observer)?;
         }
     })();
     (stats.generated_tokens, stats.generate_time, stats.generate_work, stats.generate_experts) = clock.read(session);
     generated
+}
+
+/// The next token and those that must follow it, which go through the layers together. Returns whether the answer is over.
+fn advance(
+    answer: &mut Answer,
+    logits: &[f32],
+    sampler: &mut Sampler,
+    tokens: &mut Vec<u32>,
+) -> Result<bool, ModelError> {
+    tokens.clear();
+    let mut next = Some(answer.next(logits, sampler)?);
+    while let Some(Next::Token(id)) = next {
+        tokens.push(id);
+        next = answer.next_forced(sampler)?;
+    }
+    Ok(next.is_some())
 }
 
 /// Where time and work stood.

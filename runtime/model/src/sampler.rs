@@ -81,6 +81,9 @@ pub enum SamplerError {
     /// There is nothing to choose from.
     #[error("there is no token to choose from")]
     Empty,
+    /// What the answer must fit does not let it go on.
+    #[error("the answer cannot go on as its grammar asks: {0}")]
+    Constraint(String),
 }
 
 /// One token still in the running.

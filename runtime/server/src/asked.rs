@@ -1,0 +1,65 @@
+//! A chat that is asked to go on, whatever API it came by: messages, tools and a format to jobs.
+
+use std::sync::{Arc, OnceLock};
+
+use serde_json::Value;
+use st_grammar::{Grammar, GrammarError, Grammars, Source};
+use st_model::Engine;
+
+use crate::answers::Answers;
+use crate::app::App;
+use crate::error::ApiError;
+use crate::prepare;
+use crate::sampling::Sampling;
+use crate::tools::{self, Fit};
+
+/// The model's tokens as grammars need them, made when a request first asks for one.
+#[derive(Debug, Default)]
+pub(crate) struct Tokens(OnceLock<Result<Grammars, GrammarError>>);
+
+impl Tokens {
+    /// The grammar of what an answer has to fit; `param` is the field that says so.
+    ///
+    /// # Errors
+    /// Where it cannot be enforced.
+    pub(crate) fn compile(&self, engine: &Arc<Engine>, source: &Source, param: &str) -> Result<Grammar, ApiError> {
+        let grammars = self.0.get_or_init(|| Grammars::new(engine)).as_ref();
+        let compiled = grammars.map_err(Clone::clone).and_then(|grammars| grammars.compile(source));
+        compiled.map_err(|error| ApiError::field(param, error.to_string()))
+    }
+}
+
+/// What is asked.
+pub(crate) struct Asked {
+    /// In the form of chat completions: roles that templates know, and content that is text.
+    pub(crate) messages: Vec<Value>,
+    /// What they are called in the request.
+    pub(crate) param: &'static str,
+    pub(crate) fit: Fit,
+    /// The field that says what format an answer has.
+    pub(crate) format_param: &'static str,
+    pub(crate) sampling: Sampling,
+}
+
+impl Asked {
+    /// Hands the jobs to the queue. Returns their events, and the tokens of the prompt.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or why there is no room for it.
+    pub(crate) async fn submit(self, app: &App) -> Result<(Answers, usize), ApiError> {
+        let (tokens, engine) = (Arc::clone(&app.tokens), Arc::clone(app.engine()?));
+        let jobs = prepare::apart(app, move |_| {
+            let ids = prepare::chat(&engine, self.messages, &self.fit.tools, self.param)?;
+            let mut jobs = self.sampling.jobs(&engine, &ids, self.param)?;
+            let param = if self.fit.tools.tools.is_empty() { self.format_param } else { "tools" };
+            let source = tools::source(&self.fit).map_err(|error| ApiError::field(param, error.to_string()))?;
+            let grammar = source.map(|source| tokens.compile(&engine, &source, param)).transpose()?;
+            jobs.iter_mut().for_each(|job| job.grammar = grammar.clone());
+            Ok(jobs)
+        });
+        let jobs = jobs.await?;
+        let prompt = jobs.first().map_or(0, |job| job.prompt.len());
+        let answers = app.queue.submit(jobs).inspect_err(|_| app.metrics.refused.add(1))?;
+        Ok((Answers::new(answers), prompt))
+    }
+}

@@ -218,12 +218,13 @@ def openai_errors():
 import anthropic  # noqa: E402
 
 claude = anthropic.Anthropic(base_url=ADDRESS, api_key="sesame", max_retries=0)
+COLD = {"temperature": 0}
 CLAUDE_TOOL = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}
 
 
 @test
 def anthropic_messages():
-    answer = claude.messages.create(model=MODEL, max_tokens=20, system="Be kind.", messages=ASK, temperature=0)
+    answer = claude.messages.create(model=MODEL, max_tokens=20, system="Be kind.", messages=ASK, extra_body=COLD)
     assert answer.content[0].text and answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 20
     counted = claude.messages.count_tokens(model=MODEL, system="Be kind.", messages=ASK)
     assert counted.input_tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
@@ -231,7 +232,7 @@ def anthropic_messages():
 
 @test
 def anthropic_streaming():
-    with claude.messages.stream(model=MODEL, max_tokens=25, messages=ASK, temperature=0) as stream:
+    with claude.messages.stream(model=MODEL, max_tokens=25, messages=ASK, extra_body=COLD) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert text == final.content[0].text and final.usage.output_tokens == 25

@@ -34,7 +34,7 @@ fn prompt(engine: &Engine) -> Vec<u32> {
 fn answer(engine: &Arc<Engine>, grammar: &Grammar, seed: u64, most: usize) -> (String, Vec<u32>, FinishReason) {
     let mut session = Session::new(engine).expect("a session");
     let options = GenerateOptions { max_tokens: Some(most), ..GenerateOptions::default() };
-    let constraint: Option<Box<dyn Constraint>> = Some(Box::new(grammar.constraint().expect("a thread")));
+    let constraint: Option<Box<dyn Constraint>> = Some(Box::new(grammar.constraint()));
     let mut on_text = |_: &str| ControlFlow::Continue(());
     let made =
         generate_within(&mut session, &prompt(engine), &mut sampler(seed), &options, constraint, &mut (), &mut on_text);
@@ -49,8 +49,7 @@ fn one_by_one(engine: &Arc<Engine>, grammar: &Grammar, seed: u64, most: usize) -
     session.forward(&prompt).expect("a pass");
     let options = GenerateOptions { max_tokens: Some(most), ..GenerateOptions::default() };
     let room = session.ctx() - prompt.len();
-    let mut answer =
-        Answer::new(engine, &options, room).within(Some(Box::new(grammar.constraint().expect("a thread"))));
+    let mut answer = Answer::new(engine, &options, room).within(Some(Box::new(grammar.constraint())));
     let mut sampler = sampler(seed);
     sampler.begin(&prompt);
     loop {
@@ -193,7 +192,7 @@ fn hostile_sources_are_bounded() {
         let shown: String = format!("{source:?}").chars().take(120).collect();
         // Refused or compiled: no panic, no overflow. What is compiled makes text, or says why it does not.
         if let Ok(grammar) = grammars.compile(&source) {
-            let mut fit = grammar.constraint().expect("a thread");
+            let mut fit = grammar.constraint();
             for _ in 0..40 {
                 let Ok(forced) = fit.forced() else { break };
                 if forced.iter().any(|id| engine.end_ids().contains(id)) {

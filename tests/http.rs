@@ -87,9 +87,18 @@ impl Server {
 
     /// Opens a stream, of which the head is read.
     pub(crate) fn stream(&self, path: &str, body: &Value) -> Stream {
+        self.stream_with("POST", path, body.to_string().as_bytes())
+    }
+
+    /// Opens a stream that nothing is sent to.
+    pub(crate) fn stream_of(&self, method: &str, path: &str) -> Stream {
+        self.stream_with(method, path, b"")
+    }
+
+    fn stream_with(&self, method: &str, path: &str, body: &[u8]) -> Stream {
         let mut stream = self.connect();
         let head = "content-type: application/json\r\n";
-        stream.write_all(&request("POST", path, head, body.to_string().as_bytes())).expect("sent");
+        stream.write_all(&request(method, path, head, body)).expect("sent");
         let mut reader = BufReader::new(stream);
         let (status, headers) = read_head(&mut reader);
         assert!(status == 200 && headers.contains("text/event-stream"), "{status} {headers}");

@@ -28,17 +28,6 @@ pub(crate) fn open(name: Option<&OsStr>, context: &Context) -> anyhow::Result<Gg
     Model::resolve(name.unwrap_or("tiny".as_ref()))?.open_gguf(context)
 }
 
-/// Opens and loads a model.
-pub(crate) fn load(
-    name: Option<&OsStr>,
-    args: &EngineArgs,
-    ctx: Option<usize>,
-    kv_type: Option<KvName>,
-    context: &Context,
-) -> anyhow::Result<Arc<Engine>> {
-    load_file(open(name, context)?, args, ctx, kv_type, context)
-}
-
 /// Loads a model that is open already.
 pub(crate) fn load_file(
     file: GgufFile,
@@ -60,6 +49,11 @@ pub(crate) fn load_for(
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
     load_with(file, LoadOptions { sequences, ..options(args, ctx, kv_type) }, &Loading(context), context)
+}
+
+/// Tokens of a file's vocabulary; 0 where it has no tokenizer.
+pub(crate) fn vocabulary(file: &GgufFile) -> usize {
+    file.header.metadata.strings("tokenizer.ggml.tokens").ok().flatten().map_or(0, |tokens| tokens.len())
 }
 
 /// How a model is loaded, by the options of a command.
@@ -117,12 +111,12 @@ pub(crate) fn show_plan(plan: &MemoryPlan, context: &Context) {
         1 => format!("{} tokens", plan.ctx),
         n => format!("{n} × {} tokens", plan.ctx),
     };
-    let server = match plan.beside {
+    let beside = match plan.beside {
         0 => String::new(),
-        bytes => format!(" + server {}", show_size(bytes)),
+        bytes => format!(" + server, grammars {}", show_size(bytes)),
     };
     context.ui.note(format_args!(
-        "memory: {} = weights {} + KV cache {} ({ctx}){server} + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
+        "memory: {} = weights {} + KV cache {} ({ctx}){beside} + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
         show_size(budget),
         show_size(plan.dense),
         show_size(plan.kv_full + plan.kv_window),

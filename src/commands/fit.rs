@@ -14,17 +14,18 @@ use crate::report::Advice;
 
 /// Bytes of a schema or a grammar that are read, at most; [`Source`] has its own limits.
 const MOST: u64 = 4 << 20;
+const MORE: &str = "more than a schema or a grammar takes";
 
 /// What the arguments ask for.
 pub(crate) fn source(args: &RunArgs, context: &Context) -> anyhow::Result<Option<Source>> {
     if let Some(path) = &args.grammar {
-        return Ok(Some(Source::Lark(input::text(path, MOST, &context.interrupt)?)));
+        return Ok(Some(Source::Lark(input::text(path, MOST, MORE, &context.interrupt)?)));
     }
     let Some(given) = &args.schema else { return Ok(None) };
     let written = given.to_str().filter(|text| text.trim_start().starts_with('{'));
     let (text, name) = match written {
         Some(text) => (text.to_owned(), "--schema".to_owned()),
-        None => (input::text(Path::new(given), MOST, &context.interrupt)?, input::name(Path::new(given))),
+        None => (input::text(Path::new(given), MOST, MORE, &context.interrupt)?, input::name(Path::new(given))),
     };
     let schema = serde_json::from_str(&text).with_context(|| format!("{name} is not JSON"))?;
     Ok(Some(Source::Schema(schema)))
@@ -44,7 +45,6 @@ pub(crate) fn compile(engine: &Arc<Engine>, source: &Source) -> anyhow::Result<G
 }
 
 /// What one answer has to fit.
-pub(crate) fn constraint(grammar: Option<&Grammar>) -> anyhow::Result<Option<Box<dyn Constraint>>> {
-    let fit = grammar.map(Grammar::constraint).transpose()?;
-    Ok(fit.map(|fit| Box::new(fit) as Box<dyn Constraint>))
+pub(crate) fn constraint(grammar: Option<&Grammar>) -> Option<Box<dyn Constraint>> {
+    grammar.map(|grammar| Box::new(grammar.constraint()) as Box<dyn Constraint>)
 }

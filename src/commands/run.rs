@@ -8,11 +8,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indicatif::ProgressBar;
 use serde_json::json;
-use st_grammar::Grammar;
+use st_grammar::{Grammar, Grammars};
 use st_model::chat::{ChatError, Message, Role};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{
-    Batch, Engine, FinishReason, GenerateOptions, Generation, Observer, Routing, Session, generate_within,
+    Batch, Engine, FinishReason, GenerateOptions, Generation, LoadOptions, Observer, Routing, Session, generate_within,
 };
 
 use super::chat::Chat;
@@ -44,7 +44,10 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let source = fit::source(args, context)?;
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
-    let engine = engine::load(args.model.as_deref(), &args.engine, args.ctx, args.kv_type, context)?;
+    let file = engine::open(args.model.as_deref(), context)?;
+    let beside = source.as_ref().map_or(0, |_| Grammars::memory(engine::vocabulary(&file), 1));
+    let load = LoadOptions { beside, ..engine::options(&args.engine, args.ctx, args.kv_type) };
+    let engine = engine::load_with(file, load, &engine::Loading(context), context)?;
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
@@ -129,7 +132,7 @@ impl Out<'_> {
         options: &GenerateOptions,
     ) -> anyhow::Result<Generation> {
         let Self { style, context, .. } = *self;
-        let constraint = fit::constraint(self.grammar.as_ref())?;
+        let constraint = fit::constraint(self.grammar.as_ref());
         let mut failure: Option<OutputError> = None;
         let mut ends_line = true;
         let bar = ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64);

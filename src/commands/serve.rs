@@ -41,7 +41,7 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
     };
     let options = LoadOptions {
         sequences: args.parallel,
-        beside: settings.memory(),
+        beside: settings.memory(engine::vocabulary(&file)),
         ..engine::options(&args.engine, args.ctx, args.kv_type)
     };
     context.ui.note(format_args!("note: the model is loading; http://{address}/health tells how far it is"));

@@ -40,14 +40,14 @@ impl std::fmt::Debug for Fit {
 }
 
 impl Fit {
-    pub(crate) fn new(matcher: Matcher, end_id: u32) -> Result<Self, GrammarError> {
+    pub(crate) fn new(matcher: Matcher, end_id: u32) -> Self {
         let (chosen, choices) = channel();
         let (teller, told) = channel();
         let cancel = matcher.cancellation_handle();
         let work = move || follow(matcher, end_id, &choices, &teller);
         let thread = thread::Builder::new().name("st-mask".to_owned()).stack_size(STACK).spawn(work);
-        thread.map_err(|_| GrammarError::Thread)?;
-        Ok(Self { chosen, told, cancel, allowed: None, forced: None, failed: None })
+        let failed = thread.err().map(|error| GrammarError::Thread(error.kind()).to_string());
+        Self { chosen, told, cancel, allowed: None, forced: None, failed }
     }
 
     /// Waits for the next that the thread tells.

@@ -45,8 +45,8 @@ pub enum GrammarError {
     #[error("this cannot be enforced: {0}")]
     Source(String),
     /// There is no thread to work on.
-    #[error("cannot start a thread for the grammar")]
-    Thread,
+    #[error("cannot start a thread for the grammar: {0}")]
+    Thread(std::io::ErrorKind),
 }
 
 /// What grammars of a model have in common: its tokens, as a tree.
@@ -98,7 +98,7 @@ impl Grammars {
             }
         };
         let thread = thread::Builder::new().name("st-grammar".to_owned()).stack_size(STACK).spawn(compile);
-        let compiled = thread.map_err(|_| GrammarError::Thread)?.join();
+        let compiled = thread.map_err(|error| GrammarError::Thread(error.kind()))?.join();
         let matcher = compiled.unwrap_or_else(|_| Err(GrammarError::Source("it cannot be compiled".to_owned())))?;
         Ok(Grammar { matcher, end_id: self.0.tok_env().tok_trie().eos_token() })
     }
@@ -118,11 +118,8 @@ impl std::fmt::Debug for Grammar {
 }
 
 impl Grammar {
-    /// What one answer must fit.
-    ///
-    /// # Errors
-    /// [`GrammarError::Thread`].
-    pub fn constraint(&self) -> Result<Fit, GrammarError> {
+    /// What one answer must fit. Where there is no thread to work it out on, it says so when it is first asked.
+    pub fn constraint(&self) -> Fit {
         Fit::new(self.matcher.deep_clone().into_cancellable(), self.end_id)
     }
 }

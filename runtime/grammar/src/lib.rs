@@ -18,7 +18,7 @@
 //!
 //! let prompt = engine.tokenizer().ok_or("no tokenizer")?.encode("A cat: ", false)?;
 //! let mut sampler = Sampler::new(SamplerOptions::greedy())?;
-//! let (options, constraint) = (GenerateOptions::default(), Box::new(grammar.constraint()?));
+//! let (options, constraint) = (GenerateOptions::default(), Box::new(grammar.constraint()));
 //! let mut session = Session::new(&engine)?;
 //! let answer = generate_within(&mut session, &prompt, &mut sampler, &options, Some(constraint), &mut (), &mut |_| {
 //!     std::ops::ControlFlow::Continue(())

@@ -180,6 +180,11 @@ impl ChatTemplate {
         Self { most: template::MOST_UNDER_A_BUDGET, ..self }
     }
 
+    /// Whether the template has a place for tools: it speaks of them.
+    pub fn takes_tools(&self) -> bool {
+        self.source.contains("tools")
+    }
+
     /// Whether the template compiles.
     pub(crate) fn check(&self) -> Result<(), ChatError> {
         Ok(template::check(&self.source)?)

@@ -99,6 +99,12 @@ impl Events {
         use std::fmt::Write as _;
         let _ = write!(self.0, "data: {data}\n\n");
     }
+
+    /// An event with a name.
+    pub(crate) fn named(&mut self, name: &str, data: impl std::fmt::Display) {
+        self.0 += &format!("event: {name}\n");
+        self.data(data);
+    }
 }
 
 /// How long nothing may come before a comment does, so that nobody in between takes the connection for dead.
@@ -116,7 +122,12 @@ struct Stream<E> {
 /// A response that sends the events of `answers` on as `encoder` puts them.
 pub(crate) fn stream(answers: Answers, encoder: impl Encoder + Unpin) -> Response {
     let comment = Box::pin(sleep_until(Instant::now() + SILENCE));
-    let mut response = Response::new(Body::new(Stream { answers, encoder, comment, begun: false, ended: false }));
+    event_stream(Body::new(Stream { answers, encoder, comment, begun: false, ended: false }))
+}
+
+/// A response of server-sent events.
+pub(crate) fn event_stream(body: Body) -> Response {
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

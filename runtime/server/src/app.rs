@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use st_model::Engine;
 use tokio::sync::{Semaphore, watch};
 
+use crate::asked::Tokens;
 use crate::error::ApiError;
 use crate::guard::Keys;
 use crate::log::Log;
@@ -22,6 +23,8 @@ pub(crate) struct App {
     pub(crate) keys: Keys,
     pub(crate) queue: Queue,
     pub(crate) metrics: Metrics,
+    /// What grammars need, once one is asked for.
+    pub(crate) tokens: Arc<Tokens>,
     /// What each conversation does.
     pub(crate) slots: Slots,
     /// Bytes that bodies may still take.
@@ -48,6 +51,7 @@ impl App {
             keys: Keys::new(&settings.keys),
             queue: Queue::new(settings.queue, settings.parallel),
             metrics: Metrics::default(),
+            tokens: Arc::default(),
             slots: Slots::new(settings.parallel),
             bodies: Semaphore::new(bodies),
             preparing: Semaphore::new(1),

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use st_model::sampler::Sampler;
-use st_model::{Answer, Engine, FinishReason, Logprobs, Next, Sequence};
+use st_model::{Answer, Constraint, Engine, FinishReason, Logprobs, Next, Sequence};
 use tokio::sync::mpsc::Sender;
 
-use crate::job::{Constraint, Ending, Event, Failure, Finished, Piece, Token};
+use crate::job::{Ending, Event, Failure, Finished, Piece, Token};
 use crate::prefix::Hit;
 use crate::queue::Waiting;
 
@@ -25,7 +25,6 @@ pub(crate) struct Conversation {
     answer: Answer,
     sampler: Sampler,
     logprobs: Option<usize>,
-    constraint: Option<Box<dyn Constraint>>,
     events: Sender<Event>,
     /// Lengths at which others will want a copy.
     copies: BTreeSet<usize>,
@@ -47,15 +46,15 @@ impl Conversation {
         let Waiting { job, events, since } = waiting;
         let room = engine.ctx().saturating_sub(job.prompt.len());
         let sequence = hit.sequence.unwrap_or_else(|| engine.sequence());
+        let constraint = job.grammar.map(|grammar| Box::new(grammar.constraint()) as Box<dyn Constraint>);
         let mut conversation = Self {
             prompt: job.prompt.len(),
             text: job.prompt,
             cached: sequence.len(),
             sequence,
-            answer: Answer::new(engine, &job.limits, room),
+            answer: Answer::new(engine, &job.limits, room).within(constraint),
             sampler: job.sampler,
             logprobs: job.logprobs,
-            constraint: job.constraint,
             events,
             copies: BTreeSet::new(),
             submitted: since,
@@ -150,9 +149,19 @@ impl Conversation {
 
     fn choose(&mut self, logits: &[f32], end_ids: &[u32]) -> Result<bool, String> {
         let made = self.answer.ids().len();
-        let allowed = self.constraint.as_mut().map(|constraint| constraint.allowed()).transpose()?;
-        let next = self.answer.next_among(logits, &mut self.sampler, allowed).map_err(|error| error.to_string())?;
+        let mut next = self.answer.next(logits, &mut self.sampler).map_err(|error| error.to_string())?;
         let chosen = self.answer.ids().get(made).copied();
+        while let Next::Token(id) = next {
+            self.text.push(id);
+            if self.logprobs.is_some() {
+                break;
+            }
+            // What has to follow is run along, unless somebody wants to know how likely it was.
+            match self.answer.next_forced(&mut self.sampler).map_err(|error| error.to_string())? {
+                Some(forced) => next = forced,
+                None => break,
+            }
+        }
         let mut piece = Piece { text: self.answer.take_text().to_owned(), tokens: Vec::new() };
         if let (Some(top), Some(id)) = (self.logprobs, chosen.filter(|id| !end_ids.contains(id))) {
             piece.tokens.push(Token { id, logprobs: Logprobs::of(logits, id, top) });
@@ -160,22 +169,14 @@ impl Conversation {
         if !piece.text.is_empty() || !piece.tokens.is_empty() {
             self.send(Event::Piece(piece));
         }
-        match next {
-            Next::Token(id) => {
-                self.text.push(id);
-                self.constraint.as_mut().map_or(Ok(()), |constraint| constraint.accept(id))?;
-                Ok(false)
-            }
-            Next::Finish(reason) => {
-                let ending = match (self.answer.stopped_by(), reason) {
-                    (Some(index), _) => Ending::StopString(index),
-                    (None, FinishReason::Stop) => Ending::EndToken,
-                    (None, _) => Ending::Length,
-                };
-                self.finish(ending);
-                Ok(true)
-            }
-        }
+        let Next::Finish(reason) = next else { return Ok(false) };
+        let ending = match (self.answer.stopped_by(), reason) {
+            (Some(index), _) => Ending::StopString(index),
+            (None, FinishReason::Stop) => Ending::EndToken,
+            (None, _) => Ending::Length,
+        };
+        self.finish(ending);
+        Ok(true)
     }
 
     /// Ends the answer where it stands.

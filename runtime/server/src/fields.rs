@@ -41,6 +41,11 @@ impl Fields {
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
+    /// A field as it is, left where it is.
+    pub(crate) fn look(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
+    }
+
     /// A field that must be there.
     pub(crate) fn need(&mut self, name: &str) -> Result<Value, ApiError> {
         self.take(name).ok_or_else(|| ApiError::field(self.name(name), "it is missing"))

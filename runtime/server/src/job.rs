@@ -6,6 +6,7 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use st_grammar::Grammar;
 use st_model::sampler::Sampler;
 use st_model::{GenerateOptions, Logprobs};
 use tokio::sync::mpsc;
@@ -24,22 +25,7 @@ pub(crate) struct Job {
     /// Whether to tell how likely its tokens were, and how many others beside each.
     pub(crate) logprobs: Option<usize>,
     /// What its tokens must fit.
-    pub(crate) constraint: Option<Box<dyn Constraint>>,
-}
-
-/// What the tokens of an answer must fit: a grammar, a schema. One belongs to one answer.
-pub(crate) trait Constraint: Send {
-    /// The token of the answer's latest place is `id`. What may follow can be worked out from now on, beside the layers.
-    ///
-    /// # Errors
-    /// Why this cannot go on.
-    fn accept(&mut self, id: u32) -> Result<(), String>;
-
-    /// Tokens that may come next, one bit each, as [`st_model::sampler::Allowed`] has them; end tokens where the answer may end.
-    ///
-    /// # Errors
-    /// Why there is none.
-    fn allowed(&mut self) -> Result<&[u32], String>;
+    pub(crate) grammar: Option<Grammar>,
 }
 
 /// What becomes of a job, in order: `Begun`, any number of `Piece`s, and `Finished`; or `Failed` anywhere.

@@ -40,6 +40,7 @@
 mod answers;
 mod api;
 mod app;
+mod asked;
 mod body;
 mod conversation;
 mod disk;
@@ -50,6 +51,7 @@ mod guard;
 mod job;
 mod log;
 mod metrics;
+mod page;
 mod prefix;
 mod prepare;
 mod queue;
@@ -59,6 +61,7 @@ mod scheduler;
 mod serve;
 mod settings;
 mod slots;
+mod tools;
 
 pub use log::{Record, What};
 pub use serve::{Loading, Operator, ServeError, serve};

@@ -9,6 +9,7 @@ use st_model::{Engine, ModelError};
 use crate::app::App;
 use crate::error::ApiError;
 use crate::sampling::too_long;
+use crate::tools::{self, Tools};
 
 /// Roles that templates know.
 const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
@@ -49,10 +50,10 @@ pub(crate) fn text(engine: &Engine, text: &str, param: &str) -> Result<Vec<u32>,
 ///
 /// # Errors
 /// Where there is no template, it refuses the messages, or they are longer than the context.
-pub(crate) fn chat(engine: &Engine, messages: &[Value], tools: &[Value]) -> Result<Vec<u32>, ApiError> {
+pub(crate) fn chat(engine: &Engine, messages: Vec<Value>, tools: &Tools, param: &str) -> Result<Vec<u32>, ApiError> {
     let tokenizer = tokenizer(engine)?;
-    let rendered = render(engine, messages, tools)?;
-    tokenizer.encode_chat(&rendered).map_err(|error| ApiError::field("messages", error.to_string()))
+    let rendered = render(engine, messages, tools, param)?;
+    tokenizer.encode_chat(&rendered).map_err(|error| ApiError::field(param, error.to_string()))
 }
 
 /// A chat as the template makes it.
@@ -61,18 +62,22 @@ pub(crate) fn chat(engine: &Engine, messages: &[Value], tools: &[Value]) -> Resu
 /// As [`chat`].
 pub(crate) fn render(
     engine: &Engine,
-    messages: &[Value],
-    tools: &[Value],
+    messages: Vec<Value>,
+    tools: &Tools,
+    param: &str,
 ) -> Result<st_model::chat::Rendered, ApiError> {
-    const PARAM: &str = "messages";
     let unusable = |error: std::sync::Arc<st_model::chat::ChatError>| ApiError::bad(error.to_string());
     let template = engine.chat_template().map_err(unusable)?;
     let template =
         template.ok_or_else(|| ApiError::bad("the model's file has no chat template: it takes no messages"))?;
+    let (messages, tools) = match template.takes_tools() {
+        true => (tools::parsed(messages), tools.json()),
+        false => (tools::told(messages, tools), Vec::new()),
+    };
     let mut texts = Vec::new();
-    messages.iter().chain(tools).for_each(|value| collect_texts(value, &mut texts));
-    check(engine, &texts, PARAM)?;
-    template.render_json(messages, tools, true).map_err(|error| ApiError::field(PARAM, error.to_string()))
+    messages.iter().chain(&tools).for_each(|value| collect_texts(value, &mut texts));
+    check(engine, &texts, param)?;
+    template.render_json(&messages, &tools, true).map_err(|error| ApiError::field(param, error.to_string()))
 }
 
 fn collect_texts<'v>(value: &'v Value, texts: &mut Vec<&'v str>) {
@@ -127,7 +132,7 @@ fn one_message(message: Value, name: &str) -> Result<Value, ApiError> {
 }
 
 /// A content's text: itself, or that of its parts, each in a line of its own.
-fn content_text(content: Value, name: &str) -> Result<String, ApiError> {
+pub(crate) fn content_text(content: Value, name: &str) -> Result<String, ApiError> {
     let parts = match content {
         Value::String(text) => return Ok(text),
         Value::Array(parts) => parts,

@@ -135,7 +135,7 @@ mod tests {
             sampler: Sampler::new(SamplerOptions::greedy()).expect("valid"),
             limits: GenerateOptions::default(),
             logprobs: None,
-            constraint: None,
+            grammar: None,
         };
         (0..n).map(|_| job()).collect()
     }

@@ -9,16 +9,20 @@ use axum::middleware::from_fn_with_state;
 use axum::response::Response;
 use axum::routing::{get, post};
 
-use crate::api::{chat, completions, models, status, text};
+use crate::api::{chat, completions, experts, messages, models, responses, status, text};
 use crate::app::App;
 use crate::error::{ApiError, Form};
 use crate::guard;
+use crate::page;
 
 /// All addresses, behind the guard.
 pub(crate) fn router(app: &Arc<App>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
+        .route("/v1/responses", post(responses::handle))
+        .route("/v1/messages", post(messages::handle))
+        .route("/v1/messages/count_tokens", post(messages::count))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(text::tokenize))
@@ -29,6 +33,8 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/props", get(status::props))
         .route("/slots", get(status::slots))
         .route("/openapi.json", get(status::openapi))
+        .route("/experts", get(experts::handle))
+        .route("/", get(page::handle))
         .fallback(unknown)
         .method_not_allowed_fallback(other_method)
         .layer(from_fn_with_state(Arc::clone(app), guard::check))

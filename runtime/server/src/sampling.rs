@@ -97,7 +97,7 @@ impl Sampling {
                 sampler: sampler.map_err(|error| ApiError::bad(error.to_string()))?,
                 limits: GenerateOptions { max_tokens: self.max_tokens, stop: self.stop.clone() },
                 logprobs: self.logprobs,
-                constraint: None,
+                grammar: None,
             })
         };
         (0..self.n).map(job).collect()

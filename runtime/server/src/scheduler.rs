@@ -191,6 +191,9 @@ impl<'a> Scheduler<'a> {
     /// Who gets how many rows of the next step: a token of every answer, and of prompts what there is room for.
     fn compose(&mut self) -> Vec<Share> {
         let mut shares = Vec::new();
+        let piece = self.app.settings.prompt_piece;
+        // What has to follow a token goes along with it, as long as nobody waits longer than for a piece of a prompt.
+        let mut along = piece.min(self.engine.max_rows().saturating_sub(self.active.len()));
         let mut answering = false;
         for (index, conversation) in self.active.iter_mut().enumerate() {
             if conversation.is_reading() {
@@ -199,7 +202,9 @@ impl<'a> Scheduler<'a> {
             answering = true;
             if conversation.has_room() {
                 conversation.stalled = None;
-                shares.push(Share { index, rows: conversation.rows(usize::MAX) });
+                let rows = conversation.rows(1 + along);
+                along -= rows.saturating_sub(1);
+                shares.push(Share { index, rows });
             } else {
                 conversation.stalled.get_or_insert_with(Instant::now);
             }
@@ -207,7 +212,6 @@ impl<'a> Scheduler<'a> {
         if std::mem::take(&mut self.gave_up) && answering {
             return shares;
         }
-        let piece = self.app.settings.prompt_piece;
         let taken: usize = shares.iter().map(|share| share.rows).sum();
         let most = self.engine.max_rows().saturating_sub(taken);
         let mut room = if answering { piece } else { piece.max(ALONE) }.min(most);

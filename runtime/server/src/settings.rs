@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use st_grammar::Grammars;
+
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -45,13 +47,14 @@ impl Settings {
         }
     }
 
-    /// Memory that a server with these settings takes beside the model, in bytes, for
+    /// Memory that a server with these settings takes beside a model with `n_vocab` tokens, in bytes, for
     /// [`LoadOptions::beside`](st_model::LoadOptions::beside).
-    pub fn memory(&self) -> u64 {
+    pub fn memory(&self, n_vocab: usize) -> u64 {
         // The bodies that are read at once, and what is made of one; buffers of connections; events that wait for readers.
         let bodies = BODIES as u64 * self.max_body as u64 + self.max_body as u64 * 2;
         let connections = CONNECTIONS as u64 * CONNECTION_BYTES;
-        bodies + connections + (self.parallel as u64) * (256 << 10) + (2 << 20)
+        let grammars = Grammars::memory(n_vocab, self.parallel);
+        bodies + connections + grammars + (self.parallel as u64) * (256 << 10) + (2 << 20)
     }
 }
 

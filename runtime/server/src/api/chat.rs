@@ -9,13 +9,15 @@ use st_model::Engine;
 
 use super::openai::{self, Frame, Streaming};
 use super::{logprobs, openai::usage};
-use crate::answers::{Answers, Encoder, Events, Whole, stream};
+use crate::answers::{Encoder, Events, Whole, stream};
 use crate::app::App;
+use crate::asked::Asked;
 use crate::error::{ApiError, Form, json_response};
 use crate::fields::{Fields, is_nothing};
-use crate::job::{Event, Finished};
+use crate::job::{Ending, Event, Finished, Token};
 use crate::prepare;
 use crate::sampling::Sampling;
+use crate::tools::{self, Fit, Part, Split};
 
 /// `POST /v1/chat/completions`.
 pub(crate) async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
@@ -27,21 +29,28 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let engine = Arc::clone(app.engine()?);
     let streaming = Streaming::take(&mut fields)?;
     let sampling = sampling(&mut fields, &engine)?;
+    let tools = openai::tools(&mut fields)?;
+    let format = openai::format(&mut fields, "response_format")?;
     let list = fields.list("messages")?.ok_or_else(|| ApiError::field("messages", "it is missing"))?;
-    let wanted = sampling.clone();
-    let jobs = prepare::apart(app, move |engine| {
-        let ids = prepare::chat(engine, &prepare::messages(list)?, &[])?;
-        wanted.jobs(engine, &ids, "messages")
-    });
-    let answers = Answers::new(app.queue.submit(jobs.await?).inspect_err(|_| app.metrics.refused.add(1))?);
+    let calls = Calls { may_call: tools.may_call(), ids: app.id("call_") };
+    let asked = Asked {
+        messages: prepare::messages(list)?,
+        param: "messages",
+        fit: Fit { tools, format },
+        format_param: "response_format",
+        sampling: sampling.clone(),
+    };
+    let (answers, _) = asked.submit(app).await?;
     if streaming.is_on {
         let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion.chunk", sampling.options.seed);
         let all = vec![None; sampling.n];
-        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage: streaming.with_usage, all }));
+        let splits = (0..sampling.n).map(|_| (Split::new(calls.may_call), 0)).collect();
+        let with_usage = streaming.with_usage;
+        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage, all, calls, splits }));
     }
     let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion", sampling.options.seed);
     let wholes = answers.collect().await?;
-    Ok(json_response(&whole(&frame, &engine, &sampling, &wholes)))
+    Ok(json_response(&whole(&frame, &engine, &sampling, &calls, &wholes)))
 }
 
 fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> {
@@ -52,22 +61,50 @@ fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> 
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::field("top_logprobs", "it needs `logprobs`: true")),
     };
-    fields.refuse("response_format", |format| format["type"] == "text")?;
-    // Tools that may not be called change nothing but the prompt.
-    fields.refuse("tools", is_nothing)?;
-    fields.refuse("tool_choice", |choice| choice == "none" || choice == "auto")?;
     fields.refuse("echo", is_nothing)?;
     Ok(sampling)
 }
 
-fn whole(frame: &Frame, engine: &Engine, sampling: &Sampling, wholes: &[Whole]) -> Value {
+/// Names of an answer's calls.
+struct Calls {
+    may_call: bool,
+    ids: String,
+}
+
+impl Calls {
+    fn id(&self, index: usize, number: usize) -> String {
+        format!("{}{index:02}{number:02}", self.ids)
+    }
+
+    fn message(&self, index: usize, text: &str) -> (Value, bool) {
+        let (text, calls) = tools::collect(text, self.may_call);
+        if calls.is_empty() {
+            return (json!({"role": "assistant", "content": text}), false);
+        }
+        let call = |(number, call): (usize, &tools::Call)| {
+            let function = json!({"name": call.name, "arguments": call.arguments});
+            json!({"id": self.id(index, number), "type": "function", "function": function})
+        };
+        let calls: Vec<Value> = calls.iter().enumerate().map(call).collect();
+        let content = if text.is_empty() { Value::Null } else { text.into() };
+        (json!({"role": "assistant", "content": content, "tool_calls": calls}), true)
+    }
+}
+
+/// Why an answer ended; a call is a reason of its own.
+fn reason(finished: &Finished, called: bool) -> &'static str {
+    if called && finished.ending == Ending::EndToken { "tool_calls" } else { openai::finish_reason(finished) }
+}
+
+fn whole(frame: &Frame, engine: &Engine, sampling: &Sampling, calls: &Calls, wholes: &[Whole]) -> Value {
     let finished: Vec<Finished> = wholes.iter().filter_map(|whole| whole.finished).collect();
     let choice = |(index, whole): (usize, &Whole)| {
+        let (message, called) = calls.message(index, &whole.text);
         json!({
             "index": index,
-            "message": {"role": "assistant", "content": whole.text},
-            "logprobs": logprobs_of(engine, sampling, whole),
-            "finish_reason": whole.finished.as_ref().map(openai::finish_reason),
+            "message": message,
+            "logprobs": logprobs_of(engine, sampling, &whole.tokens),
+            "finish_reason": whole.finished.as_ref().map(|finished| reason(finished, called)),
             "seed": sampling.seed_of(index),
         })
     };
@@ -77,9 +114,9 @@ fn whole(frame: &Frame, engine: &Engine, sampling: &Sampling, wholes: &[Whole]) 
     object
 }
 
-fn logprobs_of(engine: &Engine, sampling: &Sampling, whole: &Whole) -> Value {
+fn logprobs_of(engine: &Engine, sampling: &Sampling, tokens: &[Token]) -> Value {
     match (sampling.logprobs, engine.tokenizer()) {
-        (Some(_), Some(tokenizer)) => logprobs::of_chat(tokenizer, &whole.tokens),
+        (Some(_), Some(tokenizer)) => logprobs::of_chat(tokenizer, tokens),
         _ => Value::Null,
     }
 }
@@ -92,12 +129,42 @@ struct Chunks {
     with_usage: bool,
     /// How each answer ended.
     all: Vec<Option<Finished>>,
+    calls: Calls,
+    /// Each answer's text on its way to parts, and its calls so far.
+    splits: Vec<(Split, usize)>,
 }
 
 impl Chunks {
     fn chunk(&self, out: &mut Events, index: usize, delta: Value, reason: Option<&str>, logprobs: Value) {
         let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason});
         self.send(out, self.frame.with(vec![choice]));
+    }
+
+    /// Text and calls of an answer; `logprobs` go along with the first.
+    fn parts(&mut self, out: &mut Events, index: usize, parts: Vec<Part>, logprobs: Value) {
+        let mut logprobs = Some(logprobs);
+        for part in parts {
+            let calls = &mut self.splits[index].1;
+            let call = |call: Value| json!({"tool_calls": [call]});
+            let delta = match part {
+                Part::Text(text) => json!({"content": text}),
+                Part::Begin(name) => {
+                    *calls += 1;
+                    let (number, id) = (*calls - 1, self.calls.id(index, *calls - 1));
+                    call(
+                        json!({"index": number, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}),
+                    )
+                }
+                Part::Arguments(text) => {
+                    call(json!({"index": calls.saturating_sub(1), "function": {"arguments": text}}))
+                }
+                Part::End => continue,
+            };
+            self.chunk(out, index, delta, None, logprobs.take().unwrap_or_default());
+        }
+        if let Some(logprobs) = logprobs.filter(|logprobs| !logprobs.is_null()) {
+            self.chunk(out, index, json!({"content": ""}), None, logprobs);
+        }
     }
 
     fn send(&self, out: &mut Events, mut chunk: Value) {
@@ -118,15 +185,18 @@ impl Encoder for Chunks {
     fn event(&mut self, index: usize, event: Event, out: &mut Events) {
         match event {
             Event::Piece(piece) => {
-                let logprobs = match (self.sampling.logprobs, self.engine.tokenizer()) {
-                    (Some(_), Some(tokenizer)) => logprobs::of_chat(tokenizer, &piece.tokens),
-                    _ => Value::Null,
-                };
-                self.chunk(out, index, json!({"content": piece.text}), None, logprobs);
+                let logprobs = logprobs_of(&self.engine, &self.sampling, &piece.tokens);
+                let mut parts = Vec::new();
+                self.splits[index].0.push(&piece.text, &mut parts);
+                self.parts(out, index, parts, logprobs);
             }
             Event::Finished(finished) => {
+                let mut parts = Vec::new();
+                self.splits[index].0.finish(&mut parts);
+                self.parts(out, index, parts, Value::Null);
                 self.all[index] = Some(finished);
-                self.chunk(out, index, json!({}), Some(openai::finish_reason(&finished)), Value::Null);
+                let reason = reason(&finished, self.splits[index].0.called);
+                self.chunk(out, index, json!({}), Some(reason), Value::Null);
             }
             Event::Begun | Event::Failed(_) => {}
         }

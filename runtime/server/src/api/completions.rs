@@ -37,8 +37,11 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let streaming = Streaming::take(&mut fields)?;
     let sampling = sampling(&mut fields, &engine)?;
     let prompts = prompts(fields.need("prompt")?)?;
-    let wanted = sampling.clone();
+    let format = openai::format(&mut fields, "response_format")?;
+    let (wanted, tokens, shared) = (sampling.clone(), Arc::clone(&app.tokens), Arc::clone(&engine));
     let jobs = prepare::apart(app, move |engine| {
+        let compile = |source| tokens.compile(&shared, &source, "response_format");
+        let grammar = format.map(compile).transpose()?;
         let mut jobs = Vec::new();
         for prompt in prompts {
             let ids = match prompt {
@@ -47,6 +50,7 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
             };
             jobs.extend(wanted.jobs(engine, &ids, "prompt")?);
         }
+        jobs.iter_mut().for_each(|job| job.grammar = grammar.clone());
         Ok(jobs)
     });
     let jobs = jobs.await?;
@@ -75,7 +79,6 @@ fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> 
         }
     };
     fields.refuse("echo", is_nothing)?;
-    fields.refuse("response_format", |format| format["type"] == "text")?;
     Ok(sampling)
 }
 

@@ -2,8 +2,11 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod experts;
 pub(crate) mod logprobs;
+pub(crate) mod messages;
 pub(crate) mod models;
 pub(crate) mod openai;
+pub(crate) mod responses;
 pub(crate) mod status;
 pub(crate) mod text;

@@ -2,6 +2,7 @@
 
 use axum::extract::Request;
 use serde_json::{Value, json};
+use st_grammar::Source;
 use st_model::Engine;
 
 use crate::app::{App, now};
@@ -9,6 +10,7 @@ use crate::body;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::job::{Ending, Finished};
+use crate::tools::{Choice, Tool, Tools};
 
 /// The fields of a request whose `model` is this one.
 ///
@@ -40,6 +42,81 @@ pub(crate) fn no_model(app: &App, model: &str) -> ApiError {
             "model_not_found",
             format!("the model {shown:?} is not here; this is {}", app.settings.names.join(", ")),
         )
+    }
+}
+
+/// The functions that may be called.
+///
+/// # Errors
+/// What is wrong with one, or with the choice.
+pub(crate) fn tools(fields: &mut Fields) -> Result<Tools, ApiError> {
+    let mut tools = Vec::new();
+    for (index, tool) in fields.list("tools")?.unwrap_or_default().into_iter().enumerate() {
+        let name = format!("tools[{index}]");
+        let mut tool = Fields::of(tool, &name)?;
+        let mut function = match (tool.text("type")?.as_deref(), tool.within("function")?) {
+            (None | Some("function"), Some(function)) => function,
+            _ => return Err(ApiError::field(name, "only functions are supported")),
+        };
+        tools.push(Tool::take(&mut function, "parameters")?);
+    }
+    let choice = match fields.take("tool_choice") {
+        None => Choice::Auto,
+        Some(Value::String(kind)) => choice(&kind)?,
+        Some(one) => match one["function"]["name"].as_str() {
+            Some(name) => Choice::One(name.to_owned()),
+            None => return Err(ApiError::field("tool_choice", "auto, none, required, or a function is expected")),
+        },
+    };
+    let parallel = parallel(fields)?;
+    Tools::new(tools, choice, parallel)
+}
+
+/// A choice by its name.
+///
+/// # Errors
+/// Where it is none.
+pub(crate) fn choice(kind: &str) -> Result<Choice, ApiError> {
+    match kind {
+        "auto" => Ok(Choice::Auto),
+        "none" => Ok(Choice::Never),
+        "required" => Ok(Choice::Always),
+        _ => Err(ApiError::field("tool_choice", "auto, none, required, or a function is expected")),
+    }
+}
+
+/// Whether there may be several calls in one answer.
+///
+/// # Errors
+/// Where it is no flag.
+pub(crate) fn parallel(fields: &mut Fields) -> Result<bool, ApiError> {
+    const NAME: &str = "parallel_tool_calls";
+    match fields.look(NAME).is_some() {
+        true => fields.flag(NAME),
+        false => Ok(true),
+    }
+}
+
+/// What answers have to fit, besides calls.
+///
+/// # Errors
+/// Where it is of no kind that there is.
+pub(crate) fn format(fields: &mut Fields, name: &str) -> Result<Option<Source>, ApiError> {
+    let Some(mut format) = fields.within(name)? else { return Ok(None) };
+    match format.text("type")?.as_deref() {
+        Some("text") => Ok(None),
+        Some("json_object") => match format.take("schema") {
+            None => Ok(Some(Source::JsonObject)),
+            // Other servers take a schema here, too.
+            Some(schema) => Ok(Some(Source::Schema(schema))),
+        },
+        Some("json_schema") => {
+            // Chat completions have an object of its own for it, responses do not.
+            let mut within = format.within("json_schema")?;
+            let schema = within.as_mut().unwrap_or(&mut format).need("schema")?;
+            Ok(Some(Source::Schema(schema)))
+        }
+        _ => Err(ApiError::field(format.name("type"), "text, json_object or json_schema is expected")),
     }
 }
 

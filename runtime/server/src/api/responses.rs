@@ -221,7 +221,8 @@ impl Items {
                 item
             }
             Some(Item::Call(call)) => {
-                let (event, item) = (json!({"arguments": call.arguments, "name": call.name}), self.frame.call(index, call, status));
+                let (event, item) =
+                    (json!({"arguments": call.arguments, "name": call.name}), self.frame.call(index, call, status));
                 self.about(out, event, "response.function_call_arguments.done");
                 item
             }
@@ -305,6 +306,7 @@ fn messages(fields: &mut Fields, instructions: Option<&str>) -> Result<Vec<Value
     }
     match fields.need("input")? {
         Value::String(text) => out.push(json!({"role": "user", "content": text})),
+        Value::Array(items) if items.is_empty() => return Err(ApiError::field("input", "it is empty")),
         Value::Array(items) => {
             for (index, item) in items.into_iter().enumerate() {
                 one_item(item, &format!("input[{index}]"), &mut out)?;
@@ -376,6 +378,6 @@ fn tools(fields: &mut Fields) -> Result<Tools, ApiError> {
             _ => return Err(ApiError::field("tool_choice", "auto, none, required, or a function is expected")),
         },
     };
-    let parallel = fields.take("parallel_tool_calls").and_then(|flag| flag.as_bool()).unwrap_or(true);
+    let parallel = openai::parallel(fields)?;
     Tools::new(tools, choice, parallel)
 }

@@ -64,9 +64,9 @@ pub(crate) async fn apply_template(State(app): State<Arc<App>>, request: Request
     let answer = async {
         let mut fields = openai::fields(&app, request).await?;
         let list = fields.list("messages")?.ok_or_else(|| ApiError::field("messages", "it is missing"))?;
-        let tools = fields.list("tools")?.unwrap_or_default();
+        let tools = openai::tools(&mut fields)?;
         prepare::apart(&app, move |engine| {
-            let rendered = prepare::render(engine, &prepare::messages(list)?, &tools)?;
+            let rendered = prepare::render(engine, prepare::messages(list)?, &tools, "messages")?;
             Ok(json!({"prompt": rendered.text()}))
         })
         .await

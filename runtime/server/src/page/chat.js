@@ -6,6 +6,8 @@ const say = $('say');
 const wide = matchMedia('(min-width: 60.01rem)');
 // The answer under way: its conversation, message, and how to end it.
 let answering = null;
+// Set once the page is left: what fails from then on is nobody's fault.
+let leaving = false;
 
 function show() {
   const conversation = current();
@@ -140,7 +142,7 @@ async function answer(conversation) {
   try {
     const response = await request('v1/chat/completions', { method: 'POST', body: body(messages), signal: abort.signal });
     for await (const data of events(response)) {
-      if (data === '[DONE]') break;
+      if (data === '[DONE]' || abort.signal.aborted) break;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
       const choice = chunk.choices?.[0];
@@ -150,10 +152,11 @@ async function answer(conversation) {
       if (!frame) frame = requestAnimationFrame(paint);
     }
   } catch (error) {
-    if (error.name === 'AbortError') message.note = 'stopped';
-    else message.error = error.message;
+    if (leaving) return;
+    if (!abort.signal.aborted) message.error = error.message;
     if (error.status === 401) askForKey();
   }
+  if (abort.signal.aborted) message.note = 'stopped';
   cancelAnimationFrame(frame);
   if (answering === mine) answering = null;
   if (!conversation.deleted) save(conversation);

@@ -63,7 +63,9 @@ mod tests {
         assert_eq!(page.matches("</script").count(), 1);
         assert_eq!(page.matches("</style").count(), 1);
         assert!(policy.to_str().is_ok_and(|policy| policy.starts_with("default-src 'none'; connect-src 'self'")));
-        for way_out in ["src=\"", "url(", "@import", "href=\"http", "innerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+        for way_out in
+            ["src=\"", "url(", "@import", "href=\"http", "innerHTML", "insertAdjacentHTML", "document.write", "eval("]
+        {
             assert!(!page.contains(way_out), "{way_out}");
         }
     }

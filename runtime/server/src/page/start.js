@@ -45,7 +45,11 @@ document.addEventListener('keydown', keys);
 document.addEventListener('visibilitychange', watch);
 $('grid').addEventListener('mousemove', pointed);
 addEventListener('resize', draw);
-addEventListener('pagehide', () => { if (answering) save(answering.conversation); });
+addEventListener('pagehide', () => {
+  leaving = true;
+  if (answering) save(answering.conversation);
+});
+addEventListener('pageshow', () => { leaving = false; });
 // An answer that was under way when the page was left stays as far as it came.
 for (const conversation of state.conversations) {
   const last = conversation.messages.at(-1);

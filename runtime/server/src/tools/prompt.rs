@@ -46,6 +46,19 @@ pub(crate) fn told(messages: Vec<Value>, tools: &Tools) -> Vec<Value> {
     out
 }
 
+/// Messages for a template that knows calls: their arguments are objects.
+pub(crate) fn parsed(mut messages: Vec<Value>) -> Vec<Value> {
+    for message in &mut messages {
+        for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
+            let arguments = &call["function"]["arguments"];
+            if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok()) {
+                call["function"]["arguments"] = object;
+            }
+        }
+    }
+    messages
+}
+
 /// Arguments as text, as they came; an object as JSON.
 fn arguments(value: &Value) -> String {
     match value {

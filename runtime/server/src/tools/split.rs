@@ -89,7 +89,10 @@ impl Split {
                 let Some(at) = self.rest.find(BEFORE) else { return false };
                 let head: String = self.rest.drain(..at + BEFORE.len()).collect();
                 // The grammar has written `{"name": "NAME", `.
-                let object = head.trim_start().strip_suffix(BEFORE).map(|head| format!("{}}}", head.trim_end_matches([' ', ','])));
+                let object = head
+                    .trim_start()
+                    .strip_suffix(BEFORE)
+                    .map(|head| format!("{}}}", head.trim_end_matches([' ', ','])));
                 let object: Option<Value> = object.and_then(|object| serde_json::from_str(&object).ok());
                 let name = object.as_ref().and_then(|object| object["name"].as_str()).unwrap_or_default();
                 out.push(Part::Begin(name.to_owned()));
@@ -195,7 +198,8 @@ mod tests {
                 split.push(&piece.iter().collect::<String>(), &mut parts);
             }
             split.finish(&mut parts);
-            let text: String = parts.iter().filter_map(|p| if let Part::Text(t) = p { Some(t.as_str()) } else { None }).collect();
+            let text: String =
+                parts.iter().filter_map(|p| if let Part::Text(t) = p { Some(t.as_str()) } else { None }).collect();
             let args: String =
                 parts.iter().filter_map(|p| if let Part::Arguments(t) = p { Some(t.as_str()) } else { None }).collect();
             assert_eq!((text.as_str(), args), ("I <b> look < here.", arguments.concat()), "{size}");

@@ -16,6 +16,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -113,8 +114,9 @@ def main():
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--prefix", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("args", nargs="*")
-    options = parser.parse_args()
+    own, _, servers = " ".join(sys.argv[1:]).partition(" -- ")
+    options = parser.parse_args(own.split())
+    options.args = servers.split()
     counts = [int(n) for n in options.clients.split(",")]
     args = ["--parallel", str(max(counts)), *options.args]
 

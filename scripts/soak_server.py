@@ -169,8 +169,10 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("args", nargs="*")
-    soak = Soak(parser.parse_args())
+    own, _, servers = " ".join(sys.argv[1:]).partition(" -- ")
+    options = parser.parse_args(own.split())
+    options.args = servers.split()
+    soak = Soak(options)
     end = time.monotonic() + 60 * soak.options.minutes
     number = 0
     while time.monotonic() < end and not soak.problems:

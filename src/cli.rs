@@ -192,6 +192,9 @@ pub(crate) struct QuantizeArgs {
     /// Quantize again what is below 8 bits already, which loses more than quantizing the original.
     #[arg(long)]
     pub(crate) allow_requantize: bool,
+    /// Put the LM head's predictor into the output, for `run --sparse-head`: out of model_lm_head.pt, or a GGUF file that holds it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) predictor: Option<PathBuf>,
     /// Keep the LM head that a tied model stores beside the embedding, where the two differ.
     #[arg(long)]
     pub(crate) keep_head: bool,
@@ -263,6 +266,27 @@ pub(crate) struct EngineArgs {
     pub(crate) isa: Option<Isa>,
 }
 
+/// An LM head of which only some rows are computed.
+#[derive(Debug, Default, Args)]
+pub(crate) struct HeadArgs {
+    /// Compute only the rows of the LM head that the authors' predictor scores above T (0): faster, and approximate.
+    #[arg(long, value_name = "T", num_args = 0..=1, default_missing_value = "0", allow_negative_numbers = true, value_parser = threshold)]
+    pub(crate) sparse_head: Option<f32>,
+    /// The predictor: model_lm_head.pt, or a GGUF file that holds it; by default the model's file.
+    #[arg(long, value_name = "FILE", requires = "sparse_head")]
+    pub(crate) predictor: Option<PathBuf>,
+    /// Compute all rows as well, and count how often the likeliest token is lost (slow).
+    #[arg(long, requires = "sparse_head")]
+    pub(crate) sparse_head_check: bool,
+}
+
+fn threshold(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(number) if number.is_finite() => Ok(number),
+        _ => Err("expected a number, such as 0 or -2".into()),
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("input"))]
 pub(crate) struct RunArgs {
@@ -293,6 +317,8 @@ pub(crate) struct RunArgs {
     /// How keys and values are kept (bf16 where the weights are quantized, otherwise f16).
     #[arg(long, value_name = "TYPE")]
     pub(crate) kv_type: Option<KvName>,
+    #[command(flatten)]
+    pub(crate) head: HeadArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
@@ -433,6 +459,8 @@ pub(crate) struct BenchArgs {
     /// How often each is measured.
     #[arg(short = 'r', value_name = "REPS", default_value_t = 5, value_parser = positive)]
     pub(crate) repetitions: usize,
+    #[command(flatten)]
+    pub(crate) head: HeadArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
     /// A table or an object.

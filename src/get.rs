@@ -240,6 +240,7 @@ impl Wanted {
             layout: Layout::Gguf,
             threads: available_threads(),
             search: false,
+            extra: None,
             requantize: false,
             keep_head: false,
         };

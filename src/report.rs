@@ -200,6 +200,10 @@ fn transposed_hint(file: &str) -> String {
     )
 }
 
+/// Where predictors come from.
+const PREDICTOR: &str =
+    "--predictor FILE takes the model_lm_head.pt of the authors' repository of this model, or a .powerinfer.gguf";
+
 /// What to do about a file that lacks tensors.
 const INCOMPLETE: &str = "the file may not be complete: fetch or convert it again";
 
@@ -263,6 +267,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
+        ModelError::NoPredictor { .. } | ModelError::Predictor { .. } => PREDICTOR.into(),
         ModelError::MissingTensor { .. } => INCOMPLETE.into(),
         ModelError::TensorType { .. } => OTHER_TYPES.into(),
         ModelError::Gguf(error) => return gguf_hint(error),

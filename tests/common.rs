@@ -122,6 +122,7 @@ pub(crate) fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> Pa
         threads: 2,
         search: false,
         requantize: false,
+        extra: None,
         keep_head: false,
     };
     convert(&input, &options, &path, false, &NoProgress, &Cancel::default()).expect("a conversion");

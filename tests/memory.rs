@@ -107,6 +107,10 @@ fn a_model_of_many_experts_stays_within_its_budget() {
         let path = path.with_extension("gguf");
         write_model(&Mix::pure(GgmlType::Q4_0), layout, &path);
         stays_within(arg(&path), &[0, 5, 12, 25, 60]);
+        // Layers whose experts differ in size: a slot holds the largest.
+        let mixed = path.with_extension("mixed.gguf");
+        write_model(&Mix::named("q4_k_m").expect("a mix"), layout, &mixed);
+        stays_within(arg(&mixed), &[0, 12]);
     }
 }
 

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use st_gguf::{GgufFile, GgufWriter, Layout, Metadata, TensorSpec, WriteOptions, reserve_checksums};
 use st_kernels::{ExpertFormat, Kernels, SquaredErrors, WeightType};
@@ -44,6 +45,8 @@ pub struct ConvertOptions {
     pub search: bool,
     /// Whether weights below 8 bits may be quantized again as another type.
     pub requantize: bool,
+    /// A tensor besides the model's own, which this crate does not look into: its name, shape and type, and its bytes.
+    pub extra: Option<(TensorSpec, Arc<[u8]>)>,
     /// Whether a tied model keeps an LM head that it stores beside the embedding and that differs from it.
     pub keep_head: bool,
 }
@@ -242,6 +245,8 @@ impl<'a> Job<'a> {
         warnings.extend(self.input.shape().llama_cpp_differences());
         if self.layout.packing.is_some() {
             warnings.push(OFFLOAD_NOTE.into());
+        } else if let Some((spec, _)) = &self.layout.extra {
+            warnings.push(format!("llama.cpp does not load a file that holds `{}`", spec.name));
         }
         Ok(ConvertPlan {
             tensors: tensors
@@ -267,6 +272,7 @@ impl<'a> Job<'a> {
         for unit in &self.layout.units {
             match unit {
                 Unit::Weights { slot, target, .. } => lossy(self.input.tensor(*slot)?, target.ty)?,
+                Unit::Extra { .. } => {}
                 Unit::Record { layer, expert } => {
                     for tensor in EXPERT_TENSORS {
                         lossy(self.input.tensor((tensor, *layer, *expert))?, self.layout.expert_target.ty)?;
@@ -288,6 +294,7 @@ impl<'a> Job<'a> {
                 let start = source.range.start + weight_bytes(source.ty, *first);
                 Ok(vec![(source.file, start..start + weight_bytes(source.ty, *count))])
             }
+            Unit::Extra { .. } => Ok(Vec::new()),
             Unit::Record { layer, expert } => {
                 let matrix = |tensor| self.input.tensor((tensor, *layer, *expert));
                 EXPERT_TENSORS.iter().map(|&tensor| matrix(tensor).map(|m| (m.file, m.range.clone()))).collect()
@@ -342,6 +349,11 @@ impl<'a> Job<'a> {
                 let errors = self.weights(worker, source, (*file, range), (*first, *count), *target, out)?;
                 if target.search {
                     gains.push(SearchGain { tensor: slot.0, weights: *count as u64, errors });
+                }
+            }
+            Unit::Extra { range } => {
+                if let Some((_, bytes)) = &self.layout.extra {
+                    out.copy_from_slice(&bytes[range.clone()]);
                 }
             }
             Unit::Record { layer, expert } => {

@@ -79,11 +79,12 @@ fn bind(
         let weights = rule.rows(shape) * rule.cols(shape);
         for (layer, expert) in rule.instances(shape) {
             let name = rule.gguf_name(layer);
-            let Some(info) = header.tensor(&name) else {
-                return Err(ConvertError::MissingTensor { path: path.into(), tensor: name });
-            };
+            let missing = |_| ConvertError::MissingTensor { path: path.into(), tensor: name.clone() };
+            let (info, first_row) = header.place_of(&name, shape).map_err(missing)?;
+            // The shape of a matrix that is part of another was proved with the header.
+            let is_part = info.name != name;
             let transposed = rule.tensor == Tensor::FfnDownExps && is_transposed_down(&info.shape, shape);
-            if !same_shape(&info.shape, &expected) && !transposed {
+            if !same_shape(&info.shape, &expected) && !transposed && !is_part {
                 let got = info.shape.clone();
                 return Err(ConvertError::Shape { path: path.into(), tensor: name, got, expected });
             }
@@ -96,8 +97,11 @@ fn bind(
             // The header parser has proved that all experts together lie inside the file.
             let bytes = weight_bytes(ty, weights);
             let file = parts.partition_point(|part| part.start <= info.offset).saturating_sub(1);
-            let start = (info.offset - parts[file].start) as usize + expert * bytes;
-            let first_weight = if rule.scope() == Scope::Expert { (expert * weights) as u64 } else { 0 };
+            let start = (info.offset - parts[file].start) as usize
+                + expert * bytes
+                + weight_bytes(ty, first_row * rule.cols(shape));
+            let before = if rule.scope() == Scope::Expert { expert * weights } else { first_row * rule.cols(shape) };
+            let (name, first_weight) = (info.name.clone(), before as u64);
             let source = SourceTensor { name, first_weight, file, range: start..start + bytes, ty, transposed };
             tensors.insert((rule.tensor, layer, expert), source);
         }

@@ -4,6 +4,9 @@
 //! loaded in one read; then the experts layer by layer, gate, up, down, so that what is used together lies together.
 //! Every tensor of a quantized model starts on a page. The plan is a pure function of configuration and options: it reads no weight.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_kernels::{ExpertFormat, WeightType};
 
@@ -44,6 +47,11 @@ pub(crate) enum Unit {
         /// What they become.
         target: Target,
     },
+    /// Bytes of the tensor that is not the model's own.
+    Extra {
+        /// Which.
+        range: Range<usize>,
+    },
     /// The packed record of one expert.
     Record {
         /// Its layer.
@@ -64,6 +72,8 @@ pub(crate) struct OutputLayout {
     pub(crate) packing: Option<ExpertFormat>,
     /// What experts become.
     pub(crate) expert_target: Target,
+    /// The tensor that is not the model's own, and its bytes.
+    pub(crate) extra: Option<(TensorSpec, Arc<[u8]>)>,
 }
 
 impl OutputLayout {
@@ -83,6 +93,7 @@ impl OutputLayout {
             unit_tensor: Vec::new(),
             packing,
             expert_target: target(options.ty),
+            extra: options.extra.clone(),
         };
         for scope in [Scope::Model, Scope::Layer] {
             let layers = if scope == Scope::Model { 1 } else { model.n_layers };
@@ -97,6 +108,12 @@ impl OutputLayout {
                         layout.push_tensor(model, rule, layer, target(ty))?;
                     }
                 }
+            }
+        }
+        if let Some((spec, bytes)) = &options.extra {
+            layout.tensors.push(spec.clone());
+            for start in (0..bytes.len()).step_by(UNIT_WEIGHTS) {
+                layout.push_unit(Unit::Extra { range: start..bytes.len().min(start + UNIT_WEIGHTS) });
             }
         }
         for layer in 0..model.n_layers {
@@ -154,6 +171,7 @@ impl OutputLayout {
     pub(crate) fn unit_bytes(&self, unit: &Unit) -> usize {
         match unit {
             Unit::Weights { count, target, .. } => target.bytes(*count),
+            Unit::Extra { range } => range.len(),
             Unit::Record { .. } => self.packing.as_ref().map_or(0, ExpertFormat::record_bytes),
         }
     }

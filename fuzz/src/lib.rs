@@ -114,6 +114,7 @@ fn plan(folder: &Path) {
             threads: 1,
             search: false,
             requantize: false,
+            extra: None,
             keep_head: false,
         };
         let _ = st_convert::plan(&input, &options);

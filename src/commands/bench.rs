@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Batch, BatchKind, Engine, Observer, Routing, Sequence, Session, StoreStats, Work};
+use st_model::{Batch, BatchKind, Engine, HeadStats, Observer, Routing, Sequence, Session, StoreStats, Work};
 
 use super::engine;
 use super::routing::{Recorder, RoutingFile};
-use super::stats::{ExpertWork, cache_json, experts_json, experts_table};
+use super::stats::{ExpertWork, cache_json, experts_json, experts_table, head_json, head_line};
 use crate::cli::{BenchArgs, BenchFormat};
 use crate::context::Context;
 use crate::machine::read_bandwidth;
@@ -100,7 +100,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     reset_peak_resident();
     // Generation begins after one token that it goes on from.
     let ctx = args.depth.saturating_add(args.prompt_tokens.max(args.generated_tokens.saturating_add(1)));
-    let engine = engine::load_for(file, &args.engine, Some(ctx), args.parallel, None, context)?;
+    let engine = engine::load_for(file, &args.engine, &args.head, Some(ctx), args.parallel, None, context)?;
     let tokens = text_tokens(&engine, ctx + args.parallel * APART)?;
 
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
@@ -121,6 +121,7 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         bandwidth,
         routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
         cache: engine.plan().reports_cache().then(|| cache_json(&engine)),
+        head: engine.head_stats(),
     };
     match args.output {
         BenchFormat::Md => ui::print(&markdown(&rows, &facts))?,
@@ -229,6 +230,8 @@ struct Facts<'a> {
     routing: &'static str,
     /// The size of the expert cache, where there is a budget.
     cache: Option<Value>,
+    /// What a sparse head did, warming up included.
+    head: Option<HeadStats>,
 }
 
 /// Records the routing, and stops on request.
@@ -307,6 +310,9 @@ fn markdown(rows: &[Measured], facts: &Facts<'_>) -> String {
     if let Some(bytes) = peak_resident() {
         out.push_str(&format!("; {} resident at the peak", show_size(bytes)));
     }
+    if let Some(head) = &facts.head {
+        out.push_str(&format!("\n\n{}", head_line(head)));
+    }
     if facts.cache.is_some() {
         let parts: Vec<ExpertWork> = rows.iter().map(Measured::expert_work).collect();
         out.push_str(&format!("\n\n{}", experts_table(&parts).trim_end()));
@@ -340,6 +346,7 @@ fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
         "peak_resident_bytes": peak_resident(),
         "tests": tests,
         "cache": facts.cache,
+        "sparse_head": facts.head.as_ref().map(head_json),
     })
 }
 

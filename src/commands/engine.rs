@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use st_gguf::{GgufFile, Header};
-use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan};
+use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan, PREDICTOR_TENSOR, SparseHead};
 
-use crate::cli::{EngineArgs, IoName, KvName};
+use super::predictor;
+use crate::cli::{EngineArgs, HeadArgs, IoName, KvName};
 use crate::context::Context;
 use crate::models::Model;
 use crate::size::show_size;
@@ -36,19 +37,22 @@ pub(crate) fn load_file(
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
-    load_for(file, args, ctx, 1, kv_type, context)
+    load_for(file, args, &HeadArgs::default(), ctx, 1, kv_type, context)
 }
 
 /// [`load_file`] for several conversations at once, each of which may fill the context.
 pub(crate) fn load_for(
     file: GgufFile,
     args: &EngineArgs,
+    head: &HeadArgs,
     ctx: Option<usize>,
     sequences: usize,
     kv_type: Option<KvName>,
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
-    load_with(file, LoadOptions { sequences, ..options(args, ctx, kv_type) }, &Loading(context), context)
+    let sparse_head = sparse_head(head, &file, context)?;
+    let options = LoadOptions { sequences, sparse_head, ..options(args, ctx, kv_type) };
+    load_with(file, options, &Loading(context), context)
 }
 
 /// Tokens of a file's vocabulary; 0 where it has no tokenizer.
@@ -87,9 +91,24 @@ pub(crate) fn load_with(
 
 /// Says what a file holds besides its model; what makes no model is refused by whoever needs one.
 pub(crate) fn tell_of_ignored(header: &Header, context: &Context) {
-    for note in header.model_shape().iter().flat_map(|shape| shape.ignored(header)) {
+    let notes = header.model_shape().map(|shape| shape.ignored(header)).unwrap_or_default();
+    // A predictor is there for who asks for it.
+    for note in notes.iter().filter(|note| !note.contains(PREDICTOR_TENSOR)) {
         context.ui.note(format_args!("note: {note}"));
     }
+}
+
+/// The part of the LM head that is computed, and the note that says what that means.
+pub(crate) fn sparse_head(args: &HeadArgs, file: &GgufFile, context: &Context) -> anyhow::Result<Option<SparseHead>> {
+    let Some(threshold) = args.sparse_head else { return Ok(None) };
+    let predictor = match &args.predictor {
+        Some(path) => Some(predictor::open(path, &file.header.model_shape()?)?),
+        None => None,
+    };
+    context.ui.note(format_args!(
+        "note: --sparse-head: answers are approximate; tokens that the predictor scores {threshold} or less cannot be chosen"
+    ));
+    Ok(Some(SparseHead { threshold, predictor, check: args.sparse_head_check }))
 }
 
 /// Shows the memory plan, and stops the loading of a model on request.

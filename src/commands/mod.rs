@@ -12,6 +12,7 @@ mod layout;
 mod list;
 mod logits;
 mod perplexity;
+mod predictor;
 mod quantize;
 mod routing;
 mod run;

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use st_convert::{ConvertOptions, ConvertPlan, Converted, SearchGain, SquaredErrors, compare, convert, plan};
-use st_gguf::Layout;
+use st_gguf::{GgmlType, Layout, TensorSpec};
+use st_model::PREDICTOR_TENSOR;
 
-use super::check_converted;
+use super::{check_converted, predictor};
 use crate::arriving;
 use crate::cli::QuantizeArgs;
 use crate::context::Context;
@@ -18,13 +19,14 @@ use st_sys::available_threads;
 
 pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let model = Model::resolve(&args.model)?;
-    let options = ConvertOptions {
+    let mut options = ConvertOptions {
         ty: args.type_name().into(),
         output_type: args.output_type.map(Into::into),
         layout: args.layout.into(),
         threads: args.threads.0.unwrap_or_else(available_threads),
         search: args.search,
         requantize: args.allow_requantize,
+        extra: None,
         keep_head: args.keep_head,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&model, args));
@@ -45,12 +47,19 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         }
         context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));
     };
-    if let (Model::Hub(Wanted { repo, ty: None }), true) = (&model, writes) {
+    // A predictor is fitted to the model's shape, which is known when all of it is here.
+    if let (Model::Hub(Wanted { repo, ty: None }), true, None) = (&model, writes, &args.predictor) {
         tell(&arriving::convert(repo, &options, &output, args.force, args.keep, context)?);
         return Ok(ExitCode::SUCCESS);
     }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;
+    if let Some(path) = &args.predictor {
+        let predictor = predictor::open(path, input.shape())?;
+        let weights = predictor.hidden() * (input.shape().n_embd + input.shape().n_vocab);
+        let spec = TensorSpec { name: PREDICTOR_TENSOR.into(), shape: vec![weights as u64], ty: GgmlType::Q4_0 };
+        options.extra = Some((spec, predictor.bytes().into()));
+    }
     if args.dry_run {
         let plan = plan(&input, &options)?;
         warn(&plan);

@@ -46,7 +46,8 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let file = engine::open(args.model.as_deref(), context)?;
     let beside = source.as_ref().map_or(0, |_| Grammars::memory(engine::vocabulary(&file), 1));
-    let load = LoadOptions { beside, ..engine::options(&args.engine, args.ctx, args.kv_type) };
+    let sparse_head = engine::sparse_head(&args.head, &file, context)?;
+    let load = LoadOptions { beside, sparse_head, ..engine::options(&args.engine, args.ctx, args.kv_type) };
     let engine = engine::load_with(file, load, &engine::Loading(context), context)?;
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };

@@ -1,7 +1,7 @@
 //! What a run cost, in words and as JSON.
 
 use serde_json::{Value, json};
-use st_model::{Engine, GenerateStats, StoreStats};
+use st_model::{Engine, GenerateStats, HeadStats, StoreStats};
 
 use crate::size::show_size;
 use crate::table;
@@ -23,6 +23,9 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         stats.weight_bandwidth() / 1e9,
         100.0 * live_share(stats)
     ));
+    if let Some(head) = engine.head_stats() {
+        out.push_str(&format!("head:       {}\n", head_line(&head)));
+    }
     match peak_resident() {
         Some(bytes) => out.push_str(&format!("memory:     {} resident at the peak", show_size(bytes))),
         None => out.push_str("memory:     not known on this system"),
@@ -31,6 +34,31 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         out.push_str(&format!("\n{}", experts_table(&parts(stats)).trim_end()));
     }
     out
+}
+
+/// What a sparse head did.
+pub(crate) fn head_line(head: &HeadStats) -> String {
+    let lost = match head.lost_share() {
+        Some(share) => format!("; the likeliest token lost in {:.2} % of {}", 100.0 * share, head.positions),
+        None => String::new(),
+    };
+    format!(
+        "approximate: {:.1} % of rows computed, those that score above {}{lost}",
+        100.0 * head.computed_share(),
+        head.threshold
+    )
+}
+
+/// The same as an object.
+pub(crate) fn head_json(head: &HeadStats) -> Value {
+    json!({
+        "approximate": true,
+        "threshold": head.threshold,
+        "positions": head.positions,
+        "rows_computed_share": head.computed_share(),
+        "likeliest_lost": head.lost,
+        "likeliest_lost_share": head.lost_share(),
+    })
 }
 
 /// What the expert cache did for a part of the work.
@@ -99,6 +127,9 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
         "peak_resident_bytes": peak_resident(),
         "ctx": engine.ctx(),
     });
+    if let Some(head) = engine.head_stats() {
+        object["sparse_head"] = head_json(&head);
+    }
     if engine.plan().reports_cache() {
         object["experts"] = cache_json(engine);
         for part in parts(stats) {

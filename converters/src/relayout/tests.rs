@@ -150,6 +150,7 @@ fn it_agrees_with_the_converter() {
                 threads: 2,
                 search: false,
                 requantize: false,
+                extra: None,
                 keep_head: false,
             };
             crate::convert(&input, &options, &out, false, &NoProgress, &Cancel::new()).unwrap();

@@ -176,7 +176,7 @@ impl ModelShape {
     fn check_tensors(&self, file: &dyn Described) -> Result<(), FormatError> {
         // First what has no place: a fused matrix explains better than the one that is missing for it.
         for name in file.tensor_names() {
-            self.check_place(name)?;
+            self.check_place(file, name)?;
         }
         for tensor in Tensor::ALL {
             let layers = match tensor.scope() {
@@ -186,6 +186,9 @@ impl ModelShape {
             };
             let expected = tensor.ggml_shape(self);
             for name in (0..layers).map(|layer| tensor.name(layer)) {
+                if file.tensor_shape(&name).is_none() && self.is_fused(file, &name)? {
+                    continue;
+                }
                 match file.tensor_shape(&name) {
                     Some(got) if same_shape(got, &expected) => {}
                     Some(got) => return Err(FormatError::TensorShape { name, expected, got: got.to_vec() }),
@@ -197,8 +200,19 @@ impl ModelShape {
         Ok(())
     }
 
+    /// Whether a matrix that is missing is part of a fused one, which is as large as it has to be.
+    fn is_fused(&self, file: &dyn Described, name: &str) -> Result<bool, FormatError> {
+        let Some((name, _)) = tensor_names::fused(name, self) else { return Ok(false) };
+        let Some(got) = file.tensor_shape(&name) else { return Ok(false) };
+        let expected = [self.n_embd, self.q_dim() + 2 * self.kv_dim()].map(|n| n as u64).to_vec();
+        match same_shape(got, &expected) {
+            true => Ok(true),
+            false => Err(FormatError::TensorShape { name, expected, got: got.to_vec() }),
+        }
+    }
+
     /// Refuses a tensor that has no place in the computation.
-    fn check_place(&self, name: &str) -> Result<(), FormatError> {
+    fn check_place(&self, file: &dyn Described, name: &str) -> Result<(), FormatError> {
         let refuse = |why: String| Err(FormatError::TensorNotComputed { name: name.to_owned(), why });
         if let Some(rest) = name.strip_prefix("blk.") {
             let (layer, part) = rest.split_once('.').unwrap_or((rest, ""));
@@ -206,7 +220,13 @@ impl ModelShape {
             if layer >= self.n_layers {
                 return refuse(format!("it has {} layers, 0 to {}", self.n_layers, self.n_layers - 1));
             }
+            // Beside a fused matrix its parts have no place.
+            let apart = [Tensor::AttnQ, Tensor::AttnK, Tensor::AttnV].map(|tensor| tensor.name(layer));
+            if part == tensor_names::FUSED && apart.iter().any(|name| file.tensor_shape(name).is_some()) {
+                return refuse("its layer has queries, keys and values apart, too".into());
+            }
             let known = part == tensor_names::PACKED
+                || part == tensor_names::FUSED
                 || Tensor::ALL.iter().any(|tensor| {
                     tensor.scope() != Scope::Model && part.strip_suffix(".weight") == Some(tensor.part())
                 });

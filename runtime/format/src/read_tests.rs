@@ -224,7 +224,7 @@ fn tensors_that_have_no_place_are_refused_by_name() {
         "blk.0.attn_q.bias",
         "blk.8.attn_norm.weight",
         "blk.3.attn_q_norm.weight",
-        "blk.3.attn_qkv.weight",
+        "blk.3.attn_qkv.bias",
         "blk.0.ffn_up_shexp.weight",
         "blk.x.attn_q.weight",
         "output.bias",

@@ -132,7 +132,7 @@ impl Tensor {
 
 /// Names of the tensors that hold experts.
 pub mod tensor_names {
-    use super::{Matrix, Tensor};
+    use super::{Matrix, ModelShape, Tensor};
 
     /// The stacked matrices of one kind in layer `layer` (`gguf` layout).
     pub fn stacked(layer: usize, matrix: Matrix) -> String {
@@ -143,6 +143,23 @@ pub mod tensor_names {
     pub fn packed(layer: usize) -> String {
         format!("blk.{layer}.{PACKED}")
     }
+
+    /// Where the matrix of queries, keys or values called `name` lies in a file that has the three as one, below each other in this
+    /// order: that one's name, and the first row.
+    pub fn fused(name: &str, shape: &ModelShape) -> Option<(String, usize)> {
+        let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+        let is = |tensor: Tensor| part.strip_suffix(".weight") == Some(tensor.part());
+        let row = match () {
+            () if is(Tensor::AttnQ) => 0,
+            () if is(Tensor::AttnK) => shape.q_dim(),
+            () if is(Tensor::AttnV) => shape.q_dim() + shape.kv_dim(),
+            () => return None,
+        };
+        Some((format!("blk.{layer}.{FUSED}"), row))
+    }
+
+    /// What [`fused`] puts behind the layer.
+    pub(crate) const FUSED: &str = "attn_qkv.weight";
 
     /// What [`packed`] puts behind the layer.
     pub(crate) const PACKED: &str = "ffn_exps.packed";
@@ -172,5 +189,8 @@ mod tests {
         assert_eq!(Tensor::AttnOutput.ggml_shape(&shape), [1536, 1536]);
         assert_eq!(Tensor::FfnDownExps.ggml_shape(&shape), [768, 1536, 32]);
         assert_eq!(Tensor::OutputNorm.ggml_shape(&shape), [1536]);
+        let fused = |name| tensor_names::fused(name, &shape);
+        assert_eq!(fused("blk.3.attn_v.weight"), Some(("blk.3.attn_qkv.weight".into(), 1792)));
+        assert_eq!((fused("blk.3.attn_output.weight"), fused("output.weight")), (None, None));
     }
 }

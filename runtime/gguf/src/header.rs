@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use st_format::{Described, ModelShape, same_shape};
+use st_format::{Described, ModelShape, same_shape, tensor_names};
 
 use crate::checksums::Checksums;
 use crate::encode::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC};
@@ -142,6 +142,17 @@ impl Header {
     /// The tensor called `name`.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.index.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// Where the matrix called `name` of a model of this shape lies: the tensor, and the first row in it. Queries, keys and values may be
+    /// one tensor.
+    ///
+    /// # Errors
+    /// [`GgufError::MissingTensor`].
+    pub fn place_of(&self, name: &str, shape: &ModelShape) -> Result<(&TensorInfo, usize)> {
+        let fused = || tensor_names::fused(name, shape).and_then(|(name, row)| Some((self.tensor(&name)?, row)));
+        let found = self.tensor(name).map(|tensor| (tensor, 0)).or_else(fused);
+        found.map_or_else(|| self.require_tensor(name).map(|tensor| (tensor, 0)), Ok)
     }
 
     /// The tensor called `name`, or the error that says it is missing.

@@ -160,7 +160,7 @@ impl Kernels {
 
     /// [`Self::canonical_rows`] for each row of the input and the rows that live for it, as `Table::up_rows` has them.
     #[allow(clippy::too_many_arguments)]
-    fn canonical_live_rows(
+    pub(crate) fn canonical_live_rows(
         self,
         format: &ExpertFormat,
         ty: WeightType,

@@ -42,6 +42,7 @@ pub mod r16;
 mod scalar;
 mod scratch;
 mod search;
+mod some_rows;
 mod table;
 mod weight_type;
 #[cfg(target_arch = "x86_64")]
@@ -59,5 +60,6 @@ pub use out::ColumnsMut;
 pub use pool::Pool;
 pub use r16::{R16, R16_ROWS};
 pub use search::SquaredErrors;
+pub use some_rows::SomeRows;
 pub use table::Isa;
 pub use weight_type::{BLOCK_LEN, UnsupportedType, WeightType};

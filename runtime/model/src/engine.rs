@@ -18,6 +18,7 @@ use crate::error::ModelError;
 use crate::kv_cache::{self, LayerKv};
 use crate::model::Model;
 use crate::observer::Observer;
+use crate::ops::HeadStats;
 use crate::options::LoadOptions;
 use crate::plan::MemoryPlan;
 use crate::progress::{LoadProgress, NoProgress};
@@ -372,6 +373,11 @@ impl Engine {
     /// As [`ExpertStore::activity`]: which experts were used, and which were read.
     pub fn expert_activity(&self) -> (Vec<u32>, Vec<u32>) {
         self.model.store().activity()
+    }
+
+    /// What a sparse head did since the model was loaded; `None` where every row is computed.
+    pub fn head_stats(&self) -> Option<HeadStats> {
+        self.model.head_stats()
     }
 
     /// What the expert cache did since it was made.

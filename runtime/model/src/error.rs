@@ -38,6 +38,20 @@ pub enum ModelError {
         /// The types that would do.
         expected: String,
     },
+    /// A file that holds no predictor of this model's LM head.
+    #[error("{path} is no predictor: {problem}")]
+    Predictor {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A sparse head was asked for, and there is nothing to tell which rows matter.
+    #[error("{file} holds no predictor of its LM head")]
+    NoPredictor {
+        /// The model.
+        file: String,
+    },
     /// A token id outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {n_vocab}")]
     TokenId {

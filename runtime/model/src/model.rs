@@ -12,13 +12,13 @@ use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::moe::{ExpertLayer, Moe};
 use crate::observer::Observer;
-use crate::ops::{self, ActsScratch, Attention, Compute, Linear, RmsNorm};
-use crate::options::LoadOptions;
+use crate::ops::{self, ActsScratch, Attention, Compute, HeadStats, Linear, RmsNorm, SparseHead};
+use crate::options::{LoadOptions, SparseHead as SparseHeadOptions};
 use crate::router::Routing;
 use crate::sequence::Sequence;
 use crate::weights::{self, TensorSource};
 use crate::work::Work;
-use crate::workspace::Workspace;
+use crate::workspace::{HeadRows, Workspace};
 
 struct Layer {
     attn_norm: RmsNorm,
@@ -49,15 +49,25 @@ impl Layer {
     }
 }
 
+/// What makes logits of the residual stream.
+enum Head {
+    /// The embedding.
+    Embedding,
+    /// A matrix of its own.
+    Own(Linear),
+    /// Either of them, of which only some rows are computed.
+    Sparse(Box<SparseHead>),
+}
+
 /// All weights of a model, and the threads that compute with them.
 pub(crate) struct Model {
     config: ModelConfig,
     compute: Compute,
-    embedding: Linear,
+    /// `None` where the rows of the sparse head are the embedding.
+    embedding: Option<Linear>,
     layers: Vec<Layer>,
     output_norm: RmsNorm,
-    /// `None` where the embedding is the head.
-    head: Option<Linear>,
+    head: Head,
     moe: Moe,
 }
 
@@ -79,10 +89,22 @@ impl Model {
         let norm = |name: String| -> Result<RmsNorm, ModelError> {
             Ok(RmsNorm { weight: source.vector_f32(&name, c.n_embd)?, eps: c.rms_eps })
         };
-        let embedding = matrix(weights::TOKEN_EMBD.into(), source.n_vocab(), c.n_embd)?;
-        let head = match source.has_head() {
-            true => Some(matrix(weights::OUTPUT.into(), source.n_vocab(), c.n_embd)?),
-            false => None,
+        let sparse = match (source.predictor(options)?, &options.sparse_head) {
+            (Some(predictor), Some(SparseHeadOptions { threshold, check, .. })) => {
+                let shape = (source.n_vocab(), c.n_embd);
+                let head = SparseHead::load(source, &compute, source.head(), shape, &predictor, (*threshold, *check))?;
+                Some(head)
+            }
+            _ => None,
+        };
+        let embedding = match sparse.is_some() && !source.has_head() {
+            true => None,
+            false => Some(matrix(weights::TOKEN_EMBD.into(), source.n_vocab(), c.n_embd)?),
+        };
+        let head = match sparse {
+            Some(sparse) => Head::Sparse(Box::new(sparse)),
+            None if source.has_head() => Head::Own(matrix(weights::OUTPUT.into(), source.n_vocab(), c.n_embd)?),
+            None => Head::Embedding,
         };
         let mut layers = Vec::with_capacity(c.n_layers);
         for n in 0..c.n_layers {
@@ -109,7 +131,7 @@ impl Model {
 
     /// Rows of the embedding.
     pub(crate) fn n_vocab(&self) -> usize {
-        self.embedding.n_out()
+        self.config.n_vocab
     }
 
     /// The instruction set of the kernels.
@@ -120,6 +142,21 @@ impl Model {
     /// The expert cache.
     pub(crate) fn store(&self) -> &ExpertStore {
         self.moe.store()
+    }
+
+    /// What a sparse head did, where there is one.
+    pub(crate) fn head_stats(&self) -> Option<HeadStats> {
+        if let Head::Sparse(head) = &self.head { Some(head.stats()) } else { None }
+    }
+
+    /// The embedding of a token.
+    fn embed(&self, token: usize, row: &mut [f32]) {
+        match (&self.embedding, &self.head) {
+            (Some(embedding), _) => embedding.row_f32(token, row),
+            (None, Head::Sparse(head)) => head.row_f32(token, row),
+            // Made so in `load`: without an embedding the head is sparse.
+            (None, _) => unreachable!("a model without an embedding"),
+        }
     }
 
     /// Runs the rows of `batch`, which go on with `sequences`. Where it fails, the sequences are as before.
@@ -161,7 +198,7 @@ impl Model {
         ws.rope.prepare(&ws.runs);
         let (n, n_layers) = (batch.len(), self.layers.len());
         let a = ws.activations(&self.config, n)?;
-        ops::embed(&self.embedding, batch.tokens(), &a.x)?;
+        ops::embed(&|token, row| self.embed(token, row), batch.tokens(), &a.x)?;
         for layer in 0..n_layers {
             let work = self.layer(layer, batch, &a, sequences, ws, observer)?;
             ws.layer_work[layer].add(&work);
@@ -222,17 +259,27 @@ impl Model {
         if rows.is_empty() {
             return Ok(());
         }
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
         let (cx, n_embd) = (&self.compute, self.config.n_embd);
         a.with_residual(|x| {
-            let (input, logits) = ws.head.rows(rows.len(), n_embd);
+            let HeadRows { input, logits, hidden } = ws.head.rows(rows.len(), n_embd);
             for (&row, input) in rows.iter().zip(input.chunks_exact_mut(n_embd)) {
                 self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], input);
             }
-            head.apply(cx, &mut ws.scratch.acts, input, logits, || ());
+            let acts = &mut ws.scratch.acts;
+            let whole = match &self.head {
+                Head::Sparse(head) => {
+                    ws.work.weight_bytes += head.apply(cx, acts, input, hidden, logits);
+                    None
+                }
+                Head::Own(head) => Some(head),
+                Head::Embedding => self.embedding.as_ref(),
+            };
+            if let Some(head) = whole {
+                head.apply(cx, acts, input, logits, || ());
+                ws.work.weight_bytes += head.bytes() as u64;
+            }
             Ok(())
         })?;
-        ws.work.weight_bytes += head.bytes() as u64;
         Ok(())
     }
 }

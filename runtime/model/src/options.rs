@@ -8,6 +8,7 @@ use st_kernels::{Isa, Kernels, KvType};
 
 use crate::error::ModelError;
 use crate::plan::Residency;
+use crate::predictor::Predictor;
 
 /// How to load and run a model.
 #[derive(Clone, Debug)]
@@ -39,6 +40,19 @@ pub struct LoadOptions {
     pub io_threads: Option<usize>,
     /// Kernels to use; `None` takes the best that the CPU has.
     pub isa: Option<Isa>,
+    /// Compute only some rows of the LM head; `None` computes all.
+    pub sparse_head: Option<SparseHead>,
+}
+
+/// An LM head of which only the rows are computed that a predictor expects to matter: faster, and approximate.
+#[derive(Clone, Debug)]
+pub struct SparseHead {
+    /// Rows that score no more are -inf; the best-scored one is always computed.
+    pub threshold: f32,
+    /// Who scores; `None` takes the predictor that the model's file holds.
+    pub predictor: Option<Predictor>,
+    /// Compute all rows, too, and count how often the likeliest token is lost.
+    pub check: bool,
 }
 
 impl Default for LoadOptions {
@@ -57,6 +71,7 @@ impl Default for LoadOptions {
             guess: true,
             io_threads: None,
             isa: None,
+            sparse_head: None,
         }
     }
 }

@@ -195,7 +195,7 @@ impl Sampler {
     /// [`accept`](Sampler::accept) it.
     ///
     /// # Errors
-    /// Where `logits` is empty or holds NaN or an infinity.
+    /// Where `logits` is empty or holds NaN or infinity; -inf is a token that is not to be chosen.
     pub fn sample(&mut self, logits: &[f32], position: usize) -> Result<u32, SamplerError> {
         self.sample_among(logits, position, None)
     }
@@ -313,14 +313,16 @@ impl Sampler {
     }
 }
 
-/// The first logit that is no finite number. Blocks are judged whole: a search that may end at any logit is not vectorized, and a
-/// vocabulary is long.
+/// The first logit that is neither a finite number nor -inf, which a token has that is not to be chosen. Blocks are judged whole: a search
+/// that may end at any logit is not vectorized, and a vocabulary is long.
 fn first_not_finite(logits: &[f32]) -> Option<(usize, f32)> {
     const BLOCK: usize = 256;
-    let all_finite = |block: &[f32]| block.iter().fold(true, |all, logit| all & logit.is_finite());
-    let block = logits.chunks(BLOCK).position(|block| !all_finite(block))?;
+    // False for NaN, too.
+    let can_be = |logit: f32| logit < f32::INFINITY;
+    let all_can_be = |block: &[f32]| block.iter().fold(true, |all, &logit| all & can_be(logit));
+    let block = logits.chunks(BLOCK).position(|block| !all_can_be(block))?;
     let rest = logits.iter().enumerate().skip(block * BLOCK);
-    rest.map(|(id, &logit)| (id, logit)).find(|(_, logit)| !logit.is_finite())
+    rest.map(|(id, &logit)| (id, logit)).find(|&(_, logit)| !can_be(logit))
 }
 
 /// The id of the highest logit, the lowest id where several are equal; `None` where no token is allowed.
@@ -441,8 +443,12 @@ mod tests {
         };
         assert!(draw.sample(&[f32::INFINITY], 0).is_err());
         let mut long = vec![0.0; 1000];
-        long[777] = f32::NEG_INFINITY;
+        long[777] = f32::NAN;
         assert!(matches!(draw.sample(&long, 0), Err(SamplerError::NotFinite { id: 777, .. })));
+        // What is not to be chosen is not chosen, and is no reason to choose nothing.
+        let mut only = vec![f32::NEG_INFINITY; 1000];
+        only[777] = -3.0;
+        assert_eq!(draw.sample(&only, 0), Ok(777));
         assert_eq!(draw.sample(&[], 0), Err(SamplerError::Empty));
     }
 

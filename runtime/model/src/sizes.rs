@@ -9,7 +9,7 @@ use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::kv_cache::{self, POSITION_STEP};
 use crate::moe::Moe;
-use crate::ops::Linear;
+use crate::ops::{Linear, SparseHead};
 use crate::options::LoadOptions;
 use crate::plan::{Costs, FixedCosts, MemoryPlan, PlanRequest, PlanShape, Residency, VariableCosts};
 use crate::template::MOST_UNDER_A_BUDGET;
@@ -74,7 +74,7 @@ pub(crate) fn plan(
         ctx_step: POSITION_STEP,
     };
     let process = process_bytes(options.memory, st_sys::resident())?;
-    let dense = dense(source, config)?;
+    let dense = dense(source, config, options)?;
     let slots = slot_format(source, options.kernels()?);
     // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
@@ -117,7 +117,7 @@ fn with_slack(error: ModelError) -> ModelError {
 }
 
 /// Everything but the experts, as it lies in memory.
-fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelError> {
+fn dense(source: &TensorSource<'_>, config: &ModelConfig, options: &LoadOptions) -> Result<u64, ModelError> {
     let matrix = |name: &str, rows: usize, cols: usize| -> Result<u64, ModelError> {
         let ty = source.weight_type(name)?;
         let bytes = Linear::bytes_for(ty, rows, cols);
@@ -128,9 +128,16 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig) -> Result<u64, ModelEr
         })
     };
     let (n_embd, n_vocab) = (config.n_embd, source.n_vocab());
-    let mut total = matrix(weights::TOKEN_EMBD, n_vocab, n_embd)?;
+    let mut total = match source.predictor(options)? {
+        None => matrix(source.head(), n_vocab, n_embd)?,
+        Some(predictor) => {
+            let (name, ty) = (source.head(), source.weight_type(source.head())?);
+            let bytes = SparseHead::bytes_for(ty, n_vocab, n_embd, predictor.hidden());
+            bytes.ok_or_else(|| ModelError::Blocks { name: name.into(), ty: ty.name(), n_in: n_embd })? as u64
+        }
+    };
     if source.has_head() {
-        total += matrix(weights::OUTPUT, n_vocab, n_embd)?;
+        total += matrix(weights::TOKEN_EMBD, n_vocab, n_embd)?;
     }
     for layer in 0..config.n_layers {
         for (part, rows, cols) in [

@@ -5,13 +5,15 @@
 
 use std::ops::ControlFlow;
 
-use st_format::{Matrix, Scope, Tensor, tensor_names};
+use st_format::{Matrix, ModelShape, Scope, Tensor, tensor_names};
 use st_gguf::{ExpertIndex, GgmlType, GgufFile, TensorInfo};
 use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
 use crate::chat::KEY_TEMPLATE;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
+use crate::options::LoadOptions;
+use crate::predictor::Predictor;
 use crate::progress::LoadProgress;
 
 /// The embedding, and the LM head too where the two are tied; `[n_embd, n_vocab]`.
@@ -33,7 +35,7 @@ pub(crate) struct TensorSource<'a> {
     experts: ExpertIndex,
     /// Per layer.
     formats: Vec<ExpertFormat>,
-    n_vocab: usize,
+    shape: ModelShape,
     has_head: bool,
 }
 
@@ -56,18 +58,18 @@ impl<'a> TensorSource<'a> {
                 Scope::Expert => 0,
             };
             for layer in 0..layers {
-                weight_type(find(file, &tensor.name(layer))?)?;
+                weight_type(file.header.place_of(&tensor.name(layer), config)?.0)?;
             }
         }
         let experts = ExpertIndex::from_header(&file.header, config)?;
         let formats = (0..config.n_layers).map(|layer| expert_format(&experts, layer, config));
         let formats = formats.collect::<Result<_, _>>()?;
-        Ok(Self { file, progress, experts, formats, n_vocab: config.n_vocab, has_head })
+        Ok(Self { file, progress, experts, formats, shape: config.clone(), has_head })
     }
 
     /// Rows of the embedding.
     pub(crate) fn n_vocab(&self) -> usize {
-        self.n_vocab
+        self.shape.n_vocab
     }
 
     /// Whether the LM head is a matrix of its own: where the file has the embedding a second time as the head, one copy serves.
@@ -78,6 +80,24 @@ impl<'a> TensorSource<'a> {
     /// Whether the file has a format for chats.
     pub(crate) fn has_chat_template(&self) -> bool {
         self.file.header.metadata.get(KEY_TEMPLATE).is_some()
+    }
+
+    /// The name of the matrix that makes logits.
+    pub(crate) fn head(&self) -> &'static str {
+        if self.has_head { OUTPUT } else { TOKEN_EMBD }
+    }
+
+    /// The predictor of the head, where `options` ask for one: theirs, or the file's.
+    ///
+    /// # Errors
+    /// [`ModelError::NoPredictor`] where neither is there; those of [`Predictor::in_gguf`].
+    pub(crate) fn predictor(&self, options: &LoadOptions) -> Result<Option<Predictor>, ModelError> {
+        let Some(sparse) = &options.sparse_head else { return Ok(None) };
+        if let Some(given) = &sparse.predictor {
+            return Ok(Some(given.clone()));
+        }
+        let found = Predictor::in_gguf(self.file, &self.shape)?;
+        found.map(Some).ok_or_else(|| ModelError::NoPredictor { file: self.file.header.file_name().to_owned() })
     }
 
     /// Where each expert lies.
@@ -97,7 +117,12 @@ impl<'a> TensorSource<'a> {
 
     /// Type of a matrix.
     pub(crate) fn weight_type(&self, name: &str) -> Result<WeightType, ModelError> {
-        weight_type(find(self.file, name)?)
+        weight_type(self.place_of(name)?.0)
+    }
+
+    /// The tensor that a matrix lies in, and its first row there.
+    fn place_of(&self, name: &str) -> Result<(&TensorInfo, usize), ModelError> {
+        Ok(self.file.header.place_of(name, &self.shape)?)
     }
 
     /// Rows `start..start + n` of a matrix as the file has them, into `buf`.
@@ -109,8 +134,8 @@ impl<'a> TensorSource<'a> {
         buf: &mut [u8],
     ) -> Result<(), ModelError> {
         go_on(self.progress)?;
-        let info = find(self.file, name)?;
-        self.file.read_range(info, (start * row_bytes) as u64, buf)?;
+        let (info, first) = self.place_of(name)?;
+        self.file.read_range(info, ((first + start) * row_bytes) as u64, buf)?;
         self.progress.loaded(buf.len() as u64);
         Ok(())
     }
@@ -127,9 +152,12 @@ impl<'a> TensorSource<'a> {
 
     /// A matrix in f32, row by row.
     pub(crate) fn matrix_f32(&self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>, ModelError> {
-        go_on(self.progress)?;
-        let info = find(self.file, name)?;
-        Ok(dequantize(weight_type(info)?, &self.file.read_tensor(info)?, rows, cols))
+        let ty = self.weight_type(name)?;
+        let blocks = || ModelError::Blocks { name: name.to_owned(), ty: ty.name(), n_in: cols };
+        let row_bytes = ty.row_bytes(cols).ok_or_else(blocks)?;
+        let mut bytes = vec![0; rows * row_bytes];
+        self.read_rows(name, 0, row_bytes, &mut bytes)?;
+        Ok(dequantize(ty, &bytes, rows, cols))
     }
 
     /// Gate and up (`n_ff × n_embd`) and down (`n_embd × n_ff`) of one expert in f32, row by row.

@@ -46,6 +46,15 @@ pub(crate) struct HeadBuffers {
     /// `[rows, n_vocab]`.
     pub(crate) logits: Vec<f32>,
     pub(crate) n_vocab: usize,
+    /// What a predictor makes of the input on its way to scores.
+    hidden: Vec<f32>,
+}
+
+/// Buffers for some rows.
+pub(crate) struct HeadRows<'a> {
+    pub(crate) input: &'a mut [f32],
+    pub(crate) logits: &'a mut [f32],
+    pub(crate) hidden: &'a mut Vec<f32>,
 }
 
 /// Activations of two sizes: a prompt's are made when there is one.
@@ -73,7 +82,12 @@ impl Workspace {
             guess: Routing::default(),
             rope: Rope::new(config),
             runs: Vec::new(),
-            head: HeadBuffers { input: vec![0.0; config.n_embd], logits: vec![0.0; n_vocab], n_vocab },
+            head: HeadBuffers {
+                input: vec![0.0; config.n_embd],
+                logits: vec![0.0; n_vocab],
+                n_vocab,
+                hidden: Vec::new(),
+            },
             work: Work::default(),
             layer_work: vec![Work::default(); config.n_layers],
             activations: Rooms { latest: (1, small.first(1)?), small, large: None, batch },
@@ -128,14 +142,14 @@ impl Workspace {
 }
 
 impl HeadBuffers {
-    /// Room for `rows` rows: input and logits.
-    pub(crate) fn rows(&mut self, rows: usize, n_embd: usize) -> (&mut [f32], &mut [f32]) {
+    /// Room for `rows` rows.
+    pub(crate) fn rows(&mut self, rows: usize, n_embd: usize) -> HeadRows<'_> {
         let (input, logits) = (rows * n_embd, rows * self.n_vocab);
         if self.logits.len() < logits {
             self.input.resize(input, 0.0);
             self.logits.resize(logits, 0.0);
         }
-        (&mut self.input[..input], &mut self.logits[..logits])
+        HeadRows { input: &mut self.input[..input], logits: &mut self.logits[..logits], hidden: &mut self.hidden }
     }
 }
 

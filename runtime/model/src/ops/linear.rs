@@ -74,6 +74,13 @@ impl Linear {
         Ok(Self { widths: loaded.iter().map(|part| part.n_out).collect(), parts: loaded, n_in })
     }
 
+    /// A matrix of a quantized type out of its canonical bytes.
+    pub(crate) fn from_canonical(cx: &Compute, ty: WeightType, n_out: usize, n_in: usize, canonical: &[u8]) -> Self {
+        let mut data = AlignedBuf::zeroed_beside(r16::packed_bytes(ty, n_out, n_in).unwrap_or(0));
+        cx.kernels.pack_r16(ty, n_out, n_in, canonical, &mut data);
+        Self { parts: vec![Part { ty, n_out, n_in, data }], widths: vec![n_out], n_in }
+    }
+
     /// Bytes that a matrix takes in memory.
     pub(crate) fn bytes_for(ty: WeightType, n_out: usize, n_in: usize) -> Option<usize> {
         match ty.is_quantized() {
@@ -85,6 +92,11 @@ impl Linear {
     /// Outputs.
     pub(crate) fn n_out(&self) -> usize {
         self.widths.iter().sum()
+    }
+
+    /// Inputs.
+    pub(crate) fn n_in(&self) -> usize {
+        self.n_in
     }
 
     /// Bytes of weights.
@@ -154,7 +166,7 @@ impl Linear {
     }
 
     /// Row `row` in f32.
-    fn row_f32(&self, mut row: usize, out: &mut [f32]) {
+    pub(crate) fn row_f32(&self, mut row: usize, out: &mut [f32]) {
         for part in &self.parts {
             if row < part.n_out {
                 return part.row_f32(row, out);
@@ -228,21 +240,23 @@ impl Part {
     }
 }
 
-/// Rows of `embedding` by token, into `[tokens, n_embd]`.
-pub(crate) fn embed(embedding: &Linear, tokens: &[u32], x: &Tensor) -> Result<(), ModelError> {
-    struct Embed<'a>(&'a Linear, &'a [u32]);
+/// Rows of an embedding by token, as `row` gives them, into `x` (`[tokens, n_embd]`).
+pub(crate) fn embed(row: &dyn Fn(usize, &mut [f32]), tokens: &[u32], x: &Tensor) -> Result<(), ModelError> {
+    struct Embed<'a>(&'a dyn Fn(usize, &mut [f32]), &'a [u32]);
     impl candle_core::InplaceOp1 for Embed<'_> {
         fn name(&self) -> &'static str {
             "embed"
         }
         fn cpu_fwd(&self, x: &mut candle_core::CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
-            for (&token, row) in self.1.iter().zip(super::slice_mut(x, layout)?.chunks_exact_mut(self.0.n_in)) {
-                self.0.row_f32(token as usize, row);
+            let x = super::slice_mut(x, layout)?;
+            let n_embd = x.len() / self.1.len().max(1);
+            for (&token, row) in self.1.iter().zip(x.chunks_exact_mut(n_embd.max(1))) {
+                (self.0)(token as usize, row);
             }
             Ok(())
         }
     }
-    Ok(x.inplace_op1(&Embed(embedding, tokens))?)
+    Ok(x.inplace_op1(&Embed(row, tokens))?)
 }
 
 /// Refuses f32 weights that are no numbers: a router's would only show as strange choices.

@@ -6,6 +6,7 @@
 
 mod attention;
 mod elementwise;
+mod head;
 mod linear;
 
 use candle_core::{CpuStorage, Layout, Tensor};
@@ -15,6 +16,8 @@ use crate::error::ModelError;
 
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use elementwise::{RmsNorm, Rope, add, add_experts};
+pub use head::HeadStats;
+pub(crate) use head::SparseHead;
 pub(crate) use linear::{ActsScratch, Linear, embed};
 
 /// What computes: an instruction set and threads.

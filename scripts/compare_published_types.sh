@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Files of every published mix of types, made by the real llama-quantize, run by st-tool and by llama.cpp, outside CI.
+#
+#   scripts/compare_published_types.sh ST_TOOL LLAMA_SRC LLAMA_BUILD F16.gguf FOLDER [TYPE...]
+#
+# F16.gguf is a file of floats with alignment 32 (`st-tool quantize --f16`, or `synth make --format gguf --mix f16`); LLAMA_BUILD is
+# llama.cpp's cmake folder with llama-quantize and libllama. Each TYPE (all published ones by default) is quantized into FOLDER, unless
+# it is there; `TYPE-imatrix` uses the importance matrix IMATRIX names. For each: ten prompts are continued greedily by both programs, and
+# where they part the gap of llama.cpp's two best logits says whether it is a tie (check_llama_cpp.py); then st-tool answers once from
+# memory, once within MEMORY (default: what it says is the least), and once from the offload layout: the same tokens, or it fails.
+set -euo pipefail
+[ $# -ge 5 ] || { sed -n '2,12p' "$0"; exit 2; }
+tool=$1 source=$2 build=$3 floats=$4 folder=$5
+shift 5
+types=("$@")
+[ ${#types[@]} -gt 0 ] || types=(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K_S Q3_K_M Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ4_NL IQ4_XS)
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$folder"
+
+# Ten prompts of ids that every vocabulary here has.
+prompts=$folder/prompts.txt
+python3 - >"$prompts" <<'PYTHON'
+state = 12345
+for length in (3, 5, 8, 12, 17, 23, 30, 38, 47, 57):
+    ids = []
+    for _ in range(length):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        ids.append(300 + (state >> 33) % 1500)
+    print(",".join(map(str, ids)))
+PYTHON
+
+failed=0
+for type in "${types[@]}"; do
+    file=$folder/$type.gguf
+    if [ ! -e "$file" ]; then
+        matrix=()
+        case $type in *-imatrix) matrix=(--imatrix "${IMATRIX:?names the importance matrix}") ;; esac
+        "$build/bin/llama-quantize" "${matrix[@]}" "$floats" "$file.part" "${type%-imatrix}" >"$folder/$type.log" 2>&1
+        mv "$file.part" "$file"
+    fi
+    echo "== $type: $("$tool" inspect "$file" | grep -E '^ *(layers?|[A-Z0-9_]+  +[0-9]+ tensors)' | tr -s ' ' | tr '\n' ';')"
+    python3 "$here/check_llama_cpp.py" --st-tool "$tool" --llama-src "$source" --llama-build "$build" "$file" \
+        --prompts "$prompts" -n "${TOKENS:-32}" --threads "${THREADS:-2}" || failed=1
+    ids=$(sed -n 4p "$prompts")
+    answer() { "$tool" run "$@" --token-ids "$ids" -n 24 --temp 0 --json --quiet | python3 -c 'import json, sys; print(json.load(sys.stdin)["ids"])'; }
+    whole=$(answer "$file")
+    least=$({ "$tool" run "$file" --token-ids "$ids" -n 1 --memory 1MiB 2>&1 || true; } | sed -n 's/.*needs at least \([0-9]*\).*/\1/p')
+    streamed=$(answer "$file" --memory "${MEMORY:-$((least + 4194304))}")
+    rm -f "$folder/offload.gguf"
+    "$tool" layout "$file" "$folder/offload.gguf" --to offload --quiet
+    packed=$(answer "$folder/offload.gguf" --memory "${MEMORY:-$((least + 4194304))}")
+    if [ "$whole" = "$streamed" ] && [ "$whole" = "$packed" ]; then
+        echo "   the same tokens from memory, within ${MEMORY:-$((least + 4194304))} bytes, and from the offload layout"
+    else
+        echo "   DIFFERENT tokens: $whole / $streamed / $packed"
+        failed=1
+    fi
+done
+exit $failed

@@ -9,13 +9,12 @@
 //!
 //! What a search finds goes into `corpus/` under the name of its kind, and is an ordinary test from then on.
 
-use std::io;
 use std::path::Path;
 
 use st_convert::{ConvertOptions, Input, Layout, WeightType};
 use st_experts::RoutingTrace;
 use st_format::{Matrix, ModelShape};
-use st_gguf::{ExpertIndex, Header, ReadAt};
+use st_gguf::{ExpertIndex, Header, MemorySource};
 use st_model::chat::{ChatTemplate, Message, Role};
 use st_model::tokenizer::Tokenizer;
 
@@ -32,25 +31,8 @@ pub const TARGETS: [Target; 6] = [
     ("routing_trace", routing_trace),
 ];
 
-/// Bytes in memory as a file.
-#[derive(Debug)]
-struct Bytes(Vec<u8>);
-
-impl ReadAt for Bytes {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).map_err(|_| io::ErrorKind::UnexpectedEof)?;
-        let end = start.checked_add(buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(self.0.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn len(&self) -> u64 {
-        self.0.len() as u64
-    }
-}
-
 fn header(data: &[u8]) -> Option<Header> {
-    Header::parse(&Bytes(data.to_vec())).ok()
+    Header::parse(&MemorySource(data)).ok()
 }
 
 /// The header of a GGUF file.

@@ -5,7 +5,7 @@
 use crate::error::StoreError;
 use crate::inflight::ALL_MATRICES;
 use crate::options::MAX_LEASE;
-use crate::store::Shared;
+use crate::shared::Shared;
 use crate::table::Held;
 use st_gguf::Matrix;
 

@@ -26,6 +26,7 @@ mod lease;
 mod list;
 mod options;
 mod reader;
+mod shared;
 mod slots;
 mod stats;
 mod store;

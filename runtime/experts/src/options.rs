@@ -4,7 +4,6 @@ use crate::SlotFormat;
 use crate::error::StoreError;
 use crate::io::IoMode;
 use crate::reader::bounce_bytes_for;
-use crate::store::ExpertStore;
 use st_gguf::ExpertIndex;
 use st_sys::{PAGE, Pages};
 
@@ -31,9 +30,9 @@ pub struct StoreOptions {
     pub io: IoMode,
     /// Reads in flight, each on a thread of its own; from 1 to 8 (anything else is brought into that range).
     pub io_threads: usize,
-    /// Whether [`ExpertStore::prefetch`] and the waves' look-ahead do anything.
+    /// Whether [`ExpertStore::prefetch`](crate::ExpertStore::prefetch) and the waves' look-ahead do anything.
     pub prefetch: bool,
-    /// Slots that guesses ([`ExpertStore::prefetch_guess`]) may take from the cache; 0 for no guesses.
+    /// Slots that guesses ([`ExpertStore::prefetch_guess`](crate::ExpertStore::prefetch_guess)) may take from the cache; 0 for no guesses.
     pub guess_slots: usize,
     /// Ask for large pages for slots and buffers. Direct reads into them take fewer requests (measured, 650 KiB reads, four
     /// in flight: 1.8 GB/s against 1.3), at the price of up to 2 MiB that a slab's last page wastes.
@@ -71,23 +70,21 @@ pub struct StoreMemory {
 }
 
 impl StoreMemory {
-    /// Both together.
-    pub fn total(&self) -> usize {
-        self.slab_bytes.saturating_add(self.io_buffer_bytes)
-    }
-}
-
-impl ExpertStore {
     /// What a store with these options will take, so that a budget can be planned before anything is opened.
-    pub fn memory_for(index: &ExpertIndex, format: &dyn SlotFormat, options: &StoreOptions) -> StoreMemory {
+    pub fn of(index: &ExpertIndex, format: &dyn SlotFormat, options: &StoreOptions) -> Self {
         let n_keys = index.n_layers().saturating_mul(index.n_experts());
         let footprint = |bytes: usize| Pages::footprint(bytes, options.huge_pages).unwrap_or(usize::MAX);
         let stride = format.slot_bytes().checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
         let bounce_bytes = bounce_bytes_for(index, format).saturating_mul(options.io_threads.clamp(1, MAX_IO_THREADS));
-        StoreMemory {
+        Self {
             slab_bytes: footprint(stride.saturating_mul(options.n_slots.min(n_keys))),
             io_buffer_bytes: if bounce_bytes == 0 { 0 } else { footprint(bounce_bytes) },
         }
+    }
+
+    /// Both together.
+    pub fn total(&self) -> usize {
+        self.slab_bytes.saturating_add(self.io_buffer_bytes)
     }
 }
 

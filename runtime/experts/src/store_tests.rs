@@ -459,12 +459,12 @@ fn what_is_planned_is_what_is_taken() {
         let fixture = Fixture::new(layout, 4, 8, ODD);
         for huge_pages in [false, true] {
             let options = StoreOptions { huge_pages, io_threads: 3, ..Default::default() };
-            let all = ExpertStore::memory_for(&fixture.index, &fixture.format, &options);
+            let all = StoreMemory::of(&fixture.index, &fixture.format, &options);
             // The records of this file lie on pages, so nothing has to be rearranged on the way.
             assert_eq!(all.io_buffer_bytes == 0, layout == Layout::Offload);
             for n_slots in [16, 32] {
                 let options = StoreOptions { n_slots, ..options.clone() };
-                let planned = ExpertStore::memory_for(&fixture.index, &fixture.format, &options);
+                let planned = StoreMemory::of(&fixture.index, &fixture.format, &options);
                 assert!(huge_pages || n_slots == 32 || planned.slab_bytes == all.slab_bytes / 2);
                 let store = store(&fixture, options).unwrap();
                 assert_eq!(

@@ -53,7 +53,7 @@ pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};
 pub use placed::PlacedWriter;
 pub use placeholder::Placeholder;
 pub use reader::GgufFile;
-pub use source::{FileSource, Part, ReadAt, StaticSource};
+pub use source::{FileSource, MemorySource, Part, ReadAt};
 pub use st_format::{Array, GgmlType, Matrix, ModelShape, OctetArray, StringArray, Value};
 pub use writer::{GgufWriter, WriteOptions};
 

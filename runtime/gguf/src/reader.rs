@@ -8,7 +8,7 @@ use crate::checksums::Verifier;
 use crate::error::{GgufError, Result};
 use crate::source::name_of;
 use crate::split;
-use crate::{FileSource, Header, ReadAt, StaticSource, TensorInfo};
+use crate::{FileSource, Header, MemorySource, ReadAt, TensorInfo};
 
 /// A GGUF file whose header has been read and checked. Cloning shares the source.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ impl GgufFile {
     /// # Errors
     /// As [`Header::parse`].
     pub fn from_static(bytes: &'static [u8]) -> Result<Self> {
-        Self::from_source(Arc::new(StaticSource(bytes)))
+        Self::from_source(Arc::new(MemorySource(bytes)))
     }
 
     /// Reads the header of `source`.

@@ -1,4 +1,4 @@
-//! Where bytes come from: a file, or bytes that live in the binary. Positioned reads only, so that one
+//! Where bytes come from: a file, or memory. Positioned reads only, so that one
 //! source serves many threads without a cursor to share.
 
 use std::fmt;
@@ -94,28 +94,28 @@ impl ReadAt for FileSource {
     }
 }
 
-/// Bytes embedded in the binary.
+/// Bytes in memory, such as those embedded in the binary.
 #[derive(Clone, Copy)]
-pub struct StaticSource(pub &'static [u8]);
+pub struct MemorySource<B>(pub B);
 
-impl fmt::Debug for StaticSource {
+impl<B: AsRef<[u8]>> fmt::Debug for MemorySource<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "StaticSource({} bytes)", self.0.len())
+        write!(f, "MemorySource({} bytes)", self.0.as_ref().len())
     }
 }
 
-impl ReadAt for StaticSource {
+impl<B: AsRef<[u8]> + Send + Sync> ReadAt for MemorySource<B> {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let bytes = usize::try_from(offset)
             .ok()
-            .and_then(|start| self.0.get(start..start.checked_add(buf.len())?))
+            .and_then(|start| self.0.as_ref().get(start..start.checked_add(buf.len())?))
             .ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(bytes);
         Ok(())
     }
 
     fn len(&self) -> u64 {
-        self.0.len() as u64
+        self.0.as_ref().len() as u64
     }
 }
 
@@ -124,8 +124,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn static_reads_stay_inside() {
-        let source = StaticSource(b"abcdef");
+    fn reads_of_memory_stay_inside() {
+        let source = MemorySource(b"abcdef");
         let mut buf = [0; 3];
         source.read_exact_at(&mut buf, 3).unwrap();
         assert_eq!(&buf, b"def");

@@ -6,6 +6,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use st_sys::Pages;
+
 mod sealed {
     /// Types for which any bytes are a value, zero included.
     pub trait Plain: Copy + Send + Sync + 'static {}
@@ -21,7 +23,6 @@ pub(crate) use sealed::Plain;
 const ALIGN: usize = 64;
 /// From here on memory is mapped: it is zero without being touched, and may have large pages.
 const MAP_BYTES: usize = 1 << 20;
-const LARGE_PAGE: usize = 2 << 20;
 /// Address space of an arena; memory is taken as it is used.
 const ARENA_BYTES: usize = 64 << 20;
 
@@ -39,7 +40,7 @@ pub struct AlignedBuf<T> {
 enum Memory {
     None,
     Heap { data: NonNull<u8>, layout: Layout },
-    Map { _map: Arc<Map> },
+    Pages { _pages: Arc<Pages> },
 }
 
 // SAFETY: the buffer owns its memory, and its values are `Send` and `Sync` (`Plain`).
@@ -98,77 +99,19 @@ impl Drop for Memory {
     }
 }
 
-/// Memory mapped from the system, zero until written.
-struct Map {
-    base: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: a mapping may be given back from any thread; who uses which part of it is up to its users.
-unsafe impl Send for Map {}
-// SAFETY: as above.
-unsafe impl Sync for Map {}
-
-impl Map {
-    /// `bytes` of memory that begin at a large page, and large pages for all whole ones (one at the end would take more memory than
-    /// was asked for). `None` if the system refuses.
-    #[cfg(unix)]
-    fn new(bytes: usize) -> Option<(Self, NonNull<u8>)> {
-        let total = bytes.checked_add(LARGE_PAGE)?;
-        // SAFETY: a new private mapping, which touches nothing else.
-        let p = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            libc::mmap(std::ptr::null_mut(), total, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
-        if p == libc::MAP_FAILED {
-            return None;
-        }
-        let base = NonNull::new(p.cast::<u8>())?;
-        let skip = base.as_ptr().align_offset(LARGE_PAGE).min(LARGE_PAGE);
-        // SAFETY: skip <= LARGE_PAGE, so `bytes` from there on lie in the mapping.
-        let data = unsafe { base.add(skip) };
-        #[cfg(target_os = "linux")]
-        if bytes >= LARGE_PAGE {
-            // It is advice, so a refusal is no error.
-            // SAFETY: the range lies in the mapping.
-            unsafe { libc::madvise(data.as_ptr().cast(), bytes / LARGE_PAGE * LARGE_PAGE, libc::MADV_HUGEPAGE) };
-        }
-        Some((Self { base, bytes: total }, data))
-    }
-
-    #[cfg(not(unix))]
-    fn new(_: usize) -> Option<(Self, NonNull<u8>)> {
-        None
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        #[cfg(unix)]
-        // SAFETY: mapped by `new`, and nobody holds it any more.
-        unsafe {
-            libc::munmap(self.base.as_ptr().cast(), self.bytes);
-        }
-    }
-}
-
 fn own_map(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
     if bytes < MAP_BYTES {
         return None;
     }
-    let (map, data) = Map::new(bytes)?;
-    Some((data, Memory::Map { _map: Arc::new(map) }))
+    let pages = Pages::exact(bytes).ok()?;
+    Some((NonNull::new(pages.as_ptr())?, Memory::Pages { _pages: Arc::new(pages) }))
 }
 
-/// What is left of the map that buffers are being placed in side by side.
+/// What is left of the pages that buffers are being placed in side by side.
 struct Arena {
-    map: Arc<Map>,
-    data: NonNull<u8>,
+    pages: Arc<Pages>,
     used: usize,
 }
-
-// SAFETY: the unused rest of a map, which only the arena refers to.
-unsafe impl Send for Arena {}
 
 /// A part of the current arena for buffers of middling size; `None` for others.
 fn arena(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
@@ -179,15 +122,14 @@ fn arena(bytes: usize) -> Option<(NonNull<u8>, Memory)> {
     let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
     let fits = |arena: &Arena| ARENA_BYTES - arena.used >= bytes;
     // Nobody else holds an arena that all its buffers have left: a new one is zero again.
-    if !current.as_ref().is_some_and(|arena| fits(arena) && Arc::strong_count(&arena.map) > 1) {
-        let (map, data) = Map::new(ARENA_BYTES)?;
-        *current = Some(Arena { map: Arc::new(map), data, used: 0 });
+    if !current.as_ref().is_some_and(|arena| fits(arena) && Arc::strong_count(&arena.pages) > 1) {
+        *current = Some(Arena { pages: Arc::new(Pages::exact(ARENA_BYTES).ok()?), used: 0 });
     }
     let arena = current.as_mut()?;
-    // SAFETY: used + bytes <= ARENA_BYTES, the length of the map from `data` on; parts do not overlap, since `used` only grows.
-    let data = unsafe { arena.data.add(arena.used) };
+    // SAFETY: used + bytes <= ARENA_BYTES, the length of the pages; parts do not overlap, since `used` only grows.
+    let data = NonNull::new(unsafe { arena.pages.as_ptr().add(arena.used) })?;
     arena.used = (arena.used + bytes).next_multiple_of(ALIGN).min(ARENA_BYTES);
-    Some((data, Memory::Map { _map: Arc::clone(&arena.map) }))
+    Some((data, Memory::Pages { _pages: Arc::clone(&arena.pages) }))
 }
 
 impl<T: Plain> Clone for AlignedBuf<T> {

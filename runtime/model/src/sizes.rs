@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use st_experts::{ExpertStore, SlotFormat, StoreOptions};
+use st_experts::{SlotFormat, StoreMemory, StoreOptions};
 use st_kernels::{ExpertFormat, Kernels, Matrix, Q8Acts};
 
 use crate::config::ModelConfig;
@@ -80,7 +80,7 @@ pub(crate) fn plan(
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
     let costs = |residency: Residency| {
         let store = StoreOptions { n_slots: 1, ..options.store(residency) };
-        let one = ExpertStore::memory_for(source.experts(), &*slots, &store);
+        let one = StoreMemory::of(source.experts(), &*slots, &store);
         let fixed = FixedCosts {
             process,
             beside: options.beside,

@@ -175,7 +175,7 @@ fn throughput(io: &dyn ExpertIo, ranges: &[Range<u64>], threads: usize, huge_pag
 #[cfg(test)]
 mod tests {
     use super::*;
-    use st_gguf::{FileSource, StaticSource};
+    use st_gguf::{FileSource, MemorySource};
     use std::io::Write;
 
     fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -220,7 +220,7 @@ mod tests {
         let error = open(&source, IoMode::Buffered, false, false, &[], 1, false).unwrap_err();
         assert!(matches!(&error, StoreError::Open { path, .. } if path == file.path()), "{error}");
 
-        let source: Arc<dyn ReadAt> = Arc::new(StaticSource(b"embedded"));
+        let source: Arc<dyn ReadAt> = Arc::new(MemorySource(b"embedded"));
         let (io, _) = open(&source, IoMode::Direct, true, false, &[], 1, false).unwrap();
         assert_eq!((io.name(), io.alignment()), ("memory", 1));
     }

@@ -1,28 +1,11 @@
-//! Bytes in memory as a source, and a header put together by hand, so that it can lie.
+//! A header put together by hand, so that it can lie.
 
-use std::io;
 use std::path::Path;
 
-use st_gguf::{GgmlType, GgufError, GgufFile, GgufWriter, Header, Metadata, ReadAt, TensorSpec, WriteOptions};
-
-#[derive(Debug)]
-pub(crate) struct Bytes(pub(crate) Vec<u8>);
-
-impl ReadAt for Bytes {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).map_err(|_| io::ErrorKind::UnexpectedEof)?;
-        let end = start.checked_add(buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buf.copy_from_slice(self.0.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn len(&self) -> u64 {
-        self.0.len() as u64
-    }
-}
+use st_gguf::{GgmlType, GgufError, GgufFile, GgufWriter, Header, MemorySource, Metadata, TensorSpec, WriteOptions};
 
 pub(crate) fn parse(bytes: impl Into<Vec<u8>>) -> Result<Header, GgufError> {
-    Header::parse(&Bytes(bytes.into()))
+    Header::parse(&MemorySource(bytes.into()))
 }
 
 /// Asserts that `bytes` are refused with a message that contains `message`.

@@ -1,9 +1,11 @@
 //! One test per reason to refuse a file.
 
 use proptest::prelude::*;
-use st_gguf::{Array, GgmlType, GgufError, GgufFile, Header, Metadata, ReadAt, StringArray, Value, limits};
+use st_gguf::{
+    Array, GgmlType, GgufError, GgufFile, Header, MemorySource, Metadata, ReadAt, StringArray, Value, limits,
+};
 
-use crate::common::{Bytes, Raw, assert_rejects, parse, spec, write_file};
+use crate::common::{Raw, assert_rejects, parse, spec, write_file};
 
 const U8: u32 = 0;
 const U32: u32 = 4;
@@ -249,7 +251,7 @@ fn a_header_that_never_ends() {
 #[test]
 fn a_source_that_is_shorter_than_it_says() {
     #[derive(Debug)]
-    struct Shrunk(Bytes);
+    struct Shrunk(MemorySource<Vec<u8>>);
     impl ReadAt for Shrunk {
         fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
             self.0.read_exact_at(buf, offset)
@@ -259,7 +261,7 @@ fn a_source_that_is_shorter_than_it_says() {
         }
     }
     let raw = Raw::new(0, 1).key("k", U32);
-    let error = Header::parse(&Shrunk(Bytes(raw.0))).unwrap_err();
+    let error = Header::parse(&Shrunk(MemorySource(raw.0))).unwrap_err();
     assert!(matches!(error, GgufError::Io { .. }), "{error}");
 }
 
@@ -298,7 +300,7 @@ proptest! {
             let len = file.len();
             file[(at + i) % len] = byte;
         }
-        if let Ok(file) = GgufFile::from_source(std::sync::Arc::new(Bytes(file))) {
+        if let Ok(file) = GgufFile::from_source(std::sync::Arc::new(MemorySource(file))) {
             for tensor in &file.header.tensors {
                 prop_assert_eq!(file.read_tensor(tensor).unwrap().len() as u64, tensor.n_bytes);
             }

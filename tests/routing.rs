@@ -10,7 +10,7 @@ use serde_json::Value;
 use st_convert::{Layout, WeightType};
 use st_experts::cache_sim::{Replay, Tally};
 use st_experts::{Policy, RoutingTrace, TraceHeader, TraceWriter};
-use st_model::{Batch, Engine, LoadOptions, ModelError, Observer, Routing, Session, StoreStats};
+use st_model::{Batch, BatchKind, Engine, LoadOptions, ModelError, Observer, Routing, Session, StoreStats};
 use tempfile::tempdir;
 
 use crate::common;
@@ -25,19 +25,19 @@ struct Recording {
 }
 
 impl Observer for Recording {
-    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
+    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
         if layer == 0 {
             self.first = self.tokens;
             self.tokens += routing.n_tokens() as u64;
         }
         (self.first..)
             .zip(routing.ids().chunks(routing.n_used()))
-            .try_for_each(|(token, ids)| self.writer.record(token, layer, ids))
+            .try_for_each(|(token, ids)| self.writer.record(token, layer, ids, batch.kind().use_of_experts()))
     }
 }
 
-/// Two prompts, each with some tokens after it: the trace, and what the store counted for prompts and for tokens.
-fn conversation(engine: &Arc<Engine>, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreStats; 2]) {
+/// An empty recording of what `engine` runs.
+fn recording(engine: &Engine) -> Recording {
     let (config, plan) = (engine.config(), engine.plan());
     let header = TraceHeader {
         n_layers: config.n_layers as u32,
@@ -45,7 +45,12 @@ fn conversation(engine: &Arc<Engine>, prompts: [&[u32]; 2]) -> (RoutingTrace, [S
         expert_bytes: plan.slot,
         other_bytes: None,
     };
-    let mut trace = Recording { writer: TraceWriter::new(Vec::new(), &header).expect("written"), first: 0, tokens: 0 };
+    Recording { writer: TraceWriter::new(Vec::new(), &header).expect("written"), first: 0, tokens: 0 }
+}
+
+/// Two prompts, each with some tokens after it: the trace, and what the store counted for prompts and for tokens.
+fn conversation(engine: &Arc<Engine>, prompts: [&[u32]; 2]) -> (RoutingTrace, [StoreStats; 2]) {
+    let mut trace = recording(engine);
     let mut session = Session::new(engine).expect("a session");
     let mut counted = [StoreStats::default(); 2];
     let mut before = engine.store_stats();
@@ -81,13 +86,50 @@ fn a_replay_counts_what_the_store_counted() {
             let replay = Replay::new(&trace);
             assert_eq!((replay.n_experts_in_all(), replay.min_slots()), (128, 8));
             let row = replay.simulate(Policy::default(), slots);
-            for (part, tally, stats) in [("prompts", row.batched, counted[0]), ("tokens", row.single, counted[1])] {
+            for (part, tally, stats) in [("prompts", row.prompt, counted[0]), ("tokens", row.generated, counted[1])] {
                 let Tally { lookups, hits, .. } = tally;
                 assert_eq!((lookups, hits), (stats.lookups, stats.hits), "{part}, {layout:?}, {slots} slots");
             }
-            let tokens = (row.batched.tokens, row.single.tokens);
+            let tokens = (row.prompt.tokens, row.generated.tokens);
             assert_eq!(tokens, ((long.ids.len() + short.ids.len()) as u64, 48));
         }
+    }
+}
+
+/// Tokens of several conversations that are made together are no prompt, neither for the store nor for a replay.
+#[test]
+fn tokens_of_several_conversations_are_replayed_as_made() {
+    let goldens = common::goldens();
+    let golden = goldens.iter().find(|golden| golden.name == "long_mixed").expect("a golden");
+    let texts = [&golden.ids[..20], &golden.ids[30..50], &golden.ids[60..80]];
+    for slots in [8, 13, 24, 50, 127] {
+        let options = LoadOptions { threads: 2, slots: Some(slots), guess: false, ..LoadOptions::default() };
+        let engine = common::engine(golden.gguf(WeightType::Q4_0, Layout::Gguf), &options);
+        let mut sequences = texts.map(|_| engine.sequence());
+        let mut workspace = engine.workspace().expect("a workspace");
+        let mut trace = recording(&engine);
+        let mut counted = Vec::new();
+        for (kind, tokens) in [(BatchKind::Prompt, 0..12), (BatchKind::Decode, 12..20)] {
+            let before = engine.store_stats();
+            // A prompt goes in as one batch, what is made goes token by token.
+            let steps = if kind == BatchKind::Prompt { vec![tokens] } else { tokens.map(|at| at..at + 1).collect() };
+            for step in steps {
+                let mut batch = Batch::new(kind);
+                for (n, text) in texts.iter().enumerate() {
+                    text[step.clone()].iter().for_each(|&token| batch.push(n, token));
+                }
+                let mut all: Vec<_> = sequences.iter_mut().collect();
+                engine.forward(&batch, &mut all, &mut workspace, &mut trace).expect("a forward pass");
+            }
+            counted.push(engine.store_stats().since(&before));
+        }
+        let replay = Replay::new(&RoutingTrace::read(&trace.writer.finish().expect("written")[..]).expect("a trace"));
+        let row = replay.simulate(Policy::default(), slots);
+        for (tally, stats) in [row.prompt, row.generated].iter().zip(&counted) {
+            assert_eq!((tally.lookups, tally.hits), (stats.lookups, stats.hits), "{slots} slots");
+        }
+        assert_eq!((row.prompt.tokens, row.generated.tokens), (36, 24));
+        assert!(counted[1].evictions > 0 || slots > 50, "{slots} slots: {:?}", counted[1]);
     }
 }
 

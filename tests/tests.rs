@@ -1,5 +1,6 @@
 //! Integration tests of the whole program, in one binary.
 
+mod answers;
 mod apis;
 mod arriving;
 mod chat;

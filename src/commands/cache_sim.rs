@@ -86,8 +86,8 @@ struct Part {
 }
 
 const PARTS: [Part; 2] = [
-    Part { name: "generation", what: "tokens that ran one by one, as generated ones do", of: |row| row.single },
-    Part { name: "prompt", what: "tokens that ran in batches, as a prompt's do", of: |row| row.batched },
+    Part { name: "generation", what: "tokens that were made", of: |row| row.generated },
+    Part { name: "prompt", what: "tokens that were read", of: |row| row.prompt },
 ];
 
 fn tables(sizes: &[Size], header: Option<TraceHeader>, replay: &Replay) -> String {

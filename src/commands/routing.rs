@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use st_experts::{TraceHeader, TraceWriter};
 use st_gguf::{Kind, OutputFile, begins_with};
-use st_model::{Batch, Engine, Observer, Routing};
+use st_model::{Batch, BatchKind, Engine, Observer, Routing};
 
 use crate::context::Context;
 use crate::report::is_interruption;
@@ -68,21 +68,21 @@ impl Recorder {
         outcome
     }
 
-    fn record(&mut self, layer: usize, routing: &Routing) -> io::Result<()> {
+    fn record(&mut self, layer: usize, kind: BatchKind, routing: &Routing) -> io::Result<()> {
         if layer == 0 {
             self.before = self.tokens;
             self.tokens += routing.n_tokens() as u64;
         }
         for (token, ids) in (self.before..).zip(routing.ids().chunks_exact(routing.n_used())) {
-            self.writer.record(token, layer, ids)?;
+            self.writer.record(token, layer, ids, kind.use_of_experts())?;
         }
         Ok(())
     }
 }
 
 impl Observer for Recorder {
-    fn routing(&mut self, layer: usize, _: &Batch, routing: &Routing) -> io::Result<()> {
-        let recorded = self.record(layer, routing);
+    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
+        let recorded = self.record(layer, batch.kind(), routing);
         recorded.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", cannot_write(&self.path))))
     }
 }

@@ -7,6 +7,7 @@
 
 use crate::eviction::Policy;
 use crate::inflight::{FilePieces, Pieces};
+use crate::options::MAX_LEASE;
 use crate::table::{Certainty, Table, Use};
 use crate::trace::{RoutingTrace, TraceRow};
 use crate::waves::{cached_first, wave_len};
@@ -51,10 +52,10 @@ pub struct SimRow {
     pub policy: &'static str,
     /// Experts that the cache holds.
     pub n_slots: usize,
-    /// Tokens that ran in batches, as a prompt's do.
-    pub batched: Tally,
-    /// Tokens that ran one by one, as generated ones do.
-    pub single: Tally,
+    /// Tokens that were read.
+    pub prompt: Tally,
+    /// Tokens that were made, alone or with those of other conversations.
+    pub generated: Tally,
 }
 
 /// A trace with its experts numbered densely, ready to be replayed.
@@ -67,8 +68,8 @@ pub struct Replay {
     widest_row: usize,
     n_experts_in_all: usize,
     /// Tokens alone; lookups and hits are counted by each replay.
-    batched: Tally,
-    single: Tally,
+    prompt: Tally,
+    generated: Tally,
 }
 
 /// Experts that are asked for together: one token's in one layer, or, each once, those of all tokens of a batch.
@@ -76,24 +77,24 @@ pub struct Replay {
 struct Step {
     /// Where they are in `keys`.
     range: Range<usize>,
-    batch: bool,
+    how: Use,
 }
 
 impl Replay {
     /// Prepares a trace.
     pub fn new(trace: &RoutingTrace) -> Self {
         let rows: Vec<TraceRow<'_>> = trace.rows().collect();
-        // Lines of one layer that follow each other are a batch. A model of one layer leaves no such mark: there every line
-        // counts for itself.
+        // Lines of one layer and kind that follow each other are a batch; those that state no kind are a prompt's if there are several. A
+        // model of one layer leaves no such mark: there every line counts for itself.
         let one_layer = rows.iter().all(|row| row.layer == rows[0].layer);
         let mut numbers = HashMap::new();
         let (mut keys, mut steps, mut ids) = (Vec::new(), Vec::new(), Vec::<u32>::new());
         let mut tokens = [HashSet::new(), HashSet::new()];
-        for together in rows.chunk_by(|a, b| a.layer == b.layer && !one_layer) {
-            let batch = together.len() > 1;
+        for together in rows.chunk_by(|a, b| (a.layer, a.how) == (b.layer, b.how) && !one_layer) {
+            let how = together[0].how.unwrap_or(if together.len() > 1 { Use::Sweep } else { Use::Keep });
             ids.clear();
             ids.extend(together.iter().flat_map(|row| row.ids));
-            if batch {
+            if together.len() > 1 {
                 // The model takes a batch's experts in ascending order.
                 ids.sort_unstable();
                 ids.dedup();
@@ -103,10 +104,10 @@ impl Replay {
                 let next = numbers.len() as u32;
                 keys.push(*numbers.entry((together[0].layer, id)).or_insert(next));
             }
-            steps.push(Step { range: start..keys.len(), batch });
-            tokens[usize::from(batch)].extend(together.iter().map(|row| row.token));
+            steps.push(Step { range: start..keys.len(), how });
+            tokens[usize::from(how == Use::Sweep)].extend(together.iter().map(|row| row.token));
         }
-        let [single, batched] =
+        let [generated, prompt] =
             tokens.map(|tokens: HashSet<u64>| Tally { tokens: tokens.len() as u64, ..Tally::default() });
         let stated = trace.header().map_or(0, |h| u64::from(h.n_layers) * u64::from(h.n_experts));
         Self {
@@ -115,8 +116,8 @@ impl Replay {
             keys,
             steps,
             widest_row: rows.iter().map(|row| row.ids.len()).max().unwrap_or(0),
-            batched,
-            single,
+            prompt,
+            generated,
         }
     }
 
@@ -162,9 +163,10 @@ impl Replay {
             }
             table.release_all(&mut held);
         };
-        self.tally(policy.name(), n_slots, |keys, batch| {
+        let capacity = if usable < self.n_keys { usable / 2 } else { usable }.min(MAX_LEASE);
+        self.tally(policy.name(), n_slots, |keys, how| {
             let before = table.stats.hits;
-            if batch {
+            if how == Use::Sweep || keys.len() > capacity {
                 // As `ExpertStore::waves` does it.
                 let cached: Vec<bool> = keys.iter().map(|&key| table.is_cached(key)).collect();
                 let (keys, n_cached) = cached_first(keys, &cached);
@@ -172,7 +174,7 @@ impl Replay {
                 table.prefetch(keys[..n_cached].iter().copied(), Certainty::Chosen);
                 table.prefetch(keys.iter().take(len).copied(), Certainty::Chosen);
                 for (n, wave) in keys.chunks(len).enumerate() {
-                    request(&mut table, wave, Use::Sweep, keys.chunks(len).nth(n + 1).unwrap_or_default());
+                    request(&mut table, wave, how, keys.chunks(len).nth(n + 1).unwrap_or_default());
                 }
             } else {
                 table.prefetch(keys.iter().copied(), Certainty::Chosen);
@@ -205,7 +207,7 @@ impl Replay {
             }
         };
         let mut seen = 0;
-        self.tally(BELADY, n_slots, |keys, batch| {
+        self.tally(BELADY, n_slots, |keys, how| {
             let range = seen..seen + keys.len();
             seen = range.end;
             let mut hits = 0;
@@ -215,7 +217,8 @@ impl Replay {
                     hits += u64::from(by_need.remove(&(at, key)));
                 }
             }
-            if !batch {
+            // What is more than there is room for comes in waves, in any order.
+            if how == Use::Keep && keys.len() <= usable {
                 shrink(&mut by_need, &mut need, usable.saturating_sub(keys.len()));
             }
             for (&key, &next) in keys.iter().zip(&next_step[range]) {
@@ -233,13 +236,13 @@ impl Replay {
         n_slots.max(self.min_slots()).min(self.n_keys)
     }
 
-    /// Walks through the trace; `hits` says for a step's experts how many are there, and whether it is a batch's.
-    fn tally(&self, policy: &'static str, n_slots: usize, mut hits: impl FnMut(&[u32], bool) -> u64) -> SimRow {
-        let mut row = SimRow { policy, n_slots, batched: self.batched, single: self.single };
+    /// Walks through the trace; `hits` says for a step's experts, and how they are used, how many are there.
+    fn tally(&self, policy: &'static str, n_slots: usize, mut hits: impl FnMut(&[u32], Use) -> u64) -> SimRow {
+        let mut row = SimRow { policy, n_slots, prompt: self.prompt, generated: self.generated };
         for step in &self.steps {
-            let tally = if step.batch { &mut row.batched } else { &mut row.single };
+            let tally = if step.how == Use::Sweep { &mut row.prompt } else { &mut row.generated };
             tally.lookups += step.range.len() as u64;
-            tally.hits += hits(&self.keys[step.range.clone()], step.batch);
+            tally.hits += hits(&self.keys[step.range.clone()], step.how);
         }
         row
     }
@@ -278,12 +281,12 @@ mod tests {
     fn a_cycle_larger_than_the_cache_defeats_lru_and_not_belady() {
         let rows: Vec<_> = (0..40).map(|token| (0, vec![token % 5])).collect();
         let replay = replay(&rows);
-        let (lru, bound) = (replay.simulate(Policy::Lru, 4).single, replay.belady(4).single);
+        let (lru, bound) = (replay.simulate(Policy::Lru, 4).generated, replay.belady(4).generated);
         assert_eq!(lru, Tally { tokens: 40, lookups: 40, hits: 0 });
         assert_eq!((lru.misses_per_token(), replay.n_experts_in_all()), (1.0, 32));
         // Of every five lookups one must miss; with hindsight a miss costs only one of the four others per round.
         assert!(bound.hits > 24, "{}", bound.hits);
-        assert_eq!(replay.simulate(Policy::Lru, 5).single.hits, 35);
+        assert_eq!(replay.simulate(Policy::Lru, 5).generated.hits, 35);
     }
 
     #[test]
@@ -293,7 +296,7 @@ mod tests {
         assert_eq!(replay.min_slots(), 4);
         for n_slots in [1, 4, 100] {
             for row in replay.all_policies(n_slots) {
-                assert_eq!((row.single.hits, row.batched), (4, Tally::default()), "{row:?}");
+                assert_eq!((row.generated.hits, row.prompt), (4, Tally::default()), "{row:?}");
             }
         }
     }
@@ -304,12 +307,12 @@ mod tests {
         let first = vec![vec![5, 4], vec![0, 1], vec![4, 5], vec![2, 3], vec![0, 3]];
         let replay = batches(&[first, vec![vec![0, 5], vec![6, 5]]]);
         for row in replay.all_policies(100) {
-            assert_eq!(row.batched, Tally { tokens: 7, lookups: 9, hits: 2 }, "{row:?}");
-            assert_eq!(row.single, Tally { tokens: 2, lookups: 2, hits: 1 }, "{row:?}");
+            assert_eq!(row.prompt, Tally { tokens: 7, lookups: 9, hits: 2 }, "{row:?}");
+            assert_eq!(row.generated, Tally { tokens: 2, lookups: 2, hits: 1 }, "{row:?}");
         }
         // A batch of more experts than slots is no reason to fail.
         for row in replay.all_policies(4) {
-            assert_eq!(row.batched.lookups, 9);
+            assert_eq!(row.prompt.lookups, 9);
         }
     }
 
@@ -344,10 +347,10 @@ mod tests {
             let replay = replay(&rows.iter().map(|ids| (0, ids.clone())).collect::<Vec<_>>());
             let rows: Vec<_> = rows.into_iter().map(|ids| (ids, false)).collect();
             for n_slots in replay.min_slots()..=6 {
-                let bound = replay.belady(n_slots).single.hits;
+                let bound = replay.belady(n_slots).generated.hits;
                 prop_assert_eq!(bound, best(&rows, n_slots.min(replay.n_keys)));
                 for policy in Policy::ALL {
-                    prop_assert!(replay.simulate(policy, n_slots).single.hits <= bound);
+                    prop_assert!(replay.simulate(policy, n_slots).generated.hits <= bound);
                 }
             }
         }
@@ -359,7 +362,7 @@ mod tests {
             // After each batch the expert of the layer that ends it.
             let rows = touched.iter().flat_map(|ids| [(ids.iter().copied().collect(), true), (vec![7], false)]);
             let rows: Vec<_> = rows.collect();
-            let hits = |row: SimRow| row.batched.hits + row.single.hits;
+            let hits = |row: SimRow| row.prompt.hits + row.generated.hits;
             for n_slots in replay.min_slots()..=8 {
                 let bound = hits(replay.belady(n_slots));
                 prop_assert_eq!(bound, best(&rows, n_slots.min(replay.n_keys)));

@@ -2,18 +2,20 @@
 //!
 //! ```text
 //! # routing n_layers=32 n_experts=32 expert_bytes=1990656 other_bytes=402653184
-//! 0 0 3,17,8,30
-//! 1 0 3,5,8,12
-//! 0 1 5,2,9,11
-//! 1 1 5,2,0,11
-//! 2 0 3,17,8,12
+//! 0 0 3,17,8,30 prompt
+//! 1 0 3,5,8,12 prompt
+//! 0 1 5,2,9,11 prompt
+//! 1 1 5,2,0,11 prompt
+//! 2 0 3,17,8,12 decode
 //! ```
-//! that is token, layer, and the chosen experts in the router's order. Lines stand in the order in which the model ran: a
+//! that is token, layer, the chosen experts in the router's order, and whether the token was read or made, which decides what a cache
+//! keeps. Lines without the last word are those of earlier versions: tokens that went together are a prompt's there. Lines stand in the order in which the model ran: a
 //! layer's lines that follow each other are tokens that went through it together, as tokens 0 and 1 here, so that their
 //! experts were asked for together. Lines that begin with `#` are comments; the first one as above lets a reader turn slots
 //! into bytes. The reader takes any file and refuses what is not a whole trace, naming the line; what it holds in memory is
 //! proportional to what it has read.
 
+use crate::table::Use;
 use std::io::{self, BufRead, Read, Write};
 use thiserror::Error;
 
@@ -76,17 +78,17 @@ impl<W: Write> TraceWriter<W> {
         Ok(Self { out })
     }
 
-    /// Adds the experts `ids` that the router of `layer` chose for token number `token` of the run.
+    /// Adds the experts `ids` that the router of `layer` chose for token number `token` of the run, and how they were used.
     ///
     /// # Errors
     /// What the output reports.
-    pub fn record(&mut self, token: u64, layer: usize, ids: &[u32]) -> io::Result<()> {
+    pub fn record(&mut self, token: u64, layer: usize, ids: &[u32], how: Use) -> io::Result<()> {
         write!(self.out, "{token} {layer} ")?;
         for (i, id) in ids.iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
             write!(self.out, "{comma}{id}")?;
         }
-        writeln!(self.out)
+        writeln!(self.out, " {}", name_of(how))
     }
 
     /// Ends the trace and gives the output back, flushed.
@@ -108,14 +110,24 @@ pub struct TraceRow<'a> {
     pub layer: u32,
     /// The experts chosen, distinct, in the router's order.
     pub ids: &'a [u32],
+    /// How they were used, where the line says so.
+    pub how: Option<Use>,
+}
+
+/// The last word of a line.
+fn name_of(how: Use) -> &'static str {
+    match how {
+        Use::Sweep => "prompt",
+        Use::Keep => "decode",
+    }
 }
 
 /// A trace in memory.
 #[derive(Debug, Clone, Default)]
 pub struct RoutingTrace {
     header: Option<TraceHeader>,
-    /// Per row: token, layer and where its experts end in `ids`.
-    rows: Vec<(u64, u32, usize)>,
+    /// Per row: token, layer, where its experts end in `ids`, and how they were used.
+    rows: Vec<(u64, u32, usize, Option<Use>)>,
     ids: Vec<u32>,
 }
 
@@ -153,10 +165,20 @@ impl RoutingTrace {
 
     fn push_line(&mut self, text: &str) -> Result<(), &'static str> {
         let mut fields = text.split_ascii_whitespace();
-        let (Some(token), Some(layer), Some(ids), None) = (fields.next(), fields.next(), fields.next(), fields.next())
-        else {
-            return Err("is not TOKEN LAYER EXPERT,EXPERT,…");
+        let (Some(token), Some(layer), Some(ids)) = (fields.next(), fields.next(), fields.next()) else {
+            return Err("is not TOKEN LAYER EXPERT,EXPERT,… KIND");
         };
+        let how = match fields.next() {
+            None => None,
+            Some(name) => [Use::Sweep, Use::Keep]
+                .into_iter()
+                .find(|&how| name_of(how) == name)
+                .map(Some)
+                .ok_or("is of no kind")?,
+        };
+        if fields.next().is_some() {
+            return Err("goes on after its kind");
+        }
         let token = token.parse().map_err(|_| "has no number for its token")?;
         let below_max = |text: &str| text.parse().ok().filter(|&id: &u32| id < MAX_ID);
         let layer = below_max(layer).ok_or("has no valid layer")?;
@@ -175,7 +197,7 @@ impl RoutingTrace {
             }
             self.ids.push(id);
         }
-        self.rows.push((token, layer, self.ids.len()));
+        self.rows.push((token, layer, self.ids.len(), how));
         Ok(())
     }
 
@@ -186,10 +208,10 @@ impl RoutingTrace {
 
     /// The lines in order.
     pub fn rows(&self) -> impl Iterator<Item = TraceRow<'_>> {
-        self.rows.iter().scan(0, |start, &(token, layer, end)| {
+        self.rows.iter().scan(0, |start, &(token, layer, end, how)| {
             let ids = &self.ids[*start..end];
             *start = end;
-            Some(TraceRow { token, layer, ids })
+            Some(TraceRow { token, layer, ids, how })
         })
     }
 }
@@ -226,15 +248,17 @@ mod tests {
 
     fn round_trip(header: &TraceHeader) {
         let mut writer = TraceWriter::new(Vec::new(), header).unwrap();
-        let rows = [(0, 0, vec![8, 1]), (0, 1, vec![3, 2]), (1, 0, vec![0])];
-        for (token, layer, ids) in &rows {
-            writer.record(*token, *layer, ids).unwrap();
+        let rows = [(0, 0, vec![8, 1], Use::Sweep), (0, 1, vec![3, 2], Use::Sweep), (1, 0, vec![0], Use::Keep)];
+        for (token, layer, ids, how) in &rows {
+            writer.record(*token, *layer, ids, *how).unwrap();
         }
         let text = writer.finish().unwrap();
-        assert!(text.ends_with(b"0 0 8,1\n0 1 3,2\n1 0 0\n"));
+        assert!(text.ends_with(b"0 0 8,1 prompt\n0 1 3,2 prompt\n1 0 0 decode\n"));
         let trace = read(&text).unwrap();
         assert_eq!(trace.header().as_ref(), Some(header));
-        let got: Vec<_> = trace.rows().map(|row| (row.token, row.layer as usize, row.ids.to_vec())).collect();
+        let how = |row: &TraceRow<'_>| row.how.expect("a kind");
+        let got: Vec<_> =
+            trace.rows().map(|row| (row.token, row.layer as usize, row.ids.to_vec(), how(&row))).collect();
         assert_eq!(got, rows);
     }
 
@@ -244,6 +268,8 @@ mod tests {
         for (text, line) in [
             (b"0 0 1\nx\n".as_slice(), 2),
             (b"0 0 1 2\n", 1),
+            (b"0 0 1 decode\n0 0 1 prompts\n", 2),
+            (b"0 0 1 decode x\n", 1),
             (b"0 0\n", 1),
             (b"-1 0 1\n", 1),
             (b"0 65536 1\n", 1),

@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use st_experts::Use;
+
 /// What rows are, which decides what the expert cache keeps and guesses; it changes no bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BatchKind {
@@ -14,6 +16,16 @@ pub enum BatchKind {
     Decode,
     /// Tokens that were drafted, to be compared with what the model makes of them.
     Verify,
+}
+
+impl BatchKind {
+    /// Whether experts that are read for such rows are worth keeping.
+    pub fn use_of_experts(self) -> Use {
+        match self {
+            Self::Prompt => Use::Sweep,
+            Self::Decode | Self::Verify => Use::Keep,
+        }
+    }
 }
 
 /// Rows, in the order in which each sequence takes them.

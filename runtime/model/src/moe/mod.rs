@@ -115,10 +115,7 @@ impl Moe {
     ) -> Pending<'_> {
         scratch.pairs.group(routing, self.n_experts);
         let experts = scratch.pairs.experts();
-        let how = match kind {
-            BatchKind::Prompt => Use::Sweep,
-            BatchKind::Decode | BatchKind::Verify => Use::Keep,
-        };
+        let how = kind.use_of_experts();
         if how == Use::Sweep || experts.len() > self.store.capacity() {
             return Pending::Waves(self.store.waves(layer, experts, how));
         }

@@ -71,6 +71,31 @@ unsafe fn up_block<T: Coded, const VNNI: bool>(
     sums
 }
 
+/// Bytes `at..at + 16` of the planes of eight rows: quad `g` of each of them.
+///
+/// # Safety
+/// The rows must have them; the CPU must have AVX2.
+#[inline(always)]
+unsafe fn chunk(block: &UpBlock, rows: usize, at: usize) -> [__m256i; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut v = [_mm256_setzero_si256(); 4];
+        for (r, v) in v.iter_mut().enumerate() {
+            let first = _mm_loadu_si128(block.rows[8 * rows + r].0.add(at).cast());
+            let last = _mm_loadu_si128(block.rows[8 * rows + 4 + r].0.add(at).cast());
+            *v = _mm256_set_m128i(last, first);
+        }
+        let (ab_lo, ab_hi) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+        let (cd_lo, cd_hi) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+        [
+            _mm256_unpacklo_epi64(ab_lo, cd_lo),
+            _mm256_unpackhi_epi64(ab_lo, cd_lo),
+            _mm256_unpacklo_epi64(ab_hi, cd_hi),
+            _mm256_unpackhi_epi64(ab_hi, cd_hi),
+        ]
+    }
+}
+
 /// Quads of block `b` of piece `c` of eight rows, as `planes` has them.
 ///
 /// # Safety
@@ -93,25 +118,12 @@ unsafe fn block_quads<T: Coded>(
     };
     // SAFETY: the caller's promise.
     unsafe {
-        let chunk = |at: usize| {
-            let row = |r: usize| _mm_loadu_si128(block.rows[8 * rows + r].0.add(at).cast());
-            let two = |r: usize| _mm256_set_m128i(row(4 + r), row(r));
-            let v = [two(0), two(1), two(2), two(3)];
-            let (ab_lo, ab_hi) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
-            let (cd_lo, cd_hi) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
-            [
-                _mm256_unpacklo_epi64(ab_lo, cd_lo),
-                _mm256_unpackhi_epi64(ab_lo, cd_lo),
-                _mm256_unpacklo_epi64(ab_hi, cd_hi),
-                _mm256_unpackhi_epi64(ab_hi, cd_hi),
-            ]
-        };
         let (at, low_bits) = place(low);
-        let lows = chunk(c * 16 * low + at);
+        let lows = chunk(block, rows, c * 16 * low + at);
         let (at, high_bits) = place(high);
         let highs = match high {
             0 => [_mm256_setzero_si256(); 4],
-            _ => chunk(up.kb.div_ceil(4) * 16 * low + c * 16 * high + at),
+            _ => chunk(block, rows, up.kb.div_ceil(4) * 16 * low + c * 16 * high + at),
         };
         let mut quads = [_mm256_setzero_si256(); 8];
         for half in 0..2 {

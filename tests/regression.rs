@@ -26,6 +26,6 @@ fn greedy_answers_stay_as_they_are() {
 fn a_seeded_answer_stays_as_it_is() {
     assert_eq!(
         answer(&["--seed", "7", "-n", "24", "-p", "Tell me a story about a cat."]),
-        "Once upon a time, there was a kind cat named Eva. She lived in the village. One day,\n"
+        "Leo was a shy little cat who lived in the meadow. Leo had a white ball and loved it very much.\n"
     );
 }

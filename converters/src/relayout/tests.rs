@@ -7,7 +7,7 @@ use st_format::{ModelShape, Scope, Tensor};
 use tempfile::TempDir;
 
 use super::*;
-use crate::layout::ALIGNMENT;
+use crate::layout::{ALIGNMENT, alignment_of};
 use crate::progress::NoProgress;
 use st_gguf::crc32c;
 
@@ -42,9 +42,11 @@ struct Sample {
 
 impl Sample {
     fn new(ty: GgmlType, n_embd: u64, n_ff: u64) -> Self {
+        let quantized = !matches!(ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
+        let alignment = alignment_of(Layout::Gguf, quantized);
         let mut metadata = Metadata::new();
         metadata.insert("general.architecture", "smallthinker");
-        metadata.insert("general.alignment", ALIGNMENT as u32);
+        metadata.insert("general.alignment", alignment as u32);
         let shape = shape(n_embd, n_ff);
         for (key, value) in shape.to_metadata() {
             metadata.insert(key, value);
@@ -59,7 +61,7 @@ impl Sample {
         for layer in 0..N_LAYERS {
             tensors.extend(Matrix::ALL.map(|matrix| spec(Tensor::experts(matrix), layer, ty)));
         }
-        Self { dir: tempfile::tempdir().unwrap(), metadata, tensors, alignment: ALIGNMENT }
+        Self { dir: tempfile::tempdir().unwrap(), metadata, tensors, alignment }
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -140,9 +140,11 @@ fn a_missing_tensor() {
 #[test]
 fn a_wrong_shape_names_both() {
     let mut tensors = stacked();
-    tensors[2].shape = vec![N_EMBD, N_FF, N_EXPERTS as u64];
-    let message = "tensor `blk.0.ffn_down_exps.weight`: expected shape [32, 64, 3], got [64, 32, 3]";
+    tensors[2].shape = vec![N_FF, 2 * N_EMBD, N_EXPERTS as u64];
+    let message = "tensor `blk.0.ffn_down_exps.weight`: expected shape [32, 64, 3], got [32, 128, 3]";
     assert_refused(&Metadata::new(), &tensors, message);
+    tensors[2].shape = vec![N_EMBD, N_FF, N_EXPERTS as u64];
+    assert_refused(&Metadata::new(), &tensors, "tensor `blk.0.ffn_down_exps.weight` is transposed");
 }
 
 #[test]

@@ -376,7 +376,7 @@ pub(crate) struct ServeArgs {
     /// No key, whoever may reach the address.
     #[arg(long, group = "auth")]
     pub(crate) no_auth: bool,
-    /// Let web pages of this origin ask, such as https://chat.example; `*` lets all.
+    /// Let web pages of this origin ask, such as `https://chat.example`; `*` lets all.
     #[arg(long, value_name = "ORIGIN", num_args = 1..)]
     pub(crate) cors: Vec<String>,
     /// Requests that may wait; more are refused.

@@ -15,7 +15,7 @@
 //!   and `64 + 16v + i`, in natural order for vectors of 16, 32 and 64 bytes alike. Outputs that pad have scale 0 and nibble 8.
 //!
 //! A matrix of Q8_0 or of floats is canonical: row-major blocks. Those of other types are permutations of the canonical bits, as
-//! [`planes`](crate::planes) has them: tiles for gate and down, rows for up. Regions start at multiples of 64 bytes, in this order, and
+//! `planes.rs` has them: tiles for gate and down, rows for up. Regions start at multiples of 64 bytes, in this order, and
 //! the record is padded with zeros to a multiple of 4096 bytes.
 
 use std::ops::Range;

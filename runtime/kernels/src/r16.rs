@@ -6,7 +6,7 @@
 //! - Q4_0, 288 bytes: 16 f16 scales, then for `g` in 0..4, for each of the 16 rows, bytes `4g..4g+4` of the block's nibbles as
 //!   Q4_0 has them (low nibble: column `4g + j`, high: column `16 + 4g + j`).
 //! - Q8_0, 544 bytes: 16 f16 scales, then for `g` in 0..8, for each of the 16 rows, values `4g..4g+4`.
-//! - Other types: see [`planes`]. Blocks, and so tiles, may be 256 columns long.
+//! - Other types: see `planes.rs`. Blocks, and so tiles, may be 256 columns long.
 //!
 //! It is a permutation of the canonical bytes, so it can be undone bit for bit; rows that pad have scale 0 and values 0.
 

@@ -402,11 +402,17 @@ fn memory_that_is_not_to_be_had_is_one_error() {
     assert!(failed > 0, "the least that it starts with is enough");
 }
 
-/// Whether a thread had no memory for the stack of its signals or for its own variables. The standard library and libc end the process
+/// Whether a thread had no memory for the stack of its signals, for its own variables or for what ends those. The standard library and libc end the process
 /// for that before a line of ours runs in the thread; with memory that just suffices it is a matter of the order in which threads start.
 pub(crate) fn is_end_of_a_library(stderr: &[u8]) -> bool {
     let said = String::from_utf8_lossy(stderr);
-    said.contains("sys/pal/unix/stack_overflow.rs") || said.contains("cannot allocate memory for thread-local data")
+    [
+        "sys/pal/unix/stack_overflow.rs",
+        "cannot allocate memory for thread-local data",
+        "failed to register TLS destructor",
+    ]
+    .iter()
+    .any(|message| said.contains(message))
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod json;
 mod layout;
 mod mapped;
 mod metadata;
+mod open;
 mod pipeline;
 mod progress;
 mod quantize;

@@ -28,6 +28,8 @@ mod api;
 mod cache;
 mod error;
 mod expected;
+mod files;
+mod hasher;
 mod held;
 mod http;
 mod lock;
@@ -60,7 +62,8 @@ pub use request::{DEFAULT_ENDPOINT, DownloadRequest, HubConfig, ListedFile, List
 pub use token::Token;
 
 use api::{Api, Entry, select};
-use cache::{CachedRepo, Place, State, free_space};
+use cache::{CachedRepo, Place, State};
+use files::free_space;
 use http::Client;
 use names::{Include, check_revision, is_commit};
 use work::Work;

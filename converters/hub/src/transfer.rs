@@ -12,13 +12,12 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-use sha1::Sha1;
-use sha2::{Digest as _, Sha256};
 use ureq::Body;
 use ureq::http::{StatusCode, header};
 
 use crate::api::{Digest, Entry, resolve_url};
-use crate::cache::{create_parent, free_space};
+use crate::files::{create_parent, free_space};
+use crate::hasher::Hasher;
 use crate::http::{Answer, Client, Failure, Subject, What, bad_response};
 use crate::part::parse_content_range;
 use crate::{DownloadProgress, HubError, RepoId};
@@ -27,48 +26,6 @@ use crate::{DownloadProgress, HubError, RepoId};
 const CHUNK: usize = 512 << 10;
 /// Buffers in flight per file.
 const CHUNKS: usize = 6;
-
-/// The running hash that proves a file.
-pub(crate) enum Hasher {
-    Sha256(Sha256),
-    GitSha1(Sha1),
-}
-
-impl Hasher {
-    fn new(entry: &Entry) -> Hasher {
-        match entry.digest {
-            Digest::Sha256(_) => Hasher::Sha256(Sha256::new()),
-            // Git hashes a header in front of the content.
-            Digest::GitSha1(_) => Hasher::GitSha1(Sha1::new_with_prefix(format!("blob {}\0", entry.size))),
-        }
-    }
-
-    fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Hasher::Sha256(h) => h.update(bytes),
-            Hasher::GitSha1(h) => h.update(bytes),
-        }
-    }
-
-    fn hex(self) -> String {
-        let bytes = match self {
-            Hasher::Sha256(h) => h.finalize().to_vec(),
-            Hasher::GitSha1(h) => h.finalize().to_vec(),
-        };
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// The hash of a file on disk.
-    pub(crate) fn of_file(path: &Path, entry: &Entry) -> io::Result<String> {
-        let (mut file, mut hasher, mut buffer) = (File::open(path)?, Hasher::new(entry), vec![0; CHUNK]);
-        loop {
-            match file.read(&mut buffer)? {
-                0 => return Ok(hasher.hex()),
-                n => hasher.update(&buffer[..n]),
-            }
-        }
-    }
-}
 
 /// What the hashing thread is sent.
 enum Piece {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::HubError;
 use crate::api::{Digest, Entry};
-use crate::cache::write_atomically;
+use crate::files::write_atomically;
 
 /// The only version there is.
 const FORMAT_VERSION: u64 = 1;

@@ -7,7 +7,8 @@ use std::sync::mpsc;
 use std::thread;
 
 use crate::api::Entry;
-use crate::cache::{Place, State, create_parent, has_size};
+use crate::cache::{Place, State};
+use crate::files::{create_parent, has_size};
 use crate::http::Client;
 use crate::lock::FileLock;
 use crate::transfer::Transfer;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::crc32c;
 use crate::encode::{self, ALIGNMENT_KEY};
 use crate::error::{GgufError, Result};
-use crate::expert_index::{Layout, layout_keys, tensor_names};
+use crate::layout::{Layout, layout_keys, tensor_names};
 use crate::{GgmlType, GgufFile, Header, Metadata, TensorInfo, TensorSpec};
 
 /// Metadata keys of the checksums.

@@ -7,7 +7,7 @@ use llguidance::toktrie::SimpleVob;
 use llguidance::{CancellationHandle, Matcher};
 use st_model::Constraint;
 
-use crate::grammar::{GrammarError, plain};
+use crate::error::{GrammarError, plain};
 
 /// Stack of the thread: less is needed than for compiling.
 const STACK: usize = 1 << 20;

@@ -9,6 +9,7 @@ use llguidance::{Matcher, ParserFactory};
 use st_model::Engine;
 
 use crate::constraint::Fit;
+use crate::error::{GrammarError, first_lines, plain};
 use crate::source::Source;
 use crate::vocabulary::Vocabulary;
 
@@ -30,23 +31,6 @@ fn limits() -> ParserLimits {
         precompute_large_lexemes: false,
         verbose_errors: false,
     }
-}
-
-/// Why there is no grammar.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum GrammarError {
-    /// The model's file has no tokenizer, or names no token that ends an answer.
-    #[error("the model's file has no tokenizer or no end token: its answers cannot be made to fit")]
-    NoTokens,
-    /// The tokenizer's tokens cannot be used.
-    #[error("the tokenizer's tokens cannot be used: {0}")]
-    Tokens(String),
-    /// The schema or grammar is wrong, or asks for what cannot be enforced.
-    #[error("this cannot be enforced: {0}")]
-    Source(String),
-    /// There is no thread to work on.
-    #[error("cannot start a thread for the grammar: {0}")]
-    Thread(std::io::ErrorKind),
 }
 
 /// What grammars of a model have in common: its tokens, as a tree.
@@ -122,16 +106,4 @@ impl Grammar {
     pub fn constraint(&self) -> Fit {
         Fit::new(self.matcher.deep_clone().into_cancellable(), self.end_id)
     }
-}
-
-/// An error's text without what only its authors need.
-pub(crate) fn plain(error: &dyn std::fmt::Display) -> String {
-    first_lines(&error.to_string())
-}
-
-/// The lines up to where a trace begins, in one, short enough to be shown.
-fn first_lines(text: &str) -> String {
-    let lines = text.lines().take_while(|line| !line.starts_with('<') && !line.trim().is_empty()).take(4);
-    let text = lines.map(str::trim).collect::<Vec<_>>().join(" ");
-    text.chars().take(400).collect()
 }

@@ -29,10 +29,12 @@
 //! ```
 
 mod constraint;
+mod error;
 mod grammar;
 mod source;
 mod vocabulary;
 
 pub use constraint::Fit;
-pub use grammar::{Grammar, GrammarError, Grammars};
+pub use error::GrammarError;
+pub use grammar::{Grammar, Grammars};
 pub use source::{Source, embedded};

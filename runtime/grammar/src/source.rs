@@ -3,7 +3,7 @@
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-use crate::grammar::GrammarError;
+use crate::error::GrammarError;
 
 /// Values of a schema, those of one object (each may come after each), levels, and bytes of texts, at most.
 const VALUES: usize = 8000;

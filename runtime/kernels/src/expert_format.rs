@@ -23,9 +23,9 @@ use std::ops::Range;
 pub use st_format::Matrix;
 use thiserror::Error;
 
-use crate::codes::Coding;
 use crate::planes;
 use crate::r16;
+use crate::up_layout::{REGION_ALIGN, UpLayout};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
@@ -33,7 +33,6 @@ use crate::weight_type::WeightType;
 pub const OUTPUT_CHUNK: usize = 128;
 /// Records are padded to a multiple of this.
 pub const RECORD_ALIGN: usize = 4096;
-const REGION_ALIGN: usize = 64;
 
 /// Why a shape has no expert format.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -329,37 +328,6 @@ impl ExpertFormat {
     pub(crate) fn down(&self) -> DownLayout {
         let padded = self.n_embd.next_multiple_of(OUTPUT_CHUNK);
         DownLayout { fb: self.n_ff / BLOCK_LEN, padded, row_bytes: padded / 2, group_bytes: padded * 18 }
-    }
-}
-
-/// Sizes inside an up region of rows.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct UpLayout {
-    pub ty: WeightType,
-    /// Times 32 columns: blocks of a row of Q4_0.
-    pub kb: usize,
-    /// Bytes of the scales of a neuron.
-    pub head_bytes: usize,
-    /// Bytes of all scales, padding included: where the rows of nibbles or planes start.
-    pub scales_bytes: usize,
-    /// Bytes of the nibbles or planes of a neuron, padding included.
-    pub row_bytes: usize,
-}
-
-impl UpLayout {
-    /// For `rows × columns` of a quantized type; `None` where sizes overflow.
-    fn new(ty: WeightType, rows: usize, columns: usize) -> Option<Self> {
-        let kb = columns / BLOCK_LEN;
-        let (head, bits) = match ty {
-            WeightType::Q4_0 => (2, 4),
-            _ => (Coding::of(ty).head_bytes(), Coding::of(ty).bits()),
-        };
-        let head_bytes = (columns / ty.block_len()).checked_mul(head)?;
-        let scales_bytes = rows.checked_mul(head_bytes)?.checked_next_multiple_of(REGION_ALIGN)?;
-        // Whole nibbles for each block of Q4_0; of other types whole pieces of 128 columns.
-        let pieces = if bits == 4 { kb } else { kb.checked_next_multiple_of(4)? };
-        let row_bytes = pieces.checked_mul(4 * bits)?.checked_next_multiple_of(64)?;
-        Some(Self { ty, kb, head_bytes, scales_bytes, row_bytes })
     }
 }
 

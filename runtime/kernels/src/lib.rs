@@ -44,6 +44,7 @@ mod scratch;
 mod search;
 mod some_rows;
 mod table;
+mod up_layout;
 mod weight_type;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -7,8 +7,9 @@
 use std::ops::Range;
 
 use crate::activations::{ActRow, FEW_ROWS, HiddenGroup, start};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
 use crate::r16::R16_ROWS;
+use crate::up_layout::UpLayout;
 
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod fours;

@@ -14,8 +14,7 @@ use half::f16;
 
 use crate::block::level;
 use crate::codes::{Coding, Meaning};
-use crate::r16::R16_ROWS;
-use crate::weight_type::{BLOCK_LEN, WeightType};
+use crate::weight_type::{BLOCK_LEN, R16_ROWS, WeightType};
 
 /// Bytes of the values of a block: 32 columns of 16 rows.
 pub(crate) const PANEL_VALUES: usize = R16_ROWS * BLOCK_LEN;

@@ -10,10 +10,9 @@
 //!   `width · (i / (16 · width))`.
 
 use crate::codes::{self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights, with_coded};
-use crate::expert_format::UpLayout;
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
-use crate::r16::R16_ROWS;
-use crate::weight_type::{BLOCK_LEN, WeightType};
+use crate::up_layout::UpLayout;
+use crate::weight_type::{BLOCK_LEN, R16_ROWS, WeightType};
 
 /// Codes of a step: 32 columns of 16 rows, quad group by quad group.
 pub(crate) const STEP_CODES: usize = BLOCK_LEN * R16_ROWS;

@@ -16,10 +16,9 @@ use half::f16;
 
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::planes;
+pub use crate::weight_type::R16_ROWS;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
-/// Rows of a tile.
-pub const R16_ROWS: usize = 16;
 /// Bytes of the scales at the start of a tile.
 pub(crate) const TILE_SCALES: usize = 32;
 

@@ -5,11 +5,12 @@
 use std::ops::Range;
 
 use crate::activations::{ActRow, HiddenGroup, Sums};
-use crate::expert_format::{DownLayout, UpLayout};
+use crate::expert_format::DownLayout;
 use crate::kv::KvType;
 use crate::live::LiveRows;
 use crate::panel::{PanelKind, PanelLayout};
 use crate::search::SquaredErrors;
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 /// An instruction set that the kernels are written for.

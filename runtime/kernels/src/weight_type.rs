@@ -4,6 +4,8 @@ use st_format::GgmlType;
 
 /// Values per quantized block.
 pub const BLOCK_LEN: usize = 32;
+/// Rows that are interleaved: of a tile, of a panel.
+pub const R16_ROWS: usize = 16;
 
 /// How the weights of a matrix are stored. A subset of the ggml types: the ones that the runtime computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -5,10 +5,11 @@ use std::ops::Range;
 
 use super::neon::{add_block, load_f16, nibbles, prefetch, sdot};
 use crate::activations::{ActRow, HiddenGroup, start};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
 use crate::live::fours::{self, Ahead};
 use crate::live::{self, LiveRows};
 use crate::scalar;
+use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 
 #[target_feature(enable = "neon,dotprod")]

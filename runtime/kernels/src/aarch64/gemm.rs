@@ -7,12 +7,13 @@ use std::arch::aarch64::*;
 
 use super::neon::{add_block, load_f16, nibbles, sdot_lane, smmla};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::expert_format::{DownLayout, UpLayout};
+use crate::expert_format::DownLayout;
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::planes;
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::scalar;
 use crate::table::GEMM_UNITS;
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 /// Columns that `sdot` takes of a row.

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use super::{LiveRows, UP_BLOCK, UpBlock};
 use crate::activations::{ActRow, FEW_ROWS};
-use crate::expert_format::UpLayout;
+use crate::up_layout::UpLayout;
 
 impl UpBlock {
     /// Requests, by `prefetch`, a line of four of the rows; each of the rows has four steps for 64 bytes of it.

@@ -3,12 +3,12 @@
 use super::quantized::{LAYOUT, add_block, add_panel_block};
 use crate::activations::ActRow;
 use crate::codes::Coding;
-use crate::expert_format::UpLayout;
 use crate::live::{self, LiveRows};
 use crate::panel::PanelKind;
 use crate::planes::{panel_of_tiles, row_codes, row_scales};
 use crate::r16::{R16_ROWS, group_bytes};
 use crate::scratch::with_bytes;
+use crate::up_layout::UpLayout;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
 pub(crate) fn gemv(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {

@@ -6,12 +6,13 @@ use half::f16;
 
 use crate::activations::{ActRow, HiddenGroup, Sums, UNIT_BLOCK, UNIT_ROWS};
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout, down_nibble};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK, down_nibble};
 use crate::live::{self, LiveRows};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
 use crate::planes;
 use crate::r16::{self, R16_ROWS, group_bytes, tile_bytes, tile_scale, tile_value};
 use crate::table::GEMM_UNITS;
+use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 

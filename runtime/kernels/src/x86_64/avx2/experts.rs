@@ -6,8 +6,9 @@ use std::ops::Range;
 use super::gemv::{add_pairs, broadcast_quad, finish_pairs};
 use super::plane_rows;
 use crate::activations::{ActRow, HiddenGroup, start};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
 use crate::live::{self, LiveRows};
+use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 

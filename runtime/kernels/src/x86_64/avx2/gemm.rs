@@ -7,10 +7,11 @@ use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, dot_signed};
 use super::{gemm_parts, plane_rows, planes};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::expert_format::{DownLayout, UpLayout};
+use crate::expert_format::DownLayout;
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx2,f16c")]

@@ -2,9 +2,9 @@
 //! instructions.
 
 use crate::codes::{Coded, with_coded};
-use crate::expert_format::UpLayout;
 use crate::planes;
 use crate::scalar;
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {

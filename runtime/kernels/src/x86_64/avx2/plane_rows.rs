@@ -6,10 +6,10 @@ use std::arch::x86_64::*;
 use super::planes::{Scales, codes, meant, panel_bytes, table};
 use crate::activations::ActRow;
 use crate::codes::{Coded, with_coded};
-use crate::expert_format::UpLayout;
 use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
 use crate::panel::PanelKind;
 use crate::r16::R16_ROWS;
+use crate::up_layout::UpLayout;
 use crate::x86_64::heads::narrow_bytes;
 use crate::x86_64::request::prefetch;
 

@@ -8,10 +8,10 @@ use super::gemm::{Outputs, Sums, by_blocks, load_group, start_sums};
 use super::gemv::{broadcast_quad, by_fours};
 use super::{gemm_parts, plane_rows, planes};
 use crate::activations::{ActRow, UNIT_ROWS};
-use crate::expert_format::UpLayout;
 use crate::live::LiveRows;
 use crate::panel::{PanelKind, Values};
 use crate::table::{Isa, Table};
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 /// AVX-VNNI's encoding.

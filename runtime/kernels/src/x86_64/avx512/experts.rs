@@ -7,8 +7,9 @@ use super::gemm::transpose;
 use super::gemv::{broadcast_quad, start_sums};
 use super::plane_rows;
 use crate::activations::{ActRow, HiddenGroup};
-use crate::expert_format::{DownLayout, UpLayout};
+use crate::expert_format::DownLayout;
 use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
+use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::x86_64::request::prefetch;
 

@@ -6,10 +6,11 @@ use std::arch::x86_64::*;
 use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, start_sums};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::expert_format::{DownLayout, UpLayout};
+use crate::expert_format::DownLayout;
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
+use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]

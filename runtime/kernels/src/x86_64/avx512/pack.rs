@@ -3,9 +3,10 @@
 use std::arch::x86_64::*;
 
 use crate::codes::{Coded, with_coded};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, UpLayout};
+use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
 use crate::planes;
 use crate::r16::{self, R16_ROWS};
+use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 

@@ -234,16 +234,8 @@ impl Wanted {
             store.tidy(&self.repo);
         }
         asked?;
-        let options = ConvertOptions {
-            ty: WeightType::Q4_0,
-            output_type: None,
-            layout: Layout::Gguf,
-            threads: available_threads(),
-            search: false,
-            extra: None,
-            requantize: false,
-            keep_head: false,
-        };
+        let usual = ConvertOptions::new(WeightType::Q4_0, Layout::Gguf);
+        let options = ConvertOptions { threads: available_threads(), ..usual };
         arriving::convert(&self.repo, &options, &target, false, false, context)?;
         Ok(target)
     }

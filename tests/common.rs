@@ -115,16 +115,7 @@ pub(crate) fn converted(checkpoint: &Path, ty: WeightType, layout: Layout) -> Pa
     }
     let path = done.0.path().join(format!("{}.gguf", done.1.len()));
     let input = Input::open(checkpoint).expect("a checkpoint");
-    let options = ConvertOptions {
-        ty,
-        output_type: None,
-        layout,
-        threads: 2,
-        search: false,
-        requantize: false,
-        extra: None,
-        keep_head: false,
-    };
+    let options = ConvertOptions { threads: 2, ..ConvertOptions::new(ty, layout) };
     convert(&input, &options, &path, false, &NoProgress, &Cancel::default()).expect("a conversion");
     done.1.insert(key, path.clone());
     path
@@ -137,14 +128,20 @@ pub(crate) fn engine(file: GgufFile, options: &LoadOptions) -> Arc<Engine> {
 
 /// The logits of every position of `ids`, row by row.
 pub(crate) fn all_logits(engine: &Arc<Engine>, ids: &[u32]) -> Vec<f32> {
+    logits_by(engine, ids, ids.len())
+}
+
+/// The same, fed in pieces of `piece` tokens.
+pub(crate) fn logits_by(engine: &Arc<Engine>, ids: &[u32], piece: usize) -> Vec<f32> {
     let mut logits = Vec::new();
     let mut session = Session::new(engine).expect("a session");
-    session
-        .run_all(ids, &mut (), |_, row| {
+    for ids in ids.chunks(piece) {
+        let push = |_, row: &[f32]| {
             logits.extend_from_slice(row);
             Ok(())
-        })
-        .expect("a forward pass");
+        };
+        session.run_all(ids, &mut (), push).expect("a forward pass");
+    }
     logits
 }
 

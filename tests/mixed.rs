@@ -10,7 +10,7 @@ use st_bench::synth::shape::Shape;
 use st_convert::{Cancel, Layout, NoProgress, RelayoutOptions, WeightType, relayout};
 use st_gguf::{GgmlType, GgufFile, ModelShape};
 use st_kernels::Kernels;
-use st_model::{Engine, Isa, LoadOptions, Reference, Session};
+use st_model::{Isa, LoadOptions, Reference};
 use tempfile::TempDir;
 
 use crate::common;
@@ -106,20 +106,6 @@ fn ids(n_vocab: usize) -> Vec<u32> {
     (0..70u32).map(|i| (i * i * 31 + i * 7 + 3) % n_vocab.min(600) as u32).collect()
 }
 
-/// The logits of every position, fed in pieces of `piece` rows.
-fn logits(engine: &std::sync::Arc<Engine>, ids: &[u32], piece: usize) -> Vec<f32> {
-    let mut session = Session::new(engine).expect("a session");
-    let mut logits = Vec::new();
-    for ids in ids.chunks(piece) {
-        let push = |_, row: &[f32]| {
-            logits.extend_from_slice(row);
-            Ok(())
-        };
-        session.run_all(ids, &mut (), push).expect("a forward pass");
-    }
-    logits
-}
-
 /// Threads, rows at once and slots (`true`: the fewest) that a file is run with.
 type Way = (usize, usize, bool);
 
@@ -131,7 +117,7 @@ fn expect_bits(kind: &str, files: &[PathBuf; 2], isas: &[Isa], ways: &[Way], ids
                 let mut options = LoadOptions { isa: Some(isa), threads, ..LoadOptions::default() };
                 options.slots = few.then(|| 2 * open(path).header.model_shape().expect("a model").n_experts_used);
                 let engine = common::engine(open(path), &options);
-                let got = logits(&engine, ids, piece);
+                let got = common::logits_by(&engine, ids, piece);
                 assert!(got == expected, "{kind} layout {i} {isa:?} {threads} threads, pieces of {piece}, few: {few}");
                 assert!(!few || engine.store_stats().evictions > 0, "nothing was evicted");
             }
@@ -146,7 +132,7 @@ fn layout_threads_batch_and_memory_change_no_bit() {
     for (kind, files) in FILES.trained.iter().chain(&FILES.random) {
         let engine = common::engine(open(&files[0]), &LoadOptions::default());
         let ids = ids(engine.n_vocab());
-        let expected = logits(&engine, &ids, ids.len());
+        let expected = common::all_logits(&engine, &ids);
         assert!(expected.iter().any(|value| *value != expected[0]), "constant logits");
         if kind == "all" {
             expect_bits(kind, files, &isas, &[(2, 3, false), (1, 40, true)], &ids, &expected);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use st_convert::{Layout, WeightType};
 use st_gguf::GgufFile;
 use st_kernels::Kernels;
-use st_model::{Engine, Isa, LoadOptions, ModelError, Predictor, Session, SparseHead};
+use st_model::{Engine, Isa, LoadOptions, ModelError, Predictor, SparseHead};
 
 use crate::common;
 use crate::program::{arg, little_memory, run};
@@ -30,16 +30,7 @@ fn logits(engine: &Arc<Engine>, piece: usize) -> Vec<f32> {
     let text = std::fs::read_to_string(common::repo("models/tiny/heldout.txt")).expect("a text");
     let text: String = text.chars().take(1500).collect();
     let ids = engine.tokenizer().expect("a tokenizer").encode(&text, true).expect("ids");
-    let mut session = Session::new(engine).expect("a session");
-    let mut logits = Vec::new();
-    for ids in ids.chunks(piece) {
-        let push = |_, row: &[f32]| {
-            logits.extend_from_slice(row);
-            Ok(())
-        };
-        session.run_all(ids, &mut (), push).expect("a forward pass");
-    }
-    logits
+    common::logits_by(engine, &ids, piece)
 }
 
 #[test]

@@ -51,6 +51,22 @@ pub struct ConvertOptions {
     pub keep_head: bool,
 }
 
+impl ConvertOptions {
+    /// Everything as type `ty` on one thread, and nothing that has to be asked for.
+    pub fn new(ty: WeightType, layout: Layout) -> Self {
+        Self {
+            ty,
+            output_type: None,
+            layout,
+            threads: 1,
+            search: false,
+            requantize: false,
+            extra: None,
+            keep_head: false,
+        }
+    }
+}
+
 /// One tensor of an output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedTensor {

@@ -89,17 +89,7 @@ pub fn checkpoint(data: &[u8]) {
 
 fn plan(folder: &Path) {
     if let Ok(input) = Input::open(folder) {
-        let options = ConvertOptions {
-            ty: WeightType::Q4_0,
-            output_type: None,
-            layout: Layout::Gguf,
-            threads: 1,
-            search: false,
-            requantize: false,
-            extra: None,
-            keep_head: false,
-        };
-        let _ = st_convert::plan(&input, &options);
+        let _ = st_convert::plan(&input, &ConvertOptions::new(WeightType::Q4_0, Layout::Gguf));
     }
 }
 

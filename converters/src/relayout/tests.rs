@@ -145,16 +145,7 @@ fn it_agrees_with_the_converter() {
         let input = crate::Input::open(&checkpoint).unwrap();
         let [direct, moved] = [Layout::Gguf, Layout::Offload].map(|layout| {
             let out = dir.path().join(format!("{ty}-{}.gguf", layout.name()));
-            let options = crate::ConvertOptions {
-                ty,
-                output_type: None,
-                layout,
-                threads: 2,
-                search: false,
-                requantize: false,
-                extra: None,
-                keep_head: false,
-            };
+            let options = crate::ConvertOptions { threads: 2, ..crate::ConvertOptions::new(ty, layout) };
             crate::convert(&input, &options, &out, false, &NoProgress, &Cancel::new()).unwrap();
             out
         });

@@ -22,16 +22,7 @@ pub(crate) fn mini(name: &str) -> PathBuf {
 }
 
 pub(crate) fn options(ty: WeightType, layout: Layout) -> ConvertOptions {
-    ConvertOptions {
-        ty,
-        output_type: None,
-        layout,
-        threads: 2,
-        search: false,
-        requantize: false,
-        extra: None,
-        keep_head: false,
-    }
+    ConvertOptions { threads: 2, ..ConvertOptions::new(ty, layout) }
 }
 
 pub(crate) fn run(input: &Path, options: &ConvertOptions, out: &Path) -> Result<ConvertPlan, ConvertError> {

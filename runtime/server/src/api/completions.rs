@@ -171,11 +171,7 @@ impl Encoder for Chunks {
 
     fn end(&mut self, out: &mut Events) {
         if self.with_usage {
-            let finished: Vec<Finished> = self.all.iter().flatten().copied().collect();
-            let mut last = self.frame.with(Vec::new());
-            last["usage"] = usage(&finished, self.sampling.n);
-            last["timings"] = finished.first().map_or(Value::Null, openai::timings);
-            out.data(last);
+            out.data(openai::last_chunk(&self.frame, &self.all, self.sampling.n));
         }
         out.data("[DONE]");
     }

@@ -190,6 +190,15 @@ pub(crate) fn usage(all: &[Finished], n: usize) -> Value {
     })
 }
 
+/// The chunk at the end of a stream that says what its answers took.
+pub(crate) fn last_chunk(frame: &Frame, all: &[Option<Finished>], n: usize) -> Value {
+    let finished: Vec<Finished> = all.iter().flatten().copied().collect();
+    let mut last = frame.with(Vec::new());
+    last["usage"] = usage(&finished, n);
+    last["timings"] = finished.first().map_or(Value::Null, timings);
+    last
+}
+
 /// Where the time of an answer went.
 pub(crate) fn timings(finished: &Finished) -> Value {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;

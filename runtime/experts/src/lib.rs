@@ -20,6 +20,7 @@ mod eviction;
 #[cfg(test)]
 mod fixture;
 mod guess;
+mod hot;
 mod inflight;
 pub mod io;
 mod lease;
@@ -37,6 +38,7 @@ mod waves;
 pub use buffer::{AlignedBuf, PAGE};
 pub use error::StoreError;
 pub use eviction::{Eviction, Lfru, LfuAging, Lru, Policy, Warmth};
+pub use hot::{Hot, HotError};
 pub use io::IoMode;
 pub use lease::{Landing, Lease};
 pub use options::{ALL_EXPERTS, MAX_LEASE, StoreMemory, StoreOptions};

@@ -89,7 +89,7 @@ pub use sequence::Sequence;
 pub use session::Session;
 pub use snapshot::{SNAPSHOT_MAGIC, SnapshotError};
 pub use st_experts::io::ExpertIo;
-pub use st_experts::{IoMode, StoreError, StoreStats};
+pub use st_experts::{Hot, HotError, IoMode, StoreError, StoreStats};
 pub use st_kernels::{Isa, Kernels, KvType};
 pub use work::Work;
 pub use workspace::Workspace;

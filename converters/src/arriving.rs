@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use st_gguf::{PlacedWriter, WriteOptions, checksum_parts, crc32c};
 use st_kernels::SquaredErrors;
 
-use crate::convert::{ConvertOptions, ConvertPlan, Converted, Gains, Job, SearchGain};
+use crate::convert::{ConvertPlan, Converted, Gains, Job, SearchGain};
 use crate::error::ConvertError;
 use crate::input::Input;
+use crate::options::ConvertOptions;
 use crate::progress::{Cancel, Progress};
 use crate::tensor_map::Tensor;
 

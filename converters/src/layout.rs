@@ -10,8 +10,8 @@ use std::sync::Arc;
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_kernels::{ExpertFormat, WeightType};
 
-use crate::convert::ConvertOptions;
 use crate::error::ConvertError;
+use crate::options::ConvertOptions;
 use crate::quantize::Target;
 use crate::tensor_map::{Kind, ModelShape, Rule, Scope, TABLE, Tensor, rule_of};
 

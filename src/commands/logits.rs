@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use st_gguf::{GgufFile, check_output};
-use st_model::{Batch, ModelConfig, ModelError, Observer, Reference, Routing, Session};
+use st_model::{Batch, ModelError, ModelShape, Observer, Reference, Routing, Session};
 
 use super::{engine, tokens};
 use crate::cli::{EngineArgs, LogitsArgs};
@@ -147,7 +147,7 @@ struct Output {
 }
 
 impl Output {
-    fn create(args: &LogitsArgs, n: usize, n_vocab: usize, config: &ModelConfig) -> anyhow::Result<Self> {
+    fn create(args: &LogitsArgs, n: usize, n_vocab: usize, config: &ModelShape) -> anyhow::Result<Self> {
         let layers = args.layers;
         let mut tensors = vec![("logits".to_owned(), Dtype::F32, vec![n, n_vocab])];
         if layers {

@@ -1,8 +1,8 @@
 //! The tensors that a batch of tokens flows through, allocated once and written in place.
 
 use candle_core::{DType, Device, Tensor};
+use st_format::ModelShape;
 
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::ops;
 
@@ -25,7 +25,7 @@ pub(crate) struct Activations {
 
 impl Activations {
     /// Room for `tokens` tokens.
-    pub(crate) fn new(config: &ModelConfig, tokens: usize) -> Result<Self, ModelError> {
+    pub(crate) fn new(config: &ModelShape, tokens: usize) -> Result<Self, ModelError> {
         let zeros = |width: usize| Tensor::zeros((tokens, width), DType::F32, &Device::Cpu);
         Ok(Self {
             x: zeros(config.n_embd)?,
@@ -50,7 +50,7 @@ impl Activations {
     }
 
     /// Bytes that one token takes.
-    pub(crate) fn bytes_per_token(config: &ModelConfig) -> usize {
+    pub(crate) fn bytes_per_token(config: &ModelShape) -> usize {
         4 * (3 * config.n_embd + 2 * config.q_dim() + 2 * config.kv_dim() + config.n_experts)
     }
 

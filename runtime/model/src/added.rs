@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::bpe::ByteBpe;
-use crate::tokenizer::TokenKind;
+use crate::vocabulary::TokenKind;
 
 /// Where such a token stands in a text.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use st_gguf::StringArray;
 use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::{Model, Token};
 
-use crate::tokenizer::{TokenKind, TokenizerError};
+use crate::vocabulary::{TokenKind, TokenizerError};
 
 /// Entries of a list that are read between two looks at whether to go on.
 const STRETCH: usize = 1 << 12;

@@ -1,28 +1,21 @@
 //! Chat messages to prompt text, through the file's own Jinja template.
 //!
-//! Owns the reading of `tokenizer.chat_template` and an environment in which it renders as Hugging Face
-//! `transformers` renders it: whitespace control, Python string methods, `tojson`, `raise_exception`,
-//! `strftime_now`, `{% generation %}`. Invents no template: a file without one has no chat format, and the caller
+//! Owns the reading of `tokenizer.chat_template` and what it is given, so that it renders as Hugging Face `transformers`
+//! renders it (`transformers.rs`, `python.rs`). Invents no template: a file without one has no chat format, and the caller
 //! must then treat prompts as plain text. Templates are untrusted: `template` bounds what they may do, and `marks`
 //! keeps messages from passing for what the template wrote.
 
-use std::time::SystemTime;
-
-use minijinja::value::{Kwargs, Rest};
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::{Error, Value, context};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 use st_gguf::{GgufError, Metadata};
 
 use crate::marks::ControlTexts;
 pub use crate::marks::Rendered;
-use crate::python;
 use crate::template::{self, Failure, Guard};
-use crate::tokenizer::{TokenizerError, control_texts};
+use crate::transformers::{extend, refusal, without_generation_tags};
+use crate::vocabulary::{KEY_TEMPLATE, TokenizerError, control_texts};
 
-pub(crate) const KEY_TEMPLATE: &str = "tokenizer.chat_template";
-/// The names of further templates, each under `tokenizer.chat_template.NAME`.
-const KEY_NAMES: &str = "tokenizer.chat_templates";
 /// Roles as templates know them. They are written by programs, not by people, and may be part of control tokens.
 const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 
@@ -110,15 +103,6 @@ impl From<Failure> for ChatError {
             Failure::Thread(error) => Self::Thread(error),
         }
     }
-}
-
-/// The sources of all chat templates of a file, the one for ordinary chats first.
-pub(crate) fn templates(metadata: &Metadata) -> Result<Vec<&str>, GgufError> {
-    let mut sources: Vec<&str> = metadata.str(KEY_TEMPLATE)?.into_iter().collect();
-    for name in metadata.strings(KEY_NAMES)?.into_iter().flat_map(|names| names.iter()) {
-        sources.extend(metadata.str(&format!("{KEY_TEMPLATE}.{name}"))?);
-    }
-    Ok(sources)
 }
 
 /// A chat template.
@@ -260,6 +244,11 @@ fn to_value(json: &Json) -> Value {
     }
 }
 
+/// An absent token is undefined, which prints as nothing, rather than `None`.
+fn text_or_undefined(text: Option<&str>) -> Value {
+    text.map_or(Value::UNDEFINED, Value::from)
+}
+
 /// Bytes of text in a message.
 fn text_in(value: &Value) -> usize {
     match (value.as_str(), value.as_object()) {
@@ -270,93 +259,6 @@ fn text_in(value: &Value) -> usize {
         },
         _ => 8,
     }
-}
-
-/// What `transformers` adds to Jinja.
-fn extend(environment: &mut Environment<'static>, marker: char) {
-    environment.add_filter("tojson", move |value: Value, positional: Rest<Value>, kwargs: Kwargs| {
-        to_json(&value, &positional, &kwargs, marker)
-    });
-    environment.add_function("raise_exception", move |message: String| {
-        let message = message.replace(marker, "");
-        Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, REFUSED).with_source(Refusal(message)))
-    });
-    environment.add_function("strftime_now", |format: String| python::strftime(&format, SystemTime::now()));
-}
-
-/// An absent token is undefined, which prints as nothing, rather than `None`.
-fn text_or_undefined(text: Option<&str>) -> Value {
-    text.map_or(Value::UNDEFINED, Value::from)
-}
-
-const REFUSED: &str = "raise_exception";
-
-/// Carries the message of `raise_exception` through the template engine's error.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Refusal(String);
-
-fn refusal(error: &Error) -> Option<String> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(Refusal(message)) = error.downcast_ref::<Refusal>() {
-            return Some(message.clone());
-        }
-        cause = error.source();
-    }
-    None
-}
-
-/// The most that one part of a JSON text is indented or set apart by.
-const SPACING: usize = 64;
-
-/// `json.dumps` with the defaults that `transformers` gives it.
-fn to_json(value: &Value, positional: &[Value], kwargs: &Kwargs, marker: char) -> Result<Value, Error> {
-    let ensure_ascii = match (positional.first(), kwargs.get::<Option<bool>>("ensure_ascii")?) {
-        (Some(first), _) => first.is_true(),
-        (None, keyword) => keyword.unwrap_or(false),
-    };
-    let options = python::JsonOptions {
-        ensure_ascii,
-        indent: kwargs.get::<Option<usize>>("indent")?,
-        separators: kwargs.get::<Option<Vec<String>>>("separators")?,
-        sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        kept: marker,
-    };
-    kwargs.assert_all_used()?;
-    let separators: usize = options.separators.iter().flatten().map(String::len).sum();
-    if separators > SPACING || options.indent > Some(SPACING) {
-        return Err(Error::new(ErrorKind::InvalidOperation, "it sets JSON farther apart than any chat needs"));
-    }
-    let json = serde_json::to_value(value).map_err(|error| {
-        Error::new(ErrorKind::BadSerialization, "cannot write this value as JSON").with_source(error)
-    })?;
-    // Marked safe so that no later escaping touches it.
-    Ok(Value::from_safe_string(python::json_dumps(&json, &options)))
-}
-
-/// Rewrites `{% generation %}` … `{% endgeneration %}` (which only marks a span for training) as a block that is
-/// always rendered, whitespace control kept.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(open) = rest.find("{%") {
-        let (before, tag) = rest.split_at(open + 2);
-        out.push_str(before);
-        rest = tag;
-        let Some(close) = tag.find("%}") else { break };
-        let inner = &tag[..close];
-        let word = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        let replacement = match word {
-            "generation" => "if true",
-            "endgeneration" => "endif",
-            _ => continue,
-        };
-        out.push_str(&inner.replacen(word, replacement, 1));
-        rest = &tag[close..];
-    }
-    out.push_str(rest);
-    out
 }
 
 #[cfg(test)]

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use st_experts::{ExpertStore, StoreOptions, StoreStats};
+use st_format::ModelShape;
 use st_gguf::GgufFile;
 use st_kernels::{Isa, KvFormat, KvPool, KvType};
 
 use crate::batch::Batch;
 use crate::chat::{ChatError, ChatTemplate};
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::kv_cache::{self, LayerKv};
 use crate::model::Model;
@@ -106,7 +106,7 @@ impl Engine {
         }
         let end_ids = match &tokenizer {
             Some(tokenizer) => tokenizer.end_ids().to_vec(),
-            None => crate::tokenizer::end_ids(&file.header.metadata)?,
+            None => crate::vocabulary::end_ids(&file.header.metadata)?,
         };
         // The tokenizer has its own copy by now; the header's would only take memory.
         for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"] {
@@ -272,7 +272,7 @@ impl Engine {
     }
 
     /// The shape of the model.
-    pub fn config(&self) -> &ModelConfig {
+    pub fn config(&self) -> &ModelShape {
         self.model.config()
     }
 

@@ -129,7 +129,7 @@ pub enum ModelError {
     },
     /// The file's tokenizer is broken.
     #[error(transparent)]
-    Tokenizer(crate::tokenizer::TokenizerError),
+    Tokenizer(crate::vocabulary::TokenizerError),
     /// No token can be chosen.
     #[error(transparent)]
     Sampler(#[from] crate::sampler::SamplerError),
@@ -195,10 +195,10 @@ pub enum ModelError {
     Tensor(#[from] candle_core::Error),
 }
 
-impl From<crate::tokenizer::TokenizerError> for ModelError {
-    fn from(error: crate::tokenizer::TokenizerError) -> Self {
+impl From<crate::vocabulary::TokenizerError> for ModelError {
+    fn from(error: crate::vocabulary::TokenizerError) -> Self {
         match error {
-            crate::tokenizer::TokenizerError::Cancelled => Self::Cancelled,
+            crate::vocabulary::TokenizerError::Cancelled => Self::Cancelled,
             error => Self::Tokenizer(error),
         }
     }

@@ -7,9 +7,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use st_format::ModelShape;
 use st_kernels::{KV_CHUNK, KvFormat, KvPage, KvPages, KvPagesMut, KvPool, KvType, Pool};
 
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 
 /// Positions of a page.
@@ -26,7 +26,7 @@ pub(crate) struct LayerKv {
 }
 
 /// What the pages of a model look like.
-pub(crate) fn format(config: &ModelConfig, ty: KvType) -> KvFormat {
+pub(crate) fn format(config: &ModelShape, ty: KvType) -> KvFormat {
     KvFormat::new(ty, config.n_kv_heads, config.head_dim)
 }
 
@@ -39,7 +39,7 @@ pub(crate) fn most_pages(window: Option<usize>, ctx: usize, rows: usize) -> usiz
 
 impl LayerKv {
     /// An empty layer, with pages from `memory`.
-    pub(crate) fn new(config: &ModelConfig, layer: usize, memory: &KvPool) -> Self {
+    pub(crate) fn new(config: &ModelShape, layer: usize, memory: &KvPool) -> Self {
         Self { memory: memory.clone(), window: config.windows[layer], first_chunk: 0, pages: Vec::new() }
     }
 

@@ -4,11 +4,11 @@
 //! residual stream before norm and attention, so that the experts it chose can be read while attention runs.
 
 use st_experts::ExpertStore;
+use st_format::ModelShape;
 use st_kernels::Isa;
 
 use crate::activations::Activations;
 use crate::batch::Batch;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::moe::{ExpertLayer, Moe};
 use crate::observer::Observer;
@@ -35,7 +35,7 @@ impl Layer {
     /// What this layer's router chooses for the residual stream as it stands.
     fn route(
         &self,
-        config: &ModelConfig,
+        config: &ModelShape,
         cx: &Compute,
         acts: &mut ActsScratch,
         a: &Activations,
@@ -61,7 +61,7 @@ enum Head {
 
 /// All weights of a model, and the threads that compute with them.
 pub(crate) struct Model {
-    config: ModelConfig,
+    config: ModelShape,
     compute: Compute,
     /// `None` where the rows of the sparse head are the embedding.
     embedding: Option<Linear>,
@@ -78,7 +78,7 @@ impl Model {
     /// Where the file cannot be read or a matrix has a type without kernels.
     pub(crate) fn load(
         source: &TensorSource<'_>,
-        config: ModelConfig,
+        config: ModelShape,
         store: ExpertStore,
         batch: usize,
         options: &LoadOptions,
@@ -125,7 +125,7 @@ impl Model {
     }
 
     /// The shape of the model.
-    pub(crate) fn config(&self) -> &ModelConfig {
+    pub(crate) fn config(&self) -> &ModelShape {
         &self.config
     }
 

@@ -4,9 +4,9 @@
 //! compared with; nothing of the fast path is used here, so the two cannot share a mistake.
 
 use candle_core::{D, DType, Device, Tensor};
+use st_format::{Gating, ModelShape};
 use st_gguf::GgufFile;
 
-use crate::config::{Gating, ModelConfig};
 use crate::error::ModelError;
 use crate::progress::{LoadProgress, NoProgress};
 use crate::weights::{self, TensorSource};
@@ -46,7 +46,7 @@ struct Layer {
 
 /// A model in f32 with its KV cache: one mutable conversation.
 pub struct Reference {
-    config: ModelConfig,
+    config: ModelShape,
     embedding: Tensor,
     layers: Vec<Layer>,
     output_norm: Tensor,
@@ -112,7 +112,7 @@ impl Reference {
     }
 
     /// The shape of the model.
-    pub fn config(&self) -> &ModelConfig {
+    pub fn config(&self) -> &ModelShape {
         &self.config
     }
 
@@ -259,7 +259,7 @@ fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor, ModelError>
 }
 
 /// Cosines and sines of positions `start..start + t`; each `[t, head_dim]`, the two halves alike.
-fn rotary(c: &ModelConfig, start: usize, t: usize) -> Result<(Tensor, Tensor), ModelError> {
+fn rotary(c: &ModelShape, start: usize, t: usize) -> Result<(Tensor, Tensor), ModelError> {
     let half = c.head_dim / 2;
     let (mut cos, mut sin) = (Vec::with_capacity(t * c.head_dim), Vec::with_capacity(t * c.head_dim));
     for position in start..start + t {
@@ -285,7 +285,7 @@ fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, ModelError> 
 /// For each token, best logit first: the chosen experts, and their weights.
 type Choices = (Vec<Vec<u32>>, Vec<Vec<f32>>);
 
-fn choose(c: &ModelConfig, logits: &Tensor) -> Result<Choices, ModelError> {
+fn choose(c: &ModelShape, logits: &Tensor) -> Result<Choices, ModelError> {
     let mut ids = Vec::new();
     let mut weights = Vec::new();
     for row in logits.to_dtype(DType::F32)?.to_vec2::<f32>()? {

@@ -3,7 +3,7 @@
 //! Owns the choice: the `n_experts_used` best logits (the lower index first where two are equal), then softmax over
 //! them or sigmoid divided by the sum (the technical report, section 2; `expert_gating_func`).
 
-use crate::config::{Gating, ModelConfig};
+use st_format::{Gating, ModelShape};
 
 /// Chosen experts and weights of a batch of tokens; reused from batch to batch.
 #[derive(Debug, Default)]
@@ -15,7 +15,7 @@ pub struct Routing {
 
 impl Routing {
     /// Chooses for each row of `logits` (`[tokens, n_experts]`).
-    pub fn choose(&mut self, config: &ModelConfig, logits: &[f32]) {
+    pub fn choose(&mut self, config: &ModelShape, logits: &[f32]) {
         self.choose_best(config.n_experts_used, config.n_experts, config.gating, logits);
     }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use st_experts::{SlotFormat, StoreMemory, StoreOptions};
+use st_format::ModelShape;
 use st_kernels::{ExpertFormat, Kernels, Matrix, Q8Acts};
 
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::kv_cache::{self, POSITION_STEP};
 use crate::moe::Moe;
@@ -57,7 +57,7 @@ pub(crate) fn slot_format(source: &TensorSource<'_>, kernels: Kernels) -> Arc<dy
 /// [`ModelError::Budget`], [`ModelError::Context`].
 pub(crate) fn plan(
     source: &TensorSource<'_>,
-    config: &ModelConfig,
+    config: &ModelShape,
     options: &LoadOptions,
 ) -> Result<MemoryPlan, ModelError> {
     let request = PlanRequest {
@@ -117,7 +117,7 @@ fn with_slack(error: ModelError) -> ModelError {
 }
 
 /// Everything but the experts, as it lies in memory.
-fn dense(source: &TensorSource<'_>, config: &ModelConfig, options: &LoadOptions) -> Result<u64, ModelError> {
+fn dense(source: &TensorSource<'_>, config: &ModelShape, options: &LoadOptions) -> Result<u64, ModelError> {
     let matrix = |name: &str, rows: usize, cols: usize| -> Result<u64, ModelError> {
         let ty = source.weight_type(name)?;
         let bytes = Linear::bytes_for(ty, rows, cols);
@@ -155,7 +155,7 @@ fn dense(source: &TensorSource<'_>, config: &ModelConfig, options: &LoadOptions)
 }
 
 /// The workspace: activations, what experts need, logits.
-fn scratch(config: &ModelConfig, n_vocab: usize, batch: usize, sequences: usize) -> u64 {
+fn scratch(config: &ModelShape, n_vocab: usize, batch: usize, sequences: usize) -> u64 {
     let inputs = [config.n_embd, config.q_dim()].map(|k| Q8Acts::bytes_for(k, batch)).iter().sum::<usize>();
     // What sampling makes of logits, for each that samples.
     let sampling = sequences * 3 * n_vocab * size_of::<f32>();

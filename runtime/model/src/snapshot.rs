@@ -12,10 +12,10 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
+use st_format::ModelShape;
 use st_gguf::GgufFile;
 use st_kernels::{KvFormat, KvPool, KvType};
 
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::kv_cache::{LayerKv, POSITION_STEP};
 
@@ -241,7 +241,7 @@ impl Expected<'_> {
 ///
 /// # Errors
 /// What reading meets.
-pub(crate) fn identity(file: &GgufFile, config: &ModelConfig) -> Result<[u8; 32], ModelError> {
+pub(crate) fn identity(file: &GgufFile, config: &ModelShape) -> Result<[u8; 32], ModelError> {
     use sha2::{Digest as _, Sha256};
     const SAMPLE: u64 = 1024;
     let sums = file.header.checksums();

@@ -9,6 +9,7 @@ use tokenizers::models::bpe::BPE;
 
 use super::*;
 use crate::chat::{ChatTemplate, Message, Role};
+use crate::vocabulary::{KEY_END_ALL, KEY_TOKEN_TYPE, KEYS_END, end_ids};
 
 /// The bundled model's tokenizer.json.
 fn tokenizer_json() -> Json {

@@ -9,12 +9,11 @@ use st_format::{Matrix, ModelShape, Scope, Tensor, tensor_names};
 use st_gguf::{ExpertIndex, GgmlType, GgufFile, TensorInfo};
 use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
-use crate::chat::KEY_TEMPLATE;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::options::LoadOptions;
 use crate::predictor::Predictor;
 use crate::progress::LoadProgress;
+use crate::vocabulary::KEY_TEMPLATE;
 
 /// The embedding, and the LM head too where the two are tied; `[n_embd, n_vocab]`.
 pub(crate) const TOKEN_EMBD: &str = "token_embd.weight";
@@ -47,7 +46,7 @@ impl<'a> TensorSource<'a> {
     /// [`ModelError::TensorType`]; where the experts are not all there, of [`ModelError::Gguf`].
     pub(crate) fn new(
         file: &'a GgufFile,
-        config: &ModelConfig,
+        config: &ModelShape,
         progress: &'a dyn LoadProgress,
     ) -> Result<Self, ModelError> {
         let has_head = has_head_of_its_own(file, progress)?;
@@ -242,7 +241,7 @@ fn computed(ty: GgmlType, name: impl FnOnce() -> String) -> Result<WeightType, M
 }
 
 /// How the experts of a layer lie in cache slots.
-fn expert_format(experts: &ExpertIndex, layer: usize, config: &ModelConfig) -> Result<ExpertFormat, ModelError> {
+fn expert_format(experts: &ExpertIndex, layer: usize, config: &ModelShape) -> Result<ExpertFormat, ModelError> {
     let types = experts.types(layer);
     let [gate, up, down] =
         Matrix::ALL.map(|matrix| computed(types[matrix as usize], || tensor_names::stacked(layer, matrix)));

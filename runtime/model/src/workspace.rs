@@ -2,9 +2,10 @@
 //!
 //! There is one for each engine that runs, whatever the number of sequences: what a pass leaves behind is its logits.
 
+use st_format::ModelShape;
+
 use crate::activations::Activations;
 use crate::batch::Run;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::moe::MoeScratch;
 use crate::ops::{Rope, Scratch};
@@ -72,7 +73,7 @@ impl Workspace {
     ///
     /// # Errors
     /// Where they cannot be allocated.
-    pub(crate) fn new(engine: u64, config: &ModelConfig, n_vocab: usize, batch: usize) -> Result<Self, ModelError> {
+    pub(crate) fn new(engine: u64, config: &ModelShape, n_vocab: usize, batch: usize) -> Result<Self, ModelError> {
         let small = Activations::new(config, SMALL)?;
         Ok(Self {
             engine,
@@ -113,13 +114,13 @@ impl Workspace {
     }
 
     /// Bytes that a workspace takes for batches of at most `batch` rows and the logits of `logit_rows`, but for what experts need.
-    pub(crate) fn bytes(config: &ModelConfig, n_vocab: usize, batch: usize, logit_rows: usize) -> usize {
+    pub(crate) fn bytes(config: &ModelShape, n_vocab: usize, batch: usize, logit_rows: usize) -> usize {
         let head = logit_rows * (config.n_embd + n_vocab) * size_of::<f32>();
         (batch + SMALL) * Activations::bytes_per_token(config) + head
     }
 
     /// Activations for `rows` rows: views of what was allocated before.
-    pub(crate) fn activations(&mut self, config: &ModelConfig, rows: usize) -> Result<Activations, ModelError> {
+    pub(crate) fn activations(&mut self, config: &ModelShape, rows: usize) -> Result<Activations, ModelError> {
         let rooms = &mut self.activations;
         if rooms.latest.0 != rows {
             let room = if rows <= SMALL {

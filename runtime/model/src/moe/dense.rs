@@ -135,8 +135,8 @@ impl DenseScratch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Gating;
     use crate::router::Routing;
+    use st_format::Gating;
 
     #[test]
     fn experts_are_computed_together_as_far_as_there_is_room() {

@@ -10,11 +10,11 @@ mod sparse;
 
 use candle_core::Tensor;
 use st_experts::{ExpertStore, Lease, Use, Waves};
+use st_format::ModelShape;
 use st_gguf::Matrix;
 use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, UNIT_ROWS};
 
 use crate::batch::BatchKind;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::observer::Observer;
 use crate::ops::{self, ActsScratch, Compute};
@@ -71,7 +71,7 @@ pub(crate) struct ExpertLayer<'a> {
 
 impl Moe {
     /// Experts of `store`, lying in its slots as `formats` has it for each layer, for batches of at most `batch` rows.
-    pub(crate) fn new(store: ExpertStore, formats: Vec<ExpertFormat>, config: &ModelConfig, batch: usize) -> Self {
+    pub(crate) fn new(store: ExpertStore, formats: Vec<ExpertFormat>, config: &ModelShape, batch: usize) -> Self {
         Self { store, formats, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
     }
 
@@ -98,7 +98,7 @@ impl Moe {
     }
 
     /// Bytes of scratch for a batch of `rows`.
-    pub(crate) fn scratch_bytes(config: &ModelConfig, rows: usize) -> usize {
+    pub(crate) fn scratch_bytes(config: &ModelShape, rows: usize) -> usize {
         let few = rows.min(FEW_ROWS) * config.n_experts_used;
         rows * config.n_experts_used * config.n_embd * 4
             + SparseScratch::bytes(few, config.n_ff)

@@ -85,7 +85,7 @@ impl Pairs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Gating;
+    use st_format::Gating;
 
     #[test]
     fn pairs_of_an_expert_lie_together() {

@@ -1,11 +1,11 @@
 //! Attention over the KV cache: store the new positions, then gather what each query sees.
 
 use candle_core::Tensor;
+use st_format::ModelShape;
 use st_kernels::{kv_chunks, partial_len, visible_range};
 
 use super::{Compute, in_place};
 use crate::batch::Run;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::sequence::Sequence;
 
@@ -31,7 +31,7 @@ struct ChunkTask {
 
 /// Attention of one layer for all runs of a batch.
 pub(crate) struct Attention<'a, 's> {
-    pub(crate) config: &'a ModelConfig,
+    pub(crate) config: &'a ModelShape,
     pub(crate) layer: usize,
     pub(crate) runs: &'a [Run],
     pub(crate) sequences: &'a mut [&'s mut Sequence],

@@ -4,9 +4,9 @@ use candle_core::Tensor;
 
 use super::{Compute, in_place, slice_mut};
 use crate::batch::Run;
-use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::router::Routing;
+use st_format::ModelShape;
 
 /// Rows that one task takes: enough to outweigh handing it out.
 const ROWS: usize = 16;
@@ -111,7 +111,7 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
+    pub(crate) fn new(config: &ModelShape) -> Self {
         let dim = config.head_dim;
         Self {
             head_dim: dim,

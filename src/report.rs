@@ -266,6 +266,8 @@ fn model_hint(error: &ModelError) -> Option<String> {
         ModelError::ContextFull { .. } => {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()
         }
+        ModelError::NoTokenizer => "--token-ids 1,2,3 takes the prompt as token ids".into(),
+        ModelError::NoChatTemplate | ModelError::Chat(_) => "--raw -p TEXT continues a text as it is".into(),
         ModelError::Isa { .. } => "without --isa the best that it can run are used".into(),
         ModelError::NoPredictor { .. } | ModelError::Predictor { .. } => PREDICTOR.into(),
         ModelError::MissingTensor { .. } => INCOMPLETE.into(),

@@ -4,7 +4,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use st_convert::{Layout, WeightType};
-use st_model::{Engine, LoadOptions, ModelError, Observer, Session};
+use st_model::chat::{Message, Role};
+use st_model::sampler::{Sampler, SamplerOptions};
+use st_model::{Chat, Engine, GenerateOptions, Generation, LoadOptions, ModelError, Observer, Prompt, Session};
 
 use crate::common;
 
@@ -94,4 +96,81 @@ fn memory_of_a_long_conversation_does_not_grow_in_window_layers() {
     assert_eq!(engine.kv_pages().0, 6 * full + windows);
     drop(session);
     assert_eq!(engine.kv_pages().0, 0);
+}
+
+fn chat(engine: &Arc<Engine>) -> Chat {
+    Chat::over(Session::new(engine).expect("a session"), Sampler::new(SamplerOptions::greedy()).expect("a sampler"))
+}
+
+fn ask(chat: &mut Chat, prompt: Prompt<'_>) -> Generation {
+    let options = GenerateOptions { max_tokens: Some(30), ..GenerateOptions::default() };
+    chat.ask_within(prompt, &options, None, &mut (), &mut |_| ControlFlow::Continue(())).expect("an answer")
+}
+
+/// Each turn runs what is new, and answers as if all were.
+#[test]
+fn a_turn_of_a_chat_runs_what_is_new_and_answers_the_same() {
+    let (engine, _) = engine_and_text();
+    let mut whole = chat(&engine);
+    whole.set_system(Some("Be brief."));
+    let first = ask(&mut whole, Prompt::Message("Tell me a story about a fox."));
+    let before = whole.messages().to_vec();
+    let mut copy = whole.fork().expect("a copy");
+    let second = ask(&mut whole, Prompt::Message("And then?"));
+    assert!(second.stats.prompt_tokens < first.stats.prompt_tokens, "{:?}", second.stats);
+    let roles: Vec<Role> = whole.messages().iter().map(|message| message.role).collect();
+    assert_eq!(roles, [Role::System, Role::User, Role::Assistant, Role::User, Role::Assistant]);
+    // A copy, and whoever begins with the messages alone, go on alike.
+    let mut anew = chat(&engine);
+    *anew.messages_mut() = before;
+    for (other, runs_all) in [(&mut copy, false), (&mut anew, true)] {
+        let answer = ask(other, Prompt::Message("And then?"));
+        assert_eq!(answer.ids, second.ids);
+        assert_eq!(answer.stats.prompt_tokens > second.stats.prompt_tokens, runs_all);
+        assert_eq!(other.messages(), whole.messages());
+    }
+    whole.clear();
+    assert_eq!(whole.messages(), [Message::new(Role::System, "Be brief.")]);
+    assert_eq!(ask(&mut whole, Prompt::Message("Tell me a story about a fox.")).ids, first.ids);
+    whole.set_system(None);
+    assert!(whole.messages().iter().all(|message| message.role != Role::System));
+}
+
+#[test]
+fn texts_and_tokens_are_continued_as_they_are() {
+    let (engine, _) = engine_and_text();
+    let ids = engine.tokenizer().expect("a tokenizer").encode("Once upon a time", true).expect("tokens");
+    let mut one = chat(&engine);
+    ask(&mut one, Prompt::Message("Hello."));
+    let text = ask(&mut one, Prompt::Text("Once upon a time"));
+    let mut other = chat(&engine);
+    assert_eq!(ask(&mut other, Prompt::Ids(&ids)).ids, text.ids);
+    assert_eq!((one.messages().len(), other.messages().len()), (4, 0));
+}
+
+#[test]
+fn a_message_that_is_refused_or_stopped_is_not_part_of_the_chat() {
+    let (engine, _) = engine_and_text();
+    let mut chat = chat(&engine);
+    let options = GenerateOptions::default();
+    let long = "Once upon a time. ".repeat(200_000);
+    let refused = chat.ask(&long, &options, &mut (), &mut |_| ControlFlow::Continue(())).expect_err("refused");
+    assert!(matches!(refused.error(), ModelError::ContextFull { .. }), "{refused}");
+    assert!(chat.messages().is_empty() && chat.session().is_empty());
+    let mut stop = StopAtOnce;
+    let stopped = chat.ask("Hello.", &options, &mut stop, &mut |_| ControlFlow::Continue(())).expect("an answer");
+    assert!(stopped.is_cut_off() && chat.messages().is_empty());
+    let begun = chat.ask("Hello.", &options, &mut (), &mut |text| match text.is_empty() {
+        true => ControlFlow::Continue(()),
+        false => ControlFlow::Break(()),
+    });
+    assert_eq!(chat.messages()[1].content, begun.expect("an answer").text);
+}
+
+struct StopAtOnce;
+
+impl Observer for StopAtOnce {
+    fn progress(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        ControlFlow::Break(())
+    }
 }

@@ -3,7 +3,6 @@
 use std::io::{self, BufReader, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use rustix::termios::{QueueSelector, tcflush};
@@ -14,14 +13,11 @@ use rustyline::history::MemHistory;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use st_gguf::{FileSource, Kind, OutputFile, ReadAt as _};
-use st_model::chat::{ChatTemplate, Message, Role};
-use st_model::sampler::Sampler;
-use st_model::tokenizer::Tokenizer;
-use st_model::{Engine, FinishReason, GenerateError, GenerateOptions, GenerateStats, Session};
+use st_model::chat::Message;
+use st_model::{Chat, FinishReason, GenerateStats, ModelError, Prompt};
 
-use super::run::{Out, bad_template, no_template, no_tokenizer};
+use super::answer::Out;
 use super::stats;
-use crate::cli::RunArgs;
 use crate::context::Context;
 use crate::report::{self, Interrupted, is_closed_output};
 use crate::size::show_size;
@@ -84,48 +80,25 @@ impl<'a> Line<'a> {
     }
 }
 
-/// A conversation with a model.
-pub(crate) struct Chat<'a> {
-    engine: Arc<Engine>,
-    /// With `--raw` every line is a text to continue.
+/// A conversation at a terminal.
+pub(crate) struct Dialog<'a> {
+    chat: &'a mut Chat,
+    /// Every line is a text to continue.
     raw: bool,
-    session: &'a mut Session,
-    sampler: Sampler,
-    options: GenerateOptions,
     out: Out<'a>,
     context: &'a Context,
-    system: Option<String>,
-    /// The conversation without the system message.
-    messages: Vec<Message>,
     latest: Option<GenerateStats>,
 }
 
-impl<'a> Chat<'a> {
-    /// A conversation in `session`, which may hold what was computed before.
-    pub(crate) fn new(
-        session: &'a mut Session,
-        args: &RunArgs,
-        sampler: Sampler,
-        options: GenerateOptions,
-        out: Out<'a>,
-    ) -> anyhow::Result<Self> {
-        let engine = Arc::clone(session.engine());
-        if !args.raw {
-            template(&engine)?;
+impl<'a> Dialog<'a> {
+    /// Goes on with `chat`; with `raw` every line is a text to continue.
+    pub(crate) fn new(chat: &'a mut Chat, raw: bool, out: Out<'a>) -> anyhow::Result<Self> {
+        let engine = chat.session().engine();
+        if !raw {
+            engine.chat_template().map_err(ModelError::from)?.ok_or(ModelError::NoChatTemplate)?;
         }
-        tokenizer(&engine)?;
-        Ok(Self {
-            engine,
-            raw: args.raw,
-            session,
-            sampler,
-            options,
-            context: out.context,
-            out,
-            system: args.system.clone(),
-            messages: Vec::new(),
-            latest: None,
-        })
+        engine.tokenizer().ok_or(ModelError::NoTokenizer)?;
+        Ok(Self { chat, raw, context: out.context, out, latest: None })
     }
 
     /// Answers lines until the person leaves.
@@ -174,19 +147,18 @@ impl<'a> Chat<'a> {
                 Ok(())
             }
             Line::Clear => {
-                self.messages.clear();
-                self.session.reset();
+                self.chat.clear();
                 Ok(())
             }
             Line::Stats => {
                 match &self.latest {
-                    Some(latest) => ui.say(stats::lines(latest, &self.engine)),
+                    Some(latest) => ui.say(stats::lines(latest, self.chat.session().engine())),
                     None => ui.say("there is no answer yet"),
                 }
                 Ok(())
             }
             Line::System(text) => {
-                self.system = Some(text.to_owned()).filter(|text| !text.is_empty());
+                self.chat.set_system(Some(text).filter(|text| !text.is_empty()));
                 Ok(())
             }
             Line::Save(file) => self.save(Path::new(file)),
@@ -208,68 +180,22 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// System message and conversation, as the template takes them.
-    fn all_messages(&self) -> Vec<Message> {
-        let system = self.system.iter().map(|text| Message::new(Role::System, text));
-        system.chain(self.messages.iter().cloned()).collect()
-    }
-
     fn say(&mut self, text: &str) -> anyhow::Result<()> {
-        self.messages.push(Message::new(Role::User, text));
-        match self.answer(text) {
-            Ok(Some(answer)) => {
-                self.messages.push(Message::new(Role::Assistant, answer));
-                Ok(())
-            }
-            Ok(None) => {
-                self.messages.pop();
-                self.context.ui.note("stopped before an answer began: the message is forgotten");
-                Ok(())
-            }
-            Err(error) => {
-                // What was read on the screen is part of the conversation.
-                match error.downcast_ref::<GenerateError>().map(|failed| &failed.answer().text) {
-                    Some(text) if !text.is_empty() => self.messages.push(Message::new(Role::Assistant, text)),
-                    _ => drop(self.messages.pop()),
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// `None` where it was stopped before there was any text.
-    fn answer(&mut self, text: &str) -> anyhow::Result<Option<String>> {
-        let ids = match self.raw {
-            false => {
-                self.check_length(&self.all_messages())?;
-                let rendered = template(&self.engine)?.render(&self.all_messages(), true);
-                tokenizer(&self.engine)?.encode_chat(&rendered.map_err(|error| bad_template(&error))?)?
-            }
-            true => {
-                self.engine.check_texts(std::iter::once(text))?;
-                tokenizer(&self.engine)?.encode_prompt(text, true)?
-            }
-        };
-        // What the conversation has in common with what was run already is not run again.
-        let kept = self.session.keep_prefix(&ids);
-        let prompt = &ids[kept..];
-        let answer = self.out.answer(self.session, prompt, &mut self.sampler, &self.options)?;
+        let prompt = if self.raw { Prompt::Text(text) } else { Prompt::Message(text) };
+        let answer = self.out.answer(self.chat, prompt)?;
         self.latest = Some(answer.stats);
-        if answer.finish_reason == FinishReason::Length && self.session.len() == self.session.ctx() {
+        let session = self.chat.session();
+        if answer.finish_reason == FinishReason::Length && session.len() == session.ctx() {
             self.context.ui.note("note: the context is full; /clear begins anew");
         }
-        let stopped = answer.finish_reason == FinishReason::Cancelled && answer.text.is_empty();
-        Ok((!stopped).then_some(answer.text))
-    }
-
-    /// Refuses messages that the context cannot hold before they are rendered.
-    fn check_length(&self, messages: &[Message]) -> anyhow::Result<()> {
-        let texts = messages.iter().map(|message| message.content.as_str());
-        Ok(self.engine.check_texts(texts)?)
+        if answer.is_cut_off() && answer.text.is_empty() {
+            self.context.ui.note("stopped before an answer began: the message is forgotten");
+        }
+        Ok(())
     }
 
     fn save(&self, path: &Path) -> anyhow::Result<()> {
-        let saved = Saved { messages: self.all_messages() };
+        let saved = Saved { messages: self.chat.messages().to_vec() };
         let mut json = serde_json::to_vec_pretty(&saved)?;
         json.push(b'\n');
         write_whole(path, &json)?;
@@ -278,14 +204,10 @@ impl<'a> Chat<'a> {
     }
 
     fn load(&mut self, path: &Path) -> anyhow::Result<()> {
-        let mut messages = read_saved(path)?.messages;
-        self.check_length(&messages)?;
-        self.system = None;
-        if messages.first().is_some_and(|message| message.role == Role::System) {
-            self.system = Some(messages.remove(0).content);
-        }
-        self.messages = messages;
-        self.context.ui.note(format_args!("{}: {} messages", path.display(), self.messages.len()));
+        let messages = read_saved(path)?.messages;
+        self.chat.session().engine().check_texts(messages.iter().map(|message| message.content.as_str()))?;
+        self.context.ui.note(format_args!("{}: {} messages", path.display(), messages.len()));
+        *self.chat.messages_mut() = messages;
         Ok(())
     }
 }
@@ -305,15 +227,6 @@ const CONVERSATION: Kind = Kind {
         }
     },
 };
-
-fn template(engine: &Engine) -> anyhow::Result<&ChatTemplate> {
-    let template = engine.chat_template().map_err(|error| bad_template(&error))?;
-    Ok(template.ok_or_else(|| no_template("a chat needs one"))?)
-}
-
-fn tokenizer(engine: &Engine) -> anyhow::Result<&Tokenizer> {
-    Ok(engine.tokenizer().ok_or_else(no_tokenizer)?)
-}
 
 fn read_saved(path: &Path) -> anyhow::Result<Saved> {
     let file = FileSource::open(path)?;
@@ -336,6 +249,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use st_model::chat::Role;
+
     use super::*;
 
     #[test]

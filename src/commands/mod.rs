@@ -1,5 +1,6 @@
 //! One module per verb: resolve the arguments, call a crate, render its result.
 
+mod answer;
 mod bench;
 mod cache_sim;
 mod chat;

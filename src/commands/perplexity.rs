@@ -10,7 +10,6 @@ use st_model::sampler::SamplerError;
 use st_model::{ModelError, Session};
 
 use super::engine;
-use super::run::no_tokenizer;
 use crate::cli::PerplexityArgs;
 use crate::context::Context;
 use crate::models::Model;
@@ -33,7 +32,7 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
     let limit = file.header.model_shape()?.context_length;
     let window = args.ctx.unwrap_or(DEFAULT_WINDOW.min(limit));
     let engine = engine::load_file(file, &args.engine, Some(window), None, context)?;
-    let ids = engine.tokenizer().ok_or_else(no_tokenizer)?.encode(&text, true)?;
+    let ids = engine.tokenizer().ok_or(ModelError::NoTokenizer)?.encode(&text, true)?;
     drop(text);
     if ids.len() < 2 || window < 2 {
         let message = format!("{} gives {} tokens, of which none can be scored", input::name(&args.file), ids.len());

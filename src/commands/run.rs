@@ -1,31 +1,24 @@
 //! `st-tool run`: one answer to a prompt, or a chat.
 
 use std::io::{self, IsTerminal};
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use indicatif::ProgressBar;
-use serde_json::json;
-use st_grammar::{Grammar, Grammars};
-use st_model::chat::{ChatError, Message, Role};
+use anyhow::Context as _;
+use st_grammar::Grammars;
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{
-    Batch, Engine, FinishReason, GenerateOptions, Generation, LoadOptions, Observer, Routing, Session, generate_within,
-};
+use st_model::{Chat, Engine, GenerateOptions, LoadOptions, ModelError, Prompt, Session};
 
-use super::chat::Chat;
-use super::routing::{Recorder, RoutingFile};
-use super::{engine, fit, session, stats, tokens};
+use super::answer::{Out, Style};
+use super::chat::Dialog;
+use super::routing::RoutingFile;
+use super::{engine, fit, session, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
-use crate::report::{Advice, Interrupted, OutputError};
+use crate::input;
+use crate::report::Advice;
 use crate::signals::Interrupt;
-use crate::{input, ui};
-
-/// How long a prompt is run before a bar shows how far it is.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What there is to answer.
 enum Input {
@@ -40,7 +33,7 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     args.session.as_deref().map_or(Ok(()), session::check)?;
     // Everything that can be wrong without the model is found before it is loaded.
     let options = sampler_options(&args.sampling);
-    let mut sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
+    let sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
     let source = fit::source(args, context)?;
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
@@ -58,36 +51,22 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
         session::load(path, &mut session, context)?;
     }
     let grammar = source.map(|source| fit::compile(&engine, &source)).transpose()?;
-    let out = Out { style, recorder: recorder.as_mut(), grammar, context };
-    let outcome = match input {
-        Input::Chat => Chat::new(&mut session, args, sampler, generate_options, out).and_then(Chat::run),
-        Input::Ids(ids) => answer_once(&mut session, &ids, &mut sampler, &generate_options, out),
-        Input::Text(text) => encode(&engine, &text, args, context)
-            .and_then(|prompt| answer_once(&mut session, &prompt, &mut sampler, &generate_options, out)),
+    let mut chat = Chat::over(session, sampler);
+    chat.set_system(args.system.as_deref());
+    let mut out = Out { style, options: generate_options, recorder: recorder.as_mut(), grammar, context };
+    let outcome = match &input {
+        Input::Chat => Dialog::new(&mut chat, args.raw, out).and_then(Dialog::run),
+        Input::Ids(ids) => out.answer_once(&mut chat, Prompt::Ids(ids)),
+        Input::Text(text) => prompt(&engine, text, args, context).and_then(|prompt| out.answer_once(&mut chat, prompt)),
     };
     // An answer that was stopped, or failed, was computed as far as it is there.
     let outcome = match &args.session {
-        Some(path) => session::save(path, &session).and(outcome),
+        Some(path) => session::save(path, chat.session()).and(outcome),
         None => outcome,
     };
     match recorder {
         Some(recorder) => recorder.finish(outcome, context),
         None => outcome,
-    }
-}
-
-/// The answer to the only prompt.
-fn answer_once(
-    session: &mut Session,
-    prompt: &[u32],
-    sampler: &mut Sampler,
-    options: &GenerateOptions,
-    mut out: Out<'_>,
-) -> anyhow::Result<ExitCode> {
-    let kept = session.keep_prefix(prompt);
-    match out.answer(session, &prompt[kept..], sampler, options)?.finish_reason {
-        FinishReason::Cancelled => Err(Interrupted.into()),
-        FinishReason::Stop | FinishReason::Length | FinishReason::Error => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -103,161 +82,23 @@ fn check_swallowed_model(args: &RunArgs) -> anyhow::Result<()> {
     }
 }
 
-/// How an answer is given out.
-#[derive(Clone, Copy)]
-pub(crate) struct Style {
-    /// An object at the end instead of text as it is made.
-    pub(crate) json: bool,
-    /// Statistics on stderr at the end.
-    pub(crate) stats: bool,
-    /// The seed, to be told in the object.
-    pub(crate) seed: u64,
-}
-
-/// Where answers go, and who watches them being made.
-pub(crate) struct Out<'a> {
-    pub(crate) style: Style,
-    pub(crate) recorder: Option<&'a mut Recorder>,
-    /// What answers have to fit.
-    pub(crate) grammar: Option<Grammar>,
-    pub(crate) context: &'a Context,
-}
-
-impl Out<'_> {
-    /// Generates an answer and gives it out: text to stdout as it is made, or one JSON object.
-    pub(crate) fn answer(
-        &mut self,
-        session: &mut Session,
-        prompt: &[u32],
-        sampler: &mut Sampler,
-        options: &GenerateOptions,
-    ) -> anyhow::Result<Generation> {
-        let Self { style, context, .. } = *self;
-        let constraint = fit::constraint(self.grammar.as_ref());
-        let mut failure: Option<OutputError> = None;
-        let mut ends_line = true;
-        let bar = ui::count_bar(context.ui, "reading the prompt", prompt.len() as u64);
-        let mut watch = Watch { bar: &bar, start: Instant::now(), recorder: self.recorder.as_deref_mut(), context };
-        let outcome = generate_within(session, prompt, sampler, options, constraint, &mut watch, &mut |text| {
-            if !bar.is_finished() {
-                bar.finish_and_clear();
-            }
-            if !style.json && !text.is_empty() {
-                ends_line = text.ends_with('\n');
-                if let Err(error) = ui::print(text) {
-                    failure = Some(error);
-                    return ControlFlow::Break(());
-                }
-            }
-            context.interrupt.flow()
-        });
-        bar.finish_and_clear();
-        if let Some(error) = failure {
-            return Err(error.into());
-        }
-        match outcome {
-            Ok(answer) => {
-                self.finish(session, &answer, ends_line)?;
-                Ok(answer)
-            }
-            Err(error) => {
-                // The error begins a line of its own, below what there is of the answer.
-                if !ends_line {
-                    ui::print("\n")?;
-                }
-                Err(error.into())
-            }
-        }
-    }
-
-    /// What follows the text of an answer.
-    fn finish(&self, session: &Session, answer: &Generation, ends_line: bool) -> anyhow::Result<()> {
-        let engine = session.engine();
-        let ids = || answer.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-        if self.style.json {
-            let object = json!({
-                "text": answer.text,
-                "prompt_ids": session_prompt(session, answer),
-                "ids": answer.ids,
-                "finish_reason": answer.finish_reason,
-                "seed": self.style.seed,
-                "stats": stats::json(&answer.stats, engine),
-            });
-            ui::print_json(&object)?;
-        } else if engine.tokenizer().is_none() {
-            ui::print(&format!("{}\n", ids()))?;
-        } else if !ends_line {
-            ui::print("\n")?;
-        }
-        if self.style.stats {
-            self.context.ui.say(stats::lines(&answer.stats, engine));
-        }
-        Ok(())
-    }
-}
-
-/// Watches an answer being made: shows how far a long prompt is, records the routing, and stops on request.
-struct Watch<'a> {
-    bar: &'a ProgressBar,
-    start: Instant,
-    recorder: Option<&'a mut Recorder>,
-    context: &'a Context,
-}
-
-impl Observer for Watch<'_> {
-    fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
-        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.routing(layer, batch, routing))
-    }
-
-    fn progress(&mut self, done: usize, _: usize) -> ControlFlow<()> {
-        if !self.bar.is_finished() && self.start.elapsed() > PATIENCE {
-            self.bar.set_position(done as u64);
-        }
-        self.context.interrupt.flow()
-    }
-}
-
-/// The prompt text as token ids: through the chat template, or as it is.
-fn encode(engine: &Engine, text: &str, args: &RunArgs, context: &Context) -> anyhow::Result<Vec<u32>> {
-    let tokenizer = engine.tokenizer().ok_or_else(no_tokenizer)?;
+/// The text as a message, or as it is.
+fn prompt<'t>(engine: &Engine, text: &'t str, args: &RunArgs, context: &Context) -> anyhow::Result<Prompt<'t>> {
     let empty = if args.raw { text.is_empty() } else { text.trim().is_empty() };
     if empty {
         return Err(Advice::new("the prompt is empty", "give a text with -p TEXT, -f FILE or on stdin").into());
     }
-    engine.check_texts(args.system.as_deref().into_iter().chain([text]))?;
     if args.raw {
-        return Ok(tokenizer.encode_prompt(text, true)?);
+        return Ok(Prompt::Text(text));
     }
-    let Some(template) = engine.chat_template().map_err(|error| bad_template(&error))? else {
+    if engine.tokenizer().is_some() && engine.chat_template().map_err(ModelError::from)?.is_none() {
         if args.system.is_some() {
-            return Err(no_template("a system message needs one").into());
+            return Err(ModelError::NoChatTemplate).context("a system message needs a format");
         }
         context.ui.note("note: the file has no chat template: the text is continued as it is, as with --raw");
-        return Ok(tokenizer.encode_prompt(text, true)?);
-    };
-    let mut messages: Vec<Message> = Vec::new();
-    messages.extend(args.system.as_ref().map(|system| Message::new(Role::System, system)));
-    messages.push(Message::new(Role::User, text));
-    let rendered = template.render(&messages, true).map_err(|error| bad_template(&error))?;
-    Ok(tokenizer.encode_chat(&rendered)?)
-}
-
-/// What goes without a chat template.
-const RAW: &str = "--raw -p TEXT continues a text as it is";
-
-/// The error for text where there are only token ids.
-pub(crate) fn no_tokenizer() -> Advice {
-    Advice::new("the file has no tokenizer, so it takes no text", "--token-ids 1,2,3 takes the prompt as token ids")
-}
-
-/// The error for a chat where its format cannot be used.
-pub(crate) fn bad_template(error: &ChatError) -> Advice {
-    Advice::new(error.to_string(), RAW)
-}
-
-/// The error for a chat where there is no format for one.
-pub(crate) fn no_template(why: &str) -> Advice {
-    Advice::new(format!("the file has no chat template, and {why}"), RAW)
+        return Ok(Prompt::Text(text));
+    }
+    Ok(Prompt::Message(text))
 }
 
 fn read_input(args: &RunArgs, interrupt: &Interrupt) -> anyhow::Result<Input> {
@@ -302,10 +143,4 @@ fn any_seed() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mixed = (since.as_nanos() as u64 ^ u64::from(std::process::id()) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed >> 32
-}
-
-/// The ids of the prompt: what the session holds ahead of the answer.
-fn session_prompt<'s>(session: &'s Session, answer: &Generation) -> &'s [u32] {
-    let tokens = session.tokens();
-    &tokens[..tokens.len() - answer.stats.generated_tokens.min(tokens.len())]
 }

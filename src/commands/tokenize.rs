@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::json;
+use st_model::ModelError;
 use st_model::tokenizer::Tokenizer;
 
-use super::run::no_tokenizer;
 use super::tokens;
 use crate::cli::TokenizeArgs;
 use crate::context::Context;
@@ -17,7 +17,7 @@ use crate::{input, ui};
 
 pub(crate) fn run(args: &TokenizeArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
-    let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?.ok_or_else(no_tokenizer)?;
+    let tokenizer = Tokenizer::from_metadata(&file.header.metadata)?.ok_or(ModelError::NoTokenizer)?;
     let text = match (&args.prompt, &args.file) {
         (Some(prompt), _) if prompt != "-" => prompt.clone(),
         (_, Some(file)) => input::prompt(file, &context.interrupt)?,

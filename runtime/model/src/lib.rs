@@ -1,7 +1,7 @@
 //! SmallThinker from a GGUF file to text: layers, memory plan, tokenizer, generation.
 //!
-//! An [`Engine`] is a loaded model, shared; a [`Session`] is one conversation with it; [`generate()`] answers a prompt in
-//! a session. Below them, [`Engine::forward`] runs the rows of a [`Batch`] that go on with any number of [`Sequence`]s:
+//! An [`Engine`] is a loaded model, shared; a [`Chat`] is one conversation with it. A [`Session`] runs the tokens of one text,
+//! and [`generate()`] answers a prompt in it. Below them, [`Engine::forward`] runs the rows of a [`Batch`] that go on with any number of [`Sequence`]s:
 //! each row gets the logits that it would have alone, bit for bit. [`Reference`] is the same model in plain f32, for
 //! comparison. This crate reads model files and nothing else: it knows no checkpoints, no hub and no command line, prints
 //! nothing and reads no environment.
@@ -72,7 +72,7 @@ mod workspace;
 pub use answer::{Answer, FinishReason, GenerateOptions, Next};
 pub use batch::{Batch, BatchKind};
 pub use constraint::Constraint;
-pub use conversation::Chat;
+pub use conversation::{Chat, Prompt};
 pub use engine::Engine;
 pub use error::ModelError;
 pub use generate::{GenerateError, GenerateStats, Generation, generate, generate_within};

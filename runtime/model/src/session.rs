@@ -1,4 +1,4 @@
-//! One conversation with a shared engine: a sequence and a workspace of its own.
+//! One text that is run by itself: a sequence and a workspace of its own.
 //!
 //! Owns the cutting of long texts into batches. Whoever runs several sequences together drives [`Engine::forward`] itself.
 
@@ -15,7 +15,7 @@ use crate::sequence::Sequence;
 use crate::work::Work;
 use crate::workspace::Workspace;
 
-/// A conversation: the tokens so far, and what running more of them needs.
+/// A text: the tokens so far, and what running more of them needs.
 #[derive(Debug)]
 pub struct Session {
     engine: Arc<Engine>,
@@ -27,7 +27,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// An empty conversation.
+    /// An empty text.
     ///
     /// # Errors
     /// Where buffers cannot be allocated.
@@ -41,17 +41,17 @@ impl Session {
         })
     }
 
-    /// The engine that this is a conversation with.
+    /// The engine that runs it.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }
 
-    /// The text.
+    /// The tokens and their keys and values.
     pub fn sequence(&self) -> &Sequence {
         &self.sequence
     }
 
-    /// The text, to be cut or exchanged.
+    /// The same, to be cut or exchanged.
     pub fn sequence_mut(&mut self) -> &mut Sequence {
         &mut self.sequence
     }

@@ -205,7 +205,7 @@ impl Engine {
     /// # Errors
     /// Where they cannot be allocated.
     pub fn workspace(&self) -> Result<Workspace, ModelError> {
-        Workspace::new(self.id, self.config(), self.n_vocab(), self.max_rows())
+        Ok(Workspace::new(self.id, self.config(), self.n_vocab(), self.max_rows()))
     }
 
     /// Runs the rows of `batch`, each of which goes on with one of `sequences`; [`Workspace::logits`] has the logits that were
@@ -231,7 +231,7 @@ impl Engine {
 
     /// Logits of some rows of the batch that went through `workspace` last, instead of those that it has.
     pub(crate) fn head(&self, rows: &[usize], workspace: &mut Workspace) -> Result<(), ModelError> {
-        self.model.head(&workspace.latest(), rows, workspace)
+        self.model.head(rows, workspace)
     }
 
     fn check(&self, batch: &Batch, sequences: &[&mut Sequence], workspace: &Workspace) -> Result<(), ModelError> {

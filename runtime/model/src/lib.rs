@@ -1,10 +1,10 @@
 //! SmallThinker from a GGUF file to text: layers, memory plan, tokenizer, generation.
 //!
-//! An [`Engine`] is a loaded model, shared; a [`Chat`] is one conversation with it. A [`Session`] runs the tokens of one text,
-//! and [`generate()`] answers a prompt in it. Below them, [`Engine::forward`] runs the rows of a [`Batch`] that go on with any number of [`Sequence`]s:
-//! each row gets the logits that it would have alone, bit for bit. [`Reference`] is the same model in plain f32, for
-//! comparison. This crate reads model files and nothing else: it knows no checkpoints, no hub and no command line, prints
-//! nothing and reads no environment.
+//! An [`Engine`] is a loaded model, shared; a [`Chat`] is one conversation with it. A [`Session`] runs the tokens of one
+//! text, and [`generate()`] answers a prompt in it. Below them, [`Engine::forward`] runs the rows of a [`Batch`] that go on
+//! with any number of [`Sequence`]s: each row gets the logits that it would have alone, bit for bit. [`Reference`] is the
+//! same model in plain f32, for comparison. This crate reads model files and nothing else: it knows no checkpoints, no hub
+//! and no command line, prints nothing and reads no environment.
 //!
 //! ```
 //! use std::ops::ControlFlow;

@@ -7,7 +7,7 @@ use st_experts::ExpertStore;
 use st_format::ModelShape;
 use st_kernels::Isa;
 
-use crate::activations::Activations;
+use crate::activations::{Activations, Rows};
 use crate::batch::Batch;
 use crate::error::ModelError;
 use crate::moe::{ExpertLayer, Moe};
@@ -38,14 +38,12 @@ impl Layer {
         config: &ModelShape,
         cx: &Compute,
         acts: &mut ActsScratch,
-        a: &Activations,
+        (x, logits): (&Rows, &mut Rows),
         routing: &mut Routing,
     ) -> Result<(), ModelError> {
-        self.router.forward(cx, acts, &a.x, &a.router)?;
-        ops::with_slice(&a.router, |logits| {
-            routing.choose(config, logits);
-            Ok(())
-        })
+        self.router.forward(cx, acts, x, logits)?;
+        routing.choose(config, logits.values()?);
+        Ok(())
     }
 }
 
@@ -197,19 +195,20 @@ impl Model {
         }
         ws.rope.prepare(&ws.runs);
         let (n, n_layers) = (batch.len(), self.layers.len());
-        let a = ws.activations(&self.config, n)?;
-        ops::embed(&|token, row| self.embed(token, row), batch.tokens(), &a.x)?;
+        ws.activations.begin(&self.config, n);
+        ops::embed(&|token, row| self.embed(token, row), batch.tokens(), &mut ws.activations.latest().x)?;
         for layer in 0..n_layers {
-            let work = self.layer(layer, batch, &a, sequences, ws, observer)?;
+            let work = self.layer(layer, batch, sequences, ws, observer)?;
             ws.layer_work[layer].add(&work);
             ws.work.add(&work);
             observer.routing(layer, batch, &ws.routing).map_err(shown("routing"))?;
-            a.with_residual(|x| observer.residual(layer, batch, x).map_err(shown("residual stream")))?;
+            let x = ws.activations.latest().x.values()?;
+            observer.residual(layer, batch, x).map_err(shown("residual stream"))?;
             if observer.progress(n * (layer + 1) / n_layers, n).is_break() {
                 return Err(ModelError::Cancelled);
             }
         }
-        self.head(&a, batch.wants_logits(), ws)
+        self.head(batch.wants_logits(), ws)
     }
 
     /// One layer; returns what it touched.
@@ -217,69 +216,68 @@ impl Model {
         &self,
         n: usize,
         batch: &Batch,
-        a: &Activations,
         sequences: &mut [&mut Sequence],
         ws: &mut Workspace,
         observer: &mut dyn Observer,
     ) -> Result<Work, ModelError> {
         let (layer, cx) = (&self.layers[n], &self.compute);
-        let Workspace { scratch, moe, routing, guess, rope, runs, .. } = ws;
+        let Workspace { scratch, moe, routing, guess, rope, runs, activations, .. } = ws;
+        let Activations { x, normed, qkv, attn, delta, router } = activations.latest();
 
         // The router looks at the residual stream as it is. Its part is too small to be shared: one thread chooses the experts, and
         // has their reads begin, while the others begin with queries, keys and values.
-        layer.attn_norm.forward(cx, &a.x, &a.normed)?;
+        layer.attn_norm.forward(cx, x, normed)?;
         let choose = || {
-            layer.route(&self.config, cx, &mut scratch.router_acts, a, routing)?;
+            layer.route(&self.config, cx, &mut scratch.router_acts, (x, router), routing)?;
             Ok::<_, ModelError>(self.moe.prefetch(n, batch.kind(), routing, moe))
         };
-        let experts = layer.qkv.forward_beside(cx, &mut scratch.acts, &a.normed, &a.qkv, choose)??;
+        let experts = layer.qkv.forward_beside(cx, &mut scratch.acts, normed, qkv, choose)??;
         if layer.uses_rope {
-            rope.forward(cx, &a.qkv)?;
+            rope.forward(cx, qkv)?;
         }
         let attention = Attention { config: &self.config, layer: n, runs, sequences };
-        attention.forward(cx, &mut scratch.attention, &a.qkv, &a.attn)?;
-        layer.attn_output.forward(cx, &mut scratch.acts, &a.attn, &a.delta)?;
-        ops::add(cx, &a.x, &a.delta)?;
+        attention.forward(cx, &mut scratch.attention, qkv, attn)?;
+        layer.attn_output.forward(cx, &mut scratch.acts, attn, delta)?;
+        ops::add(cx, x, delta)?;
 
         // The disk is busy with this layer's experts or idle: a guess of the next layer's comes after what is certain.
         if let (Some(next), true) = (self.layers.get(n + 1), self.moe.guesses(batch.kind())) {
-            next.route(&self.config, cx, &mut scratch.router_acts, a, guess)?;
+            next.route(&self.config, cx, &mut scratch.router_acts, (x, router), guess)?;
             self.moe.guess(n + 1, guess, moe);
         }
 
-        layer.ffn_norm.forward(cx, &a.x, &a.normed)?;
+        layer.ffn_norm.forward(cx, x, normed)?;
         let pass = ExpertLayer { layer: n, cx, acts: &mut scratch.acts, scratch: moe, routing, observer };
-        let mut work = self.moe.forward(pass, experts, &a.normed, &a.x)?;
+        let mut work = self.moe.forward(pass, experts, normed, x)?;
         work.weight_bytes += (layer.router.bytes() + layer.qkv.bytes() + layer.attn_output.bytes()) as u64;
         Ok(work)
     }
 
-    /// Logits of some rows of the residual stream, by one product.
-    pub(crate) fn head(&self, a: &Activations, rows: &[usize], ws: &mut Workspace) -> Result<(), ModelError> {
+    /// Logits of some rows of the latest batch, by one product.
+    pub(crate) fn head(&self, rows: &[usize], ws: &mut Workspace) -> Result<(), ModelError> {
         if rows.is_empty() {
             return Ok(());
         }
         let (cx, n_embd) = (&self.compute, self.config.n_embd);
-        a.with_residual(|x| {
-            let HeadRows { input, logits, hidden } = ws.head.rows(rows.len(), n_embd);
-            for (&row, input) in rows.iter().zip(input.chunks_exact_mut(n_embd)) {
-                self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], input);
+        let Workspace { head, activations, scratch, work, .. } = ws;
+        let x = activations.latest().x.values()?;
+        let HeadRows { input, logits, hidden } = head.rows(rows.len(), n_embd);
+        for (&row, input) in rows.iter().zip(input.chunks_exact_mut(n_embd)) {
+            self.output_norm.row(cx, &x[row * n_embd..(row + 1) * n_embd], input);
+        }
+        let acts = &mut scratch.acts;
+        let whole = match &self.head {
+            Head::Sparse(head) => {
+                work.weight_bytes += head.apply(cx, acts, input, hidden, logits);
+                None
             }
-            let acts = &mut ws.scratch.acts;
-            let whole = match &self.head {
-                Head::Sparse(head) => {
-                    ws.work.weight_bytes += head.apply(cx, acts, input, hidden, logits);
-                    None
-                }
-                Head::Own(head) => Some(head),
-                Head::Embedding => self.embedding.as_ref(),
-            };
-            if let Some(head) = whole {
-                head.apply(cx, acts, input, logits, || ());
-                ws.work.weight_bytes += head.bytes() as u64;
-            }
-            Ok(())
-        })?;
+            Head::Own(head) => Some(head),
+            Head::Embedding => self.embedding.as_ref(),
+        };
+        if let Some(head) = whole {
+            head.apply(cx, acts, input, logits, || ());
+            work.weight_bytes += head.bytes() as u64;
+        }
         Ok(())
     }
 }

@@ -6,7 +6,6 @@ use st_format::ModelShape;
 
 use crate::activations::Activations;
 use crate::batch::Run;
-use crate::error::ModelError;
 use crate::moe::MoeScratch;
 use crate::ops::{Rope, Scratch};
 use crate::router::Routing;
@@ -36,7 +35,7 @@ pub struct Workspace {
     pub(crate) work: Work,
     /// The part of each layer in [`Workspace::work`].
     pub(crate) layer_work: Vec<Work>,
-    activations: Rooms,
+    pub(crate) activations: Rooms,
 }
 
 /// What the head reads and writes.
@@ -59,23 +58,39 @@ pub(crate) struct HeadRows<'a> {
 }
 
 /// Activations of two sizes: a prompt's are made when there is one.
-struct Rooms {
+pub(crate) struct Rooms {
     small: Activations,
     large: Option<Activations>,
+    /// Whether the latest batch is in the large ones.
+    is_large: bool,
     /// Most rows of a batch.
     batch: usize,
-    /// What was given out last, and for how many rows.
-    latest: (usize, Activations),
+}
+
+impl Rooms {
+    /// Makes room for a batch of `rows` rows.
+    pub(crate) fn begin(&mut self, config: &ModelShape, rows: usize) {
+        self.is_large = rows > SMALL;
+        if self.is_large {
+            self.large.get_or_insert_with(|| Activations::new(config, self.batch)).set_rows(rows);
+        } else {
+            self.small.set_rows(rows);
+        }
+    }
+
+    /// Those of the latest batch.
+    pub(crate) fn latest(&mut self) -> &mut Activations {
+        match &mut self.large {
+            Some(large) if self.is_large => large,
+            _ => &mut self.small,
+        }
+    }
 }
 
 impl Workspace {
     /// Buffers for batches of at most `batch` rows.
-    ///
-    /// # Errors
-    /// Where they cannot be allocated.
-    pub(crate) fn new(engine: u64, config: &ModelShape, n_vocab: usize, batch: usize) -> Result<Self, ModelError> {
-        let small = Activations::new(config, SMALL)?;
-        Ok(Self {
+    pub(crate) fn new(engine: u64, config: &ModelShape, n_vocab: usize, batch: usize) -> Self {
+        Self {
             engine,
             scratch: Scratch::default(),
             moe: MoeScratch::default(),
@@ -91,8 +106,8 @@ impl Workspace {
             },
             work: Work::default(),
             layer_work: vec![Work::default(); config.n_layers],
-            activations: Rooms { latest: (1, small.first(1)?), small, large: None, batch },
-        })
+            activations: Rooms { small: Activations::new(config, SMALL), large: None, is_large: false, batch },
+        }
     }
 
     /// The `i`-th logits that the latest batch wanted; `[n_vocab]`.
@@ -116,29 +131,7 @@ impl Workspace {
     /// Bytes that a workspace takes for batches of at most `batch` rows and the logits of `logit_rows`, but for what experts need.
     pub(crate) fn bytes(config: &ModelShape, n_vocab: usize, batch: usize, logit_rows: usize) -> usize {
         let head = logit_rows * (config.n_embd + n_vocab) * size_of::<f32>();
-        (batch + SMALL) * Activations::bytes_per_token(config) + head
-    }
-
-    /// Activations for `rows` rows: views of what was allocated before.
-    pub(crate) fn activations(&mut self, config: &ModelShape, rows: usize) -> Result<Activations, ModelError> {
-        let rooms = &mut self.activations;
-        if rooms.latest.0 != rows {
-            let room = if rows <= SMALL {
-                &rooms.small
-            } else {
-                match &mut rooms.large {
-                    Some(large) => large,
-                    None => rooms.large.insert(Activations::new(config, rooms.batch)?),
-                }
-            };
-            rooms.latest = (rows, room.first(rows)?);
-        }
-        Ok(rooms.latest.1.clone())
-    }
-
-    /// Activations of the latest batch.
-    pub(crate) fn latest(&self) -> Activations {
-        self.activations.latest.1.clone()
+        (batch + SMALL) * Activations::bytes_per_row(config) + head
     }
 }
 

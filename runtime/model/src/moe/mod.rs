@@ -8,12 +8,12 @@ mod dense;
 mod pairs;
 mod sparse;
 
-use candle_core::Tensor;
 use st_experts::{ExpertStore, Lease, Use, Waves};
 use st_format::ModelShape;
 use st_gguf::Matrix;
 use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, UNIT_ROWS};
 
+use crate::activations::Rows;
 use crate::batch::BatchKind;
 use crate::error::ModelError;
 use crate::observer::Observer;
@@ -128,36 +128,34 @@ impl Moe {
         &self,
         pass: ExpertLayer<'_>,
         pending: Pending<'_>,
-        y: &Tensor,
-        x: &Tensor,
+        y: &Rows,
+        x: &mut Rows,
     ) -> Result<Work, ModelError> {
         let ExpertLayer { layer, cx, acts, scratch, routing, observer } = pass;
         let mut work = Work::default();
         let format = &self.formats[layer];
         let n_embd = format.n_embd();
-        ops::with_slice(y, |floats| {
-            let acts = acts.of(n_embd);
-            if format.takes_acts() {
-                cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
+        let floats = y.values()?;
+        let acts = acts.of(n_embd);
+        if format.takes_acts() {
+            cx.kernels.quantize_acts_pool(&cx.pool, floats, acts);
+        }
+        let needed = scratch.pairs.len() * n_embd;
+        if scratch.parts.len() < needed {
+            scratch.parts.resize(needed, 0.0);
+        }
+        let input = ExpertInput { floats, acts };
+        match pending {
+            Pending::Together(how) => {
+                let lease = self.store.acquire_for(layer, scratch.pairs.experts(), how)?;
+                work.add(&self.compute(layer, cx, &lease, scratch, input, observer)?);
             }
-            let needed = scratch.pairs.len() * n_embd;
-            if scratch.parts.len() < needed {
-                scratch.parts.resize(needed, 0.0);
-            }
-            let input = ExpertInput { floats, acts };
-            match pending {
-                Pending::Together(how) => {
-                    let lease = self.store.acquire_for(layer, scratch.pairs.experts(), how)?;
+            Pending::Waves(mut waves) => {
+                while let Some(lease) = waves.next_wave()? {
                     work.add(&self.compute(layer, cx, &lease, scratch, input, observer)?);
                 }
-                Pending::Waves(mut waves) => {
-                    while let Some(lease) = waves.next_wave()? {
-                        work.add(&self.compute(layer, cx, &lease, scratch, input, observer)?);
-                    }
-                }
             }
-            Ok(())
-        })?;
+        }
         ops::add_experts(cx, x, &scratch.parts, scratch.pairs.pair_of(), routing)?;
         Ok(work)
     }

@@ -1,10 +1,10 @@
 //! Attention over the KV cache: store the new positions, then gather what each query sees.
 
-use candle_core::Tensor;
 use st_format::ModelShape;
 use st_kernels::{kv_chunks, partial_len, visible_range};
 
-use super::{Compute, in_place};
+use super::{Compute, operands};
+use crate::activations::Rows;
 use crate::batch::Run;
 use crate::error::ModelError;
 use crate::sequence::Sequence;
@@ -43,24 +43,21 @@ impl Attention<'_, '_> {
         self,
         cx: &Compute,
         scratch: &mut AttentionScratch,
-        qkv: &Tensor,
-        out: &Tensor,
+        qkv: &Rows,
+        out: &mut Rows,
     ) -> Result<(), ModelError> {
-        let state = std::cell::RefCell::new((self, scratch));
-        in_place("attention", out, qkv, |out, qkv| {
-            let (this, scratch) = &mut *state.borrow_mut();
-            let (width, q_dim) = (this.width(), this.config.q_dim());
-            for run in this.runs {
-                let rows = &qkv[run.rows.start * width..run.rows.end * width];
-                this.sequences[run.sequence].kv_mut(this.layer).write(&cx.pool, run.position, rows, width);
-            }
-            this.single_rows(cx, scratch, qkv, out);
-            for run in this.runs.iter().filter(|run| run.rows.len() > 1) {
-                let rows = &qkv[run.rows.start * width..run.rows.end * width];
-                this.many_rows(cx, run, rows, &mut out[run.rows.start * q_dim..run.rows.end * q_dim]);
-            }
-            Ok(())
-        })
+        let (width, q_dim) = (self.width(), self.config.q_dim());
+        let (qkv, out) = operands("attention", qkv, width, out, q_dim)?;
+        for run in self.runs {
+            let rows = &qkv[run.rows.start * width..run.rows.end * width];
+            self.sequences[run.sequence].kv_mut(self.layer).write(&cx.pool, run.position, rows, width);
+        }
+        self.single_rows(cx, scratch, qkv, out);
+        for run in self.runs.iter().filter(|run| run.rows.len() > 1) {
+            let rows = &qkv[run.rows.start * width..run.rows.end * width];
+            self.many_rows(cx, run, rows, &mut out[run.rows.start * q_dim..run.rows.end * q_dim]);
+        }
+        Ok(())
     }
 
     fn width(&self) -> usize {

@@ -5,10 +5,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::Tensor;
+use candle_core::Error;
 use st_kernels::{AlignedBuf, ColumnsMut, Q8Acts, R16, WeightType, dequantize_row, r16};
 
-use super::{Compute, in_place};
+use super::{Compute, expect, operands};
+use crate::activations::Rows;
 use crate::error::ModelError;
 use crate::weights::TensorSource;
 
@@ -104,38 +105,31 @@ impl Linear {
         self.parts.iter().map(|part| part.data.len()).sum()
     }
 
-    /// Writes the products of `x` (`[tokens, n_in]`) to `out` (`[tokens, n_out]`).
+    /// Writes the products of `x` (`[rows, n_in]`) to `out` (`[rows, n_out]`).
     pub(crate) fn forward(
         &self,
         cx: &Compute,
         scratch: &mut ActsScratch,
-        x: &Tensor,
-        out: &Tensor,
+        x: &Rows,
+        out: &mut Rows,
     ) -> Result<(), ModelError> {
         self.forward_beside(cx, scratch, x, out, || ())
     }
 
-    /// [`Linear::forward`], while the calling thread first runs `own` and the others begin; with several tokens `own` comes before.
+    /// [`Linear::forward`], while the calling thread first runs `own` and the others begin; with several rows `own` comes before.
     /// Returns what `own` returned.
     pub(crate) fn forward_beside<R>(
         &self,
         cx: &Compute,
         scratch: &mut ActsScratch,
-        x: &Tensor,
-        out: &Tensor,
+        x: &Rows,
+        out: &mut Rows,
         own: impl FnOnce() -> R,
     ) -> Result<R, ModelError> {
+        let (x, out) = operands("linear", x, self.n_in, out, self.n_out())?;
         let mut result = None;
-        // candle hands the operation a shared reference; the scratch and `own` are this call's alone.
-        let state = std::cell::RefCell::new((scratch, Some(|| result = Some(own()))));
-        in_place("linear", out, x, |out, x| {
-            let (scratch, own) = &mut *state.borrow_mut();
-            let own = own.take();
-            self.apply(cx, scratch, x, out, || own.into_iter().for_each(|own| own()));
-            Ok(())
-        })?;
-        drop(state);
-        result.ok_or_else(|| candle_core::Error::Msg("an operation was not run".into()).into())
+        self.apply(cx, scratch, x, out, || result = Some(own()));
+        result.ok_or_else(|| Error::Msg("an operation was not run".into()).into())
     }
 
     /// [`Linear::forward_beside`] on plain slices.
@@ -240,23 +234,14 @@ impl Part {
     }
 }
 
-/// Rows of an embedding by token, as `row` gives them, into `x` (`[tokens, n_embd]`).
-pub(crate) fn embed(row: &dyn Fn(usize, &mut [f32]), tokens: &[u32], x: &Tensor) -> Result<(), ModelError> {
-    struct Embed<'a>(&'a dyn Fn(usize, &mut [f32]), &'a [u32]);
-    impl candle_core::InplaceOp1 for Embed<'_> {
-        fn name(&self) -> &'static str {
-            "embed"
-        }
-        fn cpu_fwd(&self, x: &mut candle_core::CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
-            let x = super::slice_mut(x, layout)?;
-            let n_embd = x.len() / self.1.len().max(1);
-            for (&token, row) in self.1.iter().zip(x.chunks_exact_mut(n_embd.max(1))) {
-                (self.0)(token as usize, row);
-            }
-            Ok(())
-        }
+/// Rows of an embedding by token, as `row` gives them, into `x` (`[rows, n_embd]`).
+pub(crate) fn embed(row: &dyn Fn(usize, &mut [f32]), tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
+    let width = x.dims().1;
+    expect("embed", x, (tokens.len(), width))?;
+    for (&token, x) in tokens.iter().zip(x.values_mut()?.chunks_exact_mut(width)) {
+        row(token as usize, x);
     }
-    Ok(x.inplace_op1(&Embed(row, tokens))?)
+    Ok(())
 }
 
 /// Refuses f32 weights that are no numbers: a router's would only show as strange choices.

@@ -237,14 +237,14 @@ fn experts(b: &mut Bench) {
         let down_bytes = live * n_embd / 2 + groups * n_embd * 2;
         b.run(&format!("expert_hidden_{zeros}zeros"), Work::Bytes(up_bytes), |kernels, pool| {
             let up = &cold.next()[format.region(Matrix::Up)];
-            pool.run_ranges(&mut hidden, groups, 3, &|_, mut out| {
+            pool.run_ranges(&mut hidden, groups, RowSplit::Every(1), 3, || (), &|_, mut out| {
                 kernels.expert_hidden_rows(&format, up, gates, input, &[0], &mut out);
             });
         });
         let mut out = vec![0.0; n_embd];
         b.run(&format!("expert_down_{zeros}zeros"), Work::Bytes(down_bytes), |kernels, pool| {
             let record = cold.next();
-            pool.run_ranges(&mut out, n_embd, 3 * OUTPUT_CHUNK, &|_, mut out| {
+            pool.run_ranges(&mut out, n_embd, RowSplit::Every(1), 3 * OUTPUT_CHUNK, || (), &|_, mut out| {
                 kernels.expert_down_rows(&format, &record[format.region(Matrix::Down)], &hidden, &mut out);
             });
         });
@@ -267,12 +267,12 @@ fn experts(b: &mut Bench) {
         b.run(&format!("expert_gemm_m{m}"), Work::Flops(6 * m * n_embd * n_ff), |kernels, pool| {
             let (gate, up) = (&record[format.region(Matrix::Gate)], &record[format.region(Matrix::Up)]);
             let input = ExpertInput { floats: &[], acts: &acts };
-            pool.run_columns(&mut h, n_ff, 64, &|mut h| {
+            pool.run_tiles(&mut h, n_ff, RowSplit::All, 64, &|_, mut h| {
                 kernels.expert_gate_up_batch(&format, gate, up, input, 0, &mut h);
             });
             kernels.quantize_acts_pool(pool, &h, &mut hidden);
             let input = ExpertInput { floats: &[], acts: &hidden };
-            pool.run_columns(&mut out, n_embd, OUTPUT_CHUNK, &|mut out| {
+            pool.run_tiles(&mut out, n_embd, RowSplit::All, OUTPUT_CHUNK, &|_, mut out| {
                 kernels.expert_down_batch(&format, &record[format.region(Matrix::Down)], input, 0, &mut out);
             });
         });
@@ -331,7 +331,7 @@ fn attention(b: &mut Bench) {
         let pairs: usize = (depth..depth + tokens).map(|p| p + 1).sum();
         let name = format!("attend_batch_512_{ty:?}_at_{depth}");
         b.run(&name, Work::Flops(4 * pairs * heads * group * d), |kernels, pool| {
-            pool.run_tiles(&mut out, heads * group * d, 16, group * d, &|mut out| {
+            pool.run_tiles(&mut out, heads * group * d, RowSplit::Every(16), group * d, &|_, mut out| {
                 let head = out.columns().start / (group * d);
                 kernels.attend_batch(kv, head, &q, heads * group * d, depth, None, scale, &mut out);
             });

@@ -58,7 +58,7 @@ pub use expert_format::{Arrangement, ExpertFormat, FormatError, Matrix, MatrixFo
 pub use experts::ExpertInput;
 pub use kv::{KV_CHUNK, KvFormat, KvPage, KvPages, KvPagesMut, KvPool, KvType};
 pub use out::ColumnsMut;
-pub use pool::Pool;
+pub use pool::{Pool, RowSplit};
 pub use r16::{R16, R16_ROWS};
 pub use search::SquaredErrors;
 pub use some_rows::SomeRows;

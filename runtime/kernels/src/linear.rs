@@ -5,7 +5,7 @@ use crate::dispatch::Kernels;
 use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat};
 use crate::out::ColumnsMut;
 use crate::panel::PanelKind;
-use crate::pool::Pool;
+use crate::pool::{Pool, RowSplit};
 use crate::r16::{R16, R16_ROWS, group_bytes, packed_bytes};
 use crate::scratch::with_bytes;
 use crate::search::SquaredErrors;
@@ -151,10 +151,12 @@ impl Kernels {
         assert_eq!(acts.k(), w.k(), "linear_r16_pool: k of activations and weights");
         if acts.rows() <= FEW_ROWS {
             let job = |_, mut out: ColumnsMut<'_>| self.linear_r16(w, acts, 0, &mut out);
-            pool.run_ranges_of(out, w.rows(), std::slice::from_ref(&(0..acts.rows())), R16_ROWS, own, &job);
+            pool.run_ranges(out, w.rows(), RowSplit::All, R16_ROWS, own, &job);
         } else {
             own();
-            pool.run_columns(out, w.rows(), ROWS_PER_TASK, &|mut out| self.linear_r16(w, acts, 0, &mut out));
+            pool.run_tiles(out, w.rows(), RowSplit::All, ROWS_PER_TASK, &|_, mut out| {
+                self.linear_r16(w, acts, 0, &mut out)
+            });
         }
     }
 

@@ -376,17 +376,17 @@ proptest! {
                 let acts = quantized(kernels, x, n_embd);
                 let input = ExpertInput { floats: if format.takes_floats() { x } else { &[] }, acts: &acts };
                 let mut gates = vec![0.0; n_ff];
-                pool.run_ranges(&mut gates, n_ff, 32, &|_, mut gates| {
+                pool.run_ranges(&mut gates, n_ff, RowSplit::Every(1), 32, || (), &|_, mut gates| {
                     kernels.expert_gate_rows(&format, region(Matrix::Gate), input, &[0], &mut gates);
                 });
                 let mut hidden = vec![HiddenGroup::ZERO; groups];
-                pool.run_ranges(&mut hidden, groups, 1, &|_, mut hidden| {
+                pool.run_ranges(&mut hidden, groups, RowSplit::Every(1), 1, || (), &|_, mut hidden| {
                     kernels.expert_hidden_rows(&format, region(Matrix::Up), &gates, input, &[0], &mut hidden);
                 });
                 let active: Vec<bool> = (0..n_ff).map(|n| hidden[n / 32].active >> (n % 32) & 1 != 0).collect();
                 prop_assert!(active.iter().zip(&gates).all(|(active, gate)| *active == (*gate > 0.0)));
                 let out = &mut out[t * n_embd..(t + 1) * n_embd];
-                pool.run_ranges(out, n_embd, OUTPUT_CHUNK, &|_, mut out| {
+                pool.run_ranges(out, n_embd, RowSplit::Every(1), OUTPUT_CHUNK, || (), &|_, mut out| {
                     kernels.expert_down_rows(&format, region(Matrix::Down), &hidden, &mut out);
                 });
             }
@@ -403,17 +403,17 @@ proptest! {
             let own = 1..1 + n;
             let own = std::slice::from_ref(&own);
             let mut gates = vec![0.0; (n + 2) * n_ff];
-            pool.run_ranges_of(&mut gates, n_ff, own, 32, || (), &|_, mut gates| {
+            pool.run_ranges(&mut gates, n_ff, RowSplit::Ranges(own), 32, || (), &|_, mut gates| {
                 kernels.expert_gate_rows(&format, region(Matrix::Gate), input, &rows, &mut gates);
             });
             let gates = &gates[n_ff..][..n * n_ff];
             let mut hidden = vec![HiddenGroup::ZERO; (n + 2) * groups];
-            pool.run_ranges_of(&mut hidden, groups, own, 1, || (), &|_, mut hidden| {
+            pool.run_ranges(&mut hidden, groups, RowSplit::Ranges(own), 1, || (), &|_, mut hidden| {
                 kernels.expert_hidden_rows(&format, region(Matrix::Up), gates, input, &rows, &mut hidden);
             });
             let hidden = &hidden[groups..][..n * groups];
             let mut out = vec![0.0; (n + 2) * n_embd];
-            pool.run_ranges_of(&mut out, n_embd, own, OUTPUT_CHUNK, || (), &|_, mut out| {
+            pool.run_ranges(&mut out, n_embd, RowSplit::Ranges(own), OUTPUT_CHUNK, || (), &|_, mut out| {
                 kernels.expert_down_rows(&format, region(Matrix::Down), hidden, &mut out);
             });
             for (i, &row) in rows.iter().enumerate() {
@@ -428,13 +428,13 @@ proptest! {
             let input = ExpertInput { floats: if format.takes_floats() { &x } else { &[] }, acts: &acts };
             let mut h = vec![0.0; rows * n_ff];
             let rows = first..rows;
-            pool.run_columns_of(&mut h, n_ff, std::slice::from_ref(&rows), 32, &|_, mut h| {
+            pool.run_tiles(&mut h, n_ff, RowSplit::Ranges(std::slice::from_ref(&rows)), 32, &|_, mut h| {
                 kernels.expert_gate_up_batch(&format, region(Matrix::Gate), region(Matrix::Up), input, first, &mut h);
             });
             let hidden = if down_ty.is_quantized() { quantized(kernels, &h, n_ff) } else { Q8Acts::new(32, 0) };
             let hidden = ExpertInput { floats: &h, acts: &hidden };
             let mut out = vec![0.0; tokens * n_embd];
-            pool.run_columns(&mut out, n_embd, OUTPUT_CHUNK, &|mut out| {
+            pool.run_tiles(&mut out, n_embd, RowSplit::All, OUTPUT_CHUNK, &|_, mut out| {
                 kernels.expert_down_batch(&format, region(Matrix::Down), hidden, first, &mut out);
             });
             prop_assert!(bits(&out) == *want, "{kernels:?}: {tokens} tokens");
@@ -497,7 +497,7 @@ proptest! {
         let mut want = None;
         for kernels in isas() {
             let mut out = vec![0.0; tokens * ld];
-            Pool::new(2).unwrap().run_tiles(&mut out, ld, 4, group * d, &|mut out| {
+            Pool::new(2).unwrap().run_tiles(&mut out, ld, RowSplit::Every(4), group * d, &|_, mut out| {
                 let head = out.columns().start / (group * d);
                 kernels.attend_batch(kv, head, &q, ld, first, window, scale, &mut out);
             });

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use st_experts::{Lease, MAX_LEASE};
 use st_gguf::Matrix;
-use st_kernels::{ExpertFormat, ExpertInput, OUTPUT_CHUNK, Q8Acts, UNIT_ROWS};
+use st_kernels::{ExpertFormat, ExpertInput, OUTPUT_CHUNK, Q8Acts, RowSplit, UNIT_ROWS};
 
 use super::pairs::Pairs;
 use crate::error::ModelError;
@@ -110,7 +110,7 @@ impl DenseScratch {
         };
         let (gates, ups) = (landed(Matrix::Gate)?, landed(Matrix::Up)?);
         let gathered = ExpertInput { floats, acts };
-        cx.pool.run_columns_of(hidden, n_ff, &group.rows, TASK_NEURONS, &|i, mut out| {
+        cx.pool.run_tiles(hidden, n_ff, RowSplit::Ranges(&group.rows), TASK_NEURONS, &|i, mut out| {
             cx.kernels.expert_gate_up_batch(format, gates[i], ups[i], gathered, group.rows[i].start, &mut out);
         });
         if format.type_of(Matrix::Down).is_quantized() {
@@ -118,7 +118,7 @@ impl DenseScratch {
         }
         let downs = landed(Matrix::Down)?;
         let hidden = ExpertInput { floats: hidden, acts: hidden_acts };
-        cx.pool.run_columns_of(parts, n_embd, &group.pairs, OUTPUT_CHUNK, &|i, mut out| {
+        cx.pool.run_tiles(parts, n_embd, RowSplit::Ranges(&group.pairs), OUTPUT_CHUNK, &|i, mut out| {
             cx.kernels.expert_down_batch(format, downs[i], hidden, group.rows[i].start, &mut out);
         });
         Ok(())

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use st_experts::Lease;
 use st_gguf::Matrix;
-use st_kernels::{Arrangement, BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK};
+use st_kernels::{Arrangement, BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, RowSplit};
 
 use super::pairs::Pairs;
 use crate::error::ModelError;
@@ -60,14 +60,14 @@ impl SparseScratch {
         // scattered rows of up.
         wait_for(Matrix::Gate)?;
         let gates = &mut self.gates[..pairs.len() * n_ff];
-        cx.pool.run_ranges_of(gates, n_ff, of, TASK_NEURONS, || (), &|i, mut out| {
+        cx.pool.run_ranges(gates, n_ff, RowSplit::Ranges(of), TASK_NEURONS, || (), &|i, mut out| {
             if let Some(gate) = lease.get(ready[i], Matrix::Gate) {
                 cx.kernels.expert_gate_rows(format, gate, input, &pairs.rows()[of[i].clone()], &mut out);
             }
         });
         let gates = &*gates;
         let groups = &mut self.groups[..pairs.len() * n_groups];
-        cx.pool.run_ranges_of(groups, n_groups, of, TASK_GROUPS, || (), &|i, mut out| {
+        cx.pool.run_ranges(groups, n_groups, RowSplit::Ranges(of), TASK_GROUPS, || (), &|i, mut out| {
             if let Some(up) = lease.get(ready[i], Matrix::Up) {
                 let gates = &gates[of[i].start * n_ff..of[i].end * n_ff];
                 cx.kernels.expert_hidden_rows(format, up, gates, input, &pairs.rows()[of[i].clone()], &mut out);
@@ -75,12 +75,19 @@ impl SparseScratch {
         });
         wait_for(Matrix::Down)?;
         let groups = &*groups;
-        cx.pool.run_ranges_of(&mut parts[..pairs.len() * n_embd], n_embd, of, TASK_OUTPUTS, || (), &|i, mut out| {
-            if let Some(down) = lease.get(ready[i], Matrix::Down) {
-                let hidden = &groups[of[i].start * n_groups..of[i].end * n_groups];
-                cx.kernels.expert_down_rows(format, down, hidden, &mut out);
-            }
-        });
+        cx.pool.run_ranges(
+            &mut parts[..pairs.len() * n_embd],
+            n_embd,
+            RowSplit::Ranges(of),
+            TASK_OUTPUTS,
+            || (),
+            &|i, mut out| {
+                if let Some(down) = lease.get(ready[i], Matrix::Down) {
+                    let hidden = &groups[of[i].start * n_groups..of[i].end * n_groups];
+                    cx.kernels.expert_down_rows(format, down, hidden, &mut out);
+                }
+            },
+        );
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! Attention over the KV cache: store the new positions, then gather what each query sees.
 
 use st_format::ModelShape;
-use st_kernels::{kv_chunks, partial_len, visible_range};
+use st_kernels::{RowSplit, kv_chunks, partial_len, visible_range};
 
 use super::{Compute, operands};
 use crate::activations::Rows;
@@ -112,7 +112,7 @@ impl Attention<'_, '_> {
     fn many_rows(&self, cx: &Compute, run: &Run, qkv: &[f32], out: &mut [f32]) {
         let (c, group, width) = (self.config, self.group(), self.width());
         let kv = self.sequences[run.sequence].kv(self.layer);
-        cx.pool.run_tiles(out, c.q_dim(), TASK_ROWS, group, &|mut out| {
+        cx.pool.run_tiles(out, c.q_dim(), RowSplit::Every(TASK_ROWS), group, &|_, mut out| {
             let head = out.columns().start / group;
             let (pages, window) = (kv.pages(), kv.window());
             cx.kernels.attend_batch(pages, head, qkv, width, run.position, window, self.scale(), &mut out);

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use st_kernels::{ExpertInput, SomeRows, WeightType, r16};
+use st_kernels::{ExpertInput, RowSplit, SomeRows, WeightType, r16};
 
 use super::Compute;
 use super::linear::{ActsScratch, Linear};
@@ -118,7 +118,7 @@ impl SparseHead {
         let computed = AtomicU64::new(0);
         // Per position: the likeliest token of the whole head.
         let likeliest: Vec<_> = best.iter().map(|_| Mutex::new((f32::NEG_INFINITY, usize::MAX))).collect();
-        cx.pool.run_ranges(logits, n_vocab, TASK_ROWS, &|position, mut out| {
+        cx.pool.run_ranges(logits, n_vocab, RowSplit::Every(1), TASK_ROWS, || (), &|position, mut out| {
             let first = out.columns().start;
             for (i, part) in out.row_mut(0).chunks_mut(TASK_ROWS).enumerate() {
                 let start = first + i * TASK_ROWS;

@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::Error;
-use st_kernels::{AlignedBuf, ColumnsMut, Q8Acts, R16, WeightType, dequantize_row, r16};
+use st_kernels::{AlignedBuf, ColumnsMut, Q8Acts, R16, RowSplit, WeightType, dequantize_row, r16};
 
 use super::{Compute, expect, operands};
 use crate::activations::Rows;
@@ -151,7 +151,9 @@ impl Linear {
             [part] if quantized == 1 => cx.kernels.linear_r16_pool(&cx.pool, part.tiles(), acts, out, own),
             [part] => {
                 own();
-                cx.pool.run_columns(out, part.n_out, TASK_ROWS, &|mut out| part.columns(cx, x, acts, &mut out));
+                cx.pool.run_tiles(out, part.n_out, RowSplit::All, TASK_ROWS, &|_, mut out| {
+                    part.columns(cx, x, acts, &mut out)
+                });
             }
             parts => cx.pool.run_parts(out, &self.widths, TASK_ROWS, own, &|i, mut out| {
                 parts[i].columns(cx, x, acts, &mut out);

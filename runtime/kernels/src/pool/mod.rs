@@ -2,8 +2,9 @@
 //!
 //! [`Pool::run`] costs about a microsecond when calls follow each other closely: workers wait by spinning, then by yielding
 //! to whoever else wants the core, and park when nothing has come for a few milliseconds, so an idle pool costs nothing.
-//! The calling thread is worker 0. Splitting of output buffers among threads is done here ([`Pool::run_chunks`],
-//! [`Pool::run_columns`], [`Pool::run_ranges`] and others), so that callers need no `unsafe`.
+//! The calling thread is worker 0. `split.rs` shares buffers among the threads.
+
+mod split;
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-use crate::out::ColumnsMut;
+pub use split::RowSplit;
 
 /// Rounds of `spin_loop` before a waiting thread starts to yield: some tens of microseconds, the usual gap between two calls.
 const SPIN_ROUNDS: u32 = 2_000;
@@ -160,7 +161,7 @@ impl Pool {
     ///
     /// # Panics
     /// As [`Self::run`].
-    pub fn for_each(&self, n: usize, job: &Job<'_>) {
+    fn for_each(&self, n: usize, job: &Job<'_>) {
         self.share_out(n, &|_| 1, || (), &|range| range.for_each(job));
     }
 
@@ -195,190 +196,6 @@ impl Pool {
                     job(range);
                 }
             }
-        });
-    }
-
-    /// Cuts `out` into chunks of `chunk_len` (the last may be shorter) and runs `job(i, chunk)` for each, like
-    /// [`Self::for_each`].
-    ///
-    /// # Panics
-    /// If `chunk_len` is 0, or as [`Self::run`].
-    pub fn run_chunks<T: Send>(&self, out: &mut [T], chunk_len: usize, job: &(dyn Fn(usize, &mut [T]) + Sync)) {
-        assert!(chunk_len > 0, "run_chunks: chunk_len is 0");
-        let len = out.len();
-        let base = SendPtr(out.as_mut_ptr());
-        self.for_each(len.div_ceil(chunk_len), &|i| {
-            let start = i * chunk_len;
-            let n = chunk_len.min(len - start);
-            // SAFETY: `for_each` hands out each `i` once, so the chunks in use are disjoint parts of `out`, which is
-            // exclusively borrowed until all are done; `start + n <= len`.
-            let chunk = unsafe { base.slice_mut(start, n) };
-            job(i, chunk);
-        });
-    }
-
-    /// Sees `out` as rows of `ld` values, cuts each row into units of `unit` columns (the last may be shorter) and runs
-    /// `job(row, columns)` for runs of units of one row. Each thread begins with a contiguous share of its own and takes half of what is
-    /// left of it at a time, then of the others': long runs while there is much to do, short ones at the end.
-    ///
-    /// # Panics
-    /// If `out` is not whole rows or `unit` is 0, or as [`Self::run`].
-    pub fn run_ranges<T: Send>(
-        &self,
-        out: &mut [T],
-        ld: usize,
-        unit: usize,
-        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
-    ) {
-        let rows = out.len() / ld.max(1);
-        self.ranges(out, ld, rows, &|row| row..row + 1, unit, || (), job);
-    }
-
-    /// [`Self::run_ranges`] for several rows together: `job(i, columns)` gets the same run of columns of all rows of `rows[i]`, as what
-    /// multiplies several tokens with one matrix wants it. The calling thread first runs `own`, while the others begin.
-    ///
-    /// # Panics
-    /// If `out` is not whole rows of `ld`, `unit` is 0, the ranges do not ascend, overlap or are not in `out`, as [`Self::run`], and as
-    /// `own`.
-    pub fn run_ranges_of<T: Send>(
-        &self,
-        out: &mut [T],
-        ld: usize,
-        rows: &[Range<usize>],
-        unit: usize,
-        own: impl FnOnce(),
-        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
-    ) {
-        self.ranges(out, ld, rows.len(), &|i| rows[i].clone(), unit, own, job);
-    }
-
-    /// `job(i, columns of rows_of(i))` for runs of units of `unit` columns of the ranges of rows `rows_of(0)..rows_of(n_ranges)`.
-    #[allow(clippy::too_many_arguments)]
-    fn ranges<T: Send>(
-        &self,
-        out: &mut [T],
-        ld: usize,
-        n_ranges: usize,
-        rows_of: &(dyn Fn(usize) -> Range<usize> + Sync),
-        unit: usize,
-        own: impl FnOnce(),
-        job: &(dyn Fn(usize, ColumnsMut<'_, T>) + Sync),
-    ) {
-        assert!(unit > 0, "a unit of 0 columns");
-        check_rows(out.len(), ld, n_ranges, rows_of);
-        let across = ld.div_ceil(unit);
-        let base = SendPtr(out.as_mut_ptr());
-        self.for_ranges_beside(n_ranges * across, own, &|mut units| {
-            while !units.is_empty() {
-                let i = units.start / across;
-                let end = units.end.min((i + 1) * across);
-                let columns = (units.start - i * across) * unit..ld.min((end - i * across) * unit);
-                // SAFETY: `for_ranges_beside` hands out each unit once and the ranges of rows are disjoint (checked above), so no two views
-                // share an element; all lie in `out`, which is exclusively borrowed until all are done.
-                job(i, unsafe { ColumnsMut::from_raw(base.get(), rows_of(i), ld, columns) });
-                units.start = end;
-            }
-        });
-    }
-
-    /// [`Self::run_ranges`] for all rows of `out` together, whose columns are several products side by side, the i-th of `widths[i]` outputs:
-    /// `job(i, columns)` gets a run of columns of one of them, counted from its own first. The calling thread first runs `own`.
-    ///
-    /// # Panics
-    /// If `out` is not whole rows of all widths together, `unit` is 0, as [`Self::run`], and as `own`.
-    pub fn run_parts(
-        &self,
-        out: &mut [f32],
-        widths: &[usize],
-        unit: usize,
-        own: impl FnOnce(),
-        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
-    ) {
-        assert!(unit > 0, "a unit of 0 columns");
-        let ld: usize = widths.iter().sum();
-        assert!(ld > 0 && out.len().is_multiple_of(ld), "{} values are not rows of {ld}", out.len());
-        let (rows, base) = (out.len() / ld, SendPtr(out.as_mut_ptr()));
-        let units = |width: usize| width.div_ceil(unit);
-        self.for_ranges_beside(widths.iter().copied().map(units).sum(), own, &|wanted| {
-            let (mut first_unit, mut first_column) = (0, 0);
-            for (i, &width) in widths.iter().enumerate() {
-                let mine = wanted.start.max(first_unit) - first_unit
-                    ..wanted.end.min(first_unit + units(width)).max(first_unit) - first_unit;
-                if mine.start < mine.end {
-                    let columns = mine.start * unit..width.min(mine.end * unit);
-                    // SAFETY: `for_ranges_beside` hands out each unit once, and a unit is columns of one part, so no two views share an
-                    // element. Columns of a part, counted from `first_column`, end at `first_column + width <= ld`, so all lie in `out`,
-                    // which is exclusively borrowed until all are done.
-                    job(i, unsafe { ColumnsMut::from_raw(base.get().add(first_column), 0..rows, ld, columns) });
-                }
-                (first_unit, first_column) = (first_unit + units(width), first_column + width);
-            }
-        });
-    }
-
-    /// Sees `out` as rows of `ld` floats, cuts the columns `0..ld` into ranges of `chunk` and runs `job(columns)` for each:
-    /// the way to let threads share the output of a matrix product with several rows (tokens).
-    ///
-    /// # Panics
-    /// If `out` is not whole rows or `chunk` is 0, or as [`Self::run`].
-    pub fn run_columns(&self, out: &mut [f32], ld: usize, chunk: usize, job: &(dyn Fn(ColumnsMut<'_>) + Sync)) {
-        let rows = (out.len() / ld.max(1)).max(1);
-        self.run_tiles(out, ld, rows, chunk, job);
-    }
-
-    /// [`Self::run_columns`] for several ranges of rows, the rest of which stay as they are: `job(i, columns of rows[i])`.
-    ///
-    /// # Panics
-    /// If `out` is not whole rows, `chunk` is 0, the ranges do not ascend, overlap or are not in `out`, or as [`Self::run`].
-    pub fn run_columns_of(
-        &self,
-        out: &mut [f32],
-        ld: usize,
-        rows: &[Range<usize>],
-        chunk: usize,
-        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
-    ) {
-        self.tiles(out, ld, rows.len(), &|i| rows[i].clone(), chunk, job);
-    }
-
-    /// Like [`Self::run_columns`], but cuts the rows too, into ranges of `row_chunk`.
-    ///
-    /// # Panics
-    /// If `out` is not whole rows or a chunk is 0, or as [`Self::run`].
-    pub fn run_tiles(
-        &self,
-        out: &mut [f32],
-        ld: usize,
-        row_chunk: usize,
-        column_chunk: usize,
-        job: &(dyn Fn(ColumnsMut<'_>) + Sync),
-    ) {
-        assert!(row_chunk > 0, "run_tiles: row_chunk is 0");
-        let rows = out.len() / ld.max(1);
-        let rows_of = |i: usize| i * row_chunk..rows.min((i + 1) * row_chunk);
-        self.tiles(out, ld, rows.div_ceil(row_chunk), &rows_of, column_chunk, &|_, tile| job(tile));
-    }
-
-    /// `job(i, tile)` for the ranges of rows `rows_of(0)..rows_of(n_ranges)`, which ascend, each cut into ranges of `chunk` columns.
-    fn tiles(
-        &self,
-        out: &mut [f32],
-        ld: usize,
-        n_ranges: usize,
-        rows_of: &(dyn Fn(usize) -> Range<usize> + Sync),
-        chunk: usize,
-        job: &(dyn Fn(usize, ColumnsMut<'_>) + Sync),
-    ) {
-        assert!(chunk > 0, "a chunk of 0 columns");
-        check_rows(out.len(), ld, n_ranges, rows_of);
-        let across = ld.div_ceil(chunk);
-        let base = SendPtr(out.as_mut_ptr());
-        self.for_each(n_ranges * across, &|i| {
-            let (range, column) = (i / across, i % across * chunk);
-            let columns = column..ld.min(column + chunk);
-            // SAFETY: `for_each` hands out each `i` once and the ranges of rows (the two callers' closures give the same each time) are
-            // disjoint, so no two views share an element; all lie in `out`, which is exclusively borrowed until all are done.
-            job(range, unsafe { ColumnsMut::from_raw(base.get(), rows_of(range), ld, columns) });
         });
     }
 
@@ -529,37 +346,6 @@ impl Shared {
     }
 }
 
-/// # Panics
-/// If `len` values are not rows of `ld`, or the ranges of rows do not ascend, overlap or are not among them.
-fn check_rows(len: usize, ld: usize, n_ranges: usize, rows_of: &dyn Fn(usize) -> Range<usize>) {
-    assert!(ld > 0 && len.is_multiple_of(ld), "{len} values are not rows of {ld}");
-    let mut end = 0;
-    for rows in (0..n_ranges).map(rows_of) {
-        assert!(end <= rows.start && rows.start <= rows.end, "rows {rows:?} after row {end}");
-        end = rows.end;
-    }
-    assert!(end <= len / ld, "row {end} of {}", len / ld);
-}
-
-/// A pointer that may cross threads; what makes that sound is said where it is used.
-struct SendPtr<T>(*mut T);
-
-impl<T> SendPtr<T> {
-    fn get(&self) -> *mut T {
-        self.0
-    }
-
-    /// # Safety
-    /// The values exist, and nobody else reads or writes them as long as the slice lives.
-    unsafe fn slice_mut<'a>(&self, start: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
-    }
-}
-
-// SAFETY: users derive disjoint exclusive parts from it, of types that are `Send`.
-unsafe impl<T: Send> Sync for SendPtr<T> {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -621,25 +407,6 @@ mod tests {
     }
 
     #[test]
-    fn ranges_cover_rows_once() {
-        for threads in [1, 2, 3] {
-            let pool = Pool::new(threads).unwrap();
-            for (rows, row_len, unit) in [(1, 1, 1), (1, 100, 16), (3, 10, 4), (4, 48, 1), (2, 5, 9), (0, 4, 2)] {
-                let mut out = vec![usize::MAX; rows * row_len];
-                pool.run_ranges(&mut out, row_len, unit, &|row, mut view| {
-                    let first = view.columns().start;
-                    assert!(first.is_multiple_of(unit) && !view.columns().is_empty());
-                    for (i, v) in view.row_mut(0).iter_mut().enumerate() {
-                        assert_eq!(*v, usize::MAX);
-                        *v = row * row_len + first + i;
-                    }
-                });
-                assert!(out.iter().enumerate().all(|(i, &v)| v == i));
-            }
-        }
-    }
-
-    #[test]
     fn the_callers_own_work_runs_once_beside_the_others() {
         for (threads, n) in [(1, 4), (2, 1), (2, 100), (3, 0)] {
             let pool = Pool::new(threads).unwrap();
@@ -655,60 +422,6 @@ mod tests {
                 done.fetch_add(range.len(), SeqCst);
             });
             assert_eq!((own, done.into_inner()), (1, n));
-        }
-    }
-
-    #[test]
-    fn ranges_of_several_rows_cover_their_columns_once() {
-        for threads in [1, 2, 3] {
-            let pool = Pool::new(threads).unwrap();
-            let (mut out, mut own) = (vec![0; 7 * 50], false);
-            let rows = [0..2, 2..2, 3..6];
-            pool.run_ranges_of(&mut out, 50, &rows, 16, || own = true, &|i, mut view| {
-                let first = view.columns().start;
-                assert!(first.is_multiple_of(16) && view.first_row() == rows[i].start && view.rows() == rows[i].len());
-                for row in view.rows_mut() {
-                    row.iter_mut().enumerate().for_each(|(c, v)| *v += 1000 * (i + 1) + first + c);
-                }
-            });
-            assert!(own);
-            for (row, values) in out.chunks(50).enumerate() {
-                let range = rows.iter().position(|rows| rows.contains(&row));
-                let want = |c| range.map_or(0, |i| 1000 * (i + 1) + c);
-                assert!(values.iter().enumerate().all(|(c, v)| *v == want(c)), "row {row}");
-            }
-        }
-    }
-
-    #[test]
-    fn columns_are_split_and_rows_kept() {
-        let pool = Pool::new(2).unwrap();
-        let mut out = vec![0.0; 3 * 10];
-        pool.run_columns(&mut out, 10, 4, &|mut view| {
-            for row in 0..view.rows() {
-                let first = view.columns().start;
-                for (c, v) in view.row_mut(row).iter_mut().enumerate() {
-                    *v = (row * 10 + first + c) as f32;
-                }
-            }
-        });
-        assert!(out.iter().enumerate().all(|(i, &v)| v == i as f32));
-    }
-
-    #[test]
-    fn columns_of_some_rows_leave_the_others_alone() {
-        let pool = Pool::new(2).unwrap();
-        let mut out = vec![0.0; 6 * 10];
-        pool.run_columns_of(&mut out, 10, &[0..1, 2..2, 3..5], 4, &|range, mut view| {
-            for row in 0..view.rows() {
-                view.row_mut(row).fill(range as f32 + 1.0);
-            }
-        });
-        let rows: Vec<f32> = out.chunks(10).map(|row| row.iter().sum::<f32>() / 10.0).collect();
-        assert_eq!(rows, [1.0, 0.0, 0.0, 3.0, 3.0, 0.0]);
-        for bad in [&[0..2, 1..3][..], &[4..5, 5..7], &[3..4, 0..1]] {
-            let run = || pool.run_columns_of(&mut [0.0; 60], 10, bad, 4, &|_, _| ());
-            assert!(std::panic::catch_unwind(AssertUnwindSafe(run)).is_err(), "{bad:?}");
         }
     }
 }

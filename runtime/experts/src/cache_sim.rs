@@ -8,7 +8,8 @@
 use crate::eviction::Policy;
 use crate::inflight::{FilePieces, Pieces};
 use crate::options::MAX_LEASE;
-use crate::table::{Certainty, Table, Use};
+use crate::place::{Certainty, Use};
+use crate::table::Table;
 use crate::trace::{RoutingTrace, TraceRow};
 use crate::waves::{cached_first, wave_len};
 use std::collections::{BTreeSet, HashMap, HashSet};

@@ -5,8 +5,8 @@
 use crate::error::StoreError;
 use crate::inflight::ALL_MATRICES;
 use crate::options::MAX_LEASE;
+use crate::place::Held;
 use crate::shared::Shared;
-use crate::table::Held;
 use st_gguf::Matrix;
 
 /// Pinned experts, addressed by rank: their place in the request. Any thread may wait for any matrix. Dropping the lease

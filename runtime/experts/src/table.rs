@@ -14,33 +14,17 @@
 //! Invariants: an expert has at most one live slot; pinned and loading slots are never victims; a matrix is shown only
 //! when every piece it needs is in and no piece of the slot that overlaps it can be written again before the slot is freed.
 
+mod victims;
+
 use crate::error::StoreError;
 use crate::eviction::{Eviction, Warmth};
 use crate::inflight::{ALL_MATRICES, Arrival, FilePieces, Job, Load, Queue};
 use crate::list::{NONE, SlotList};
+use crate::place::{Blocked, Certainty, Finish, Held, Place, Use};
 use crate::stats::StoreStats;
 
 /// A prefetched expert that nobody came for is given up first after this many further requests.
 const PROMISE_LASTS: u64 = 64;
-
-/// Where a slot stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// Empty.
-    Free,
-    /// Some pieces are still to come; pinned or not.
-    Loading,
-    /// Whole and in use.
-    Pinned,
-    /// Whole, used before, in the policy's order.
-    Ordered,
-    /// Whole, and a router has chosen it: kept for the request that is to come.
-    Promised,
-    /// Whole, loaded on a guess.
-    Guessed,
-    /// The load failed; pinned by those who still have to be told.
-    Failed,
-}
 
 /// What becomes of a slot when it is whole and nobody holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,57 +53,6 @@ struct Slot {
     /// The request count when it was promised.
     promised_at: u64,
     error: Option<StoreError>,
-}
-
-/// How a lease is going to use its experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Use {
-    /// A token's choice: worth keeping in the cache.
-    Keep,
-    /// Swept through once, as a prompt's waves do: what had to be read for it goes first, so that a prompt which touches
-    /// more experts than there are slots does not push out everything that was warm.
-    Sweep,
-}
-
-/// Whether a prefetch follows a router's choice or a guess.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Certainty {
-    Chosen,
-    Guess,
-}
-
-/// One pinned expert of a lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Held {
-    pub(crate) slot: u32,
-    pub(crate) key: u32,
-    /// The matrices that were ready when it was pinned, as a mask.
-    pub(crate) ready: u8,
-}
-
-/// Why an acquisition was not possible at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Blocked {
-    /// Loads that nobody holds occupy the slots; they will end.
-    OnLoads,
-    /// Leases hold the slots.
-    OnPins {
-        /// Slots that the request lacks the experts for.
-        needed: usize,
-        /// Slots that could be given.
-        free: usize,
-    },
-}
-
-/// What finishing a piece leads to.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Finish {
-    /// Nothing more to do.
-    Done,
-    /// Pieces were queued again.
-    ReadAgain,
-    /// The piece, or its whole record, is damaged (this was the checksum): the load has to be failed with [`Table::fail`].
-    Corrupt(u32),
 }
 
 /// The state machine, with `E` to order the victims.
@@ -541,56 +474,6 @@ impl<E: Eviction> Table<E> {
         slot.ready = 0;
         slot.error = None;
         self.queue.push(at, key, &slot.load, intent != Intent::Guess)
-    }
-
-    /// A slot for an expert that is needed now: whatever is neither pinned nor loading can be had.
-    fn vacate_for_request(&mut self) -> Option<u32> {
-        self.vacate_for_prefetch().or_else(|| {
-            let at = self.promised.pop_front()?;
-            Some(self.evict(at))
-        })
-    }
-
-    /// A slot for a router's choice: not one that is promised to another choice, unless that was abandoned.
-    fn vacate_for_prefetch(&mut self) -> Option<u32> {
-        if let Some(at) = self.free.pop() {
-            return Some(at);
-        }
-        if let Some(at) = self.promised.front()
-            && self.slots[at as usize].promised_at + PROMISE_LASTS < self.requests
-        {
-            self.promised.remove(at);
-            return Some(self.evict(at));
-        }
-        let at = self.policy.evict().or_else(|| self.guessed.pop_front())?;
-        Some(self.evict(at))
-    }
-
-    /// A slot for a guess: the place of an older guess that nobody came for, or one within the guesses' share.
-    fn vacate_for_guess(&mut self) -> Option<u32> {
-        if let Some(at) = self.guessed.pop_front() {
-            return Some(self.evict(at));
-        }
-        if self.n_guesses >= self.max_guesses {
-            return None;
-        }
-        self.free.pop().or_else(|| {
-            let at = self.policy.evict()?;
-            Some(self.evict(at))
-        })
-    }
-
-    /// Forgets the expert in a slot that was just taken out of its list.
-    fn evict(&mut self, at: u32) -> u32 {
-        let slot = &mut self.slots[at as usize];
-        self.slot_of[slot.key as usize] = NONE;
-        if slot.intent == Intent::Guess {
-            slot.intent = Intent::Used;
-            self.n_guesses -= 1;
-        }
-        slot.place = Place::Free;
-        self.stats.evictions += 1;
-        at
     }
 }
 

@@ -15,7 +15,7 @@
 //! into bytes. The reader takes any file and refuses what is not a whole trace, naming the line; what it holds in memory is
 //! proportional to what it has read.
 
-use crate::table::Use;
+use crate::place::Use;
 use std::io::{self, BufRead, Read, Write};
 use thiserror::Error;
 

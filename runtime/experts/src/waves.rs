@@ -2,8 +2,8 @@
 
 use crate::error::StoreError;
 use crate::lease::Lease;
+use crate::place::Use;
 use crate::store::ExpertStore;
-use crate::table::Use;
 
 /// The most experts in a wave, where there are fewer slots than experts (and at most a quarter of the slots). Small waves
 /// keep a prompt from sweeping the cache and let computing begin early; this many reads are enough to keep a drive busy.

@@ -38,6 +38,7 @@ pub mod chat;
 mod constraint;
 mod conversation;
 mod cut;
+mod draw;
 mod engine;
 mod error;
 pub mod generate;

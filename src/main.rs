@@ -18,7 +18,6 @@ mod size;
 mod store;
 mod table;
 mod tensor_file;
-mod terminal;
 mod text;
 mod ui;
 

@@ -5,15 +5,11 @@
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use signal_hook::flag;
-use signal_hook::iterator::Signals;
 use st_convert::Cancel;
+use st_sys::{Signal, Terminal};
 
 use crate::report::{self, Interrupted};
-use crate::terminal::Terminal;
 
 /// What the signal thread and the work share.
 #[derive(Debug, Clone, Default)]
@@ -23,7 +19,7 @@ pub(crate) struct Interrupt {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The signals that arrived and were not acted on: bit `n` for signal `n`.
+    /// The signals that arrived and were not acted on, a bit each.
     seen: AtomicU64,
     /// Set while nothing is running that would look at a flag: end at once.
     idle: Mutex<Option<Idle>>,
@@ -43,15 +39,8 @@ impl Interrupt {
     /// Begins to listen.
     pub(crate) fn install() -> std::io::Result<Self> {
         let interrupt = Self::default();
-        // Where it is listened to, a write past the largest size that files may have is an error like any other.
-        flag::register(SIGXFSZ, Arc::default())?;
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
         let shared = Arc::clone(&interrupt.shared);
-        thread::Builder::new().name("signals".into()).spawn(move || {
-            for signal in signals.forever() {
-                shared.receive(signal);
-            }
-        })?;
+        st_sys::listen(move |signal| shared.receive(signal))?;
         Ok(interrupt)
     }
 
@@ -77,7 +66,7 @@ impl Interrupt {
 
     /// Exit status of work that was stopped, as shells have it: 130 for Ctrl-C, unless the process was asked to end as well.
     pub(crate) fn exit_status(&self) -> u8 {
-        128u8.wrapping_add(self.request_to_end().unwrap_or(SIGINT) as u8)
+        self.request_to_end().unwrap_or(Signal::Interrupt).exit_status()
     }
 
     /// Whether the process was asked to end, rather than an answer to stop.
@@ -85,14 +74,14 @@ impl Interrupt {
         self.request_to_end().is_some()
     }
 
-    fn request_to_end(&self) -> Option<i32> {
+    fn request_to_end(&self) -> Option<Signal> {
         let seen = self.shared.seen.load(Ordering::Relaxed);
-        [SIGTERM, SIGHUP].into_iter().find(|&signal| seen & bit(signal) != 0)
+        [Signal::Terminate, Signal::HangUp].into_iter().find(|&signal| seen & bit(signal) != 0)
     }
 
     /// Forgets a Ctrl-C that was acted on.
     pub(crate) fn clear(&self) {
-        self.shared.seen.fetch_and(!bit(SIGINT), Ordering::Relaxed);
+        self.shared.seen.fetch_and(!bit(Signal::Interrupt), Ordering::Relaxed);
     }
 
     /// Runs `wait`, which waits for a line to be typed and looks at no flag; `None` where the process was asked to end
@@ -120,14 +109,14 @@ impl Shared {
         *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = idle;
     }
 
-    fn receive(&self, signal: i32) {
+    fn receive(&self, signal: Signal) {
         let before = self.seen.fetch_or(bit(signal), Ordering::Relaxed);
         // Held to the end, so that a line that is complete at this moment changes nothing any more.
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let at_once = match &*idle {
             // Work that does not look at the flag would never end.
             None => before & bit(signal) != 0,
-            Some(Idle::Line(_)) => signal != SIGINT || before & bit(signal) != 0,
+            Some(Idle::Line(_)) => signal != Signal::Interrupt || before & bit(signal) != 0,
             Some(Idle::Input) => true,
         };
         if at_once {
@@ -136,14 +125,14 @@ impl Shared {
                 Some(Idle::Input) => report::print(&Interrupted.into(), false),
                 _ => {}
             }
-            std::process::exit(128 + signal);
+            std::process::exit(signal.exit_status().into());
         }
         self.cancel.cancel();
     }
 }
 
-fn bit(signal: i32) -> u64 {
-    1 << signal
+fn bit(signal: Signal) -> u64 {
+    1 << signal as u32
 }
 
 #[cfg(test)]
@@ -154,13 +143,13 @@ mod tests {
     fn a_request_to_end_outlives_a_ctrl_c() {
         let interrupt = Interrupt::default();
         assert!(interrupt.check().is_ok() && interrupt.flow().is_continue());
-        interrupt.shared.receive(SIGINT);
+        interrupt.shared.receive(Signal::Interrupt);
         assert!(interrupt.raised() && interrupt.flow().is_break());
         assert_eq!((interrupt.terminating(), interrupt.exit_status()), (false, 130));
         interrupt.clear();
         assert!(!interrupt.raised());
-        interrupt.shared.receive(SIGTERM);
-        interrupt.shared.receive(SIGINT);
+        interrupt.shared.receive(Signal::Terminate);
+        interrupt.shared.receive(Signal::Interrupt);
         interrupt.clear();
         assert!(interrupt.check().is_err());
         assert_eq!((interrupt.terminating(), interrupt.exit_status()), (true, 143));

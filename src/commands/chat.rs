@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
-use rustix::termios::{QueueSelector, tcflush};
 use rustyline::Editor;
 use rustyline::config::{Behavior, Config};
 use rustyline::error::ReadlineError;
@@ -121,7 +120,7 @@ impl<'a> Dialog<'a> {
                 Err(ReadlineError::Eof) => return Ok(ExitCode::SUCCESS),
                 Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
                     // The rest of what was pasted is no line of its own.
-                    let _ = tcflush(io::stdin(), QueueSelector::IFlush);
+                    st_sys::discard_typed();
                     self.context
                         .ui
                         .say("a byte that is not UTF-8: the line is dropped (is the terminal set to UTF-8?)");

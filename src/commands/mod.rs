@@ -28,7 +28,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use st_convert::WeightType;
-use st_gguf::{Kind, Layout, check_output, is_same_file};
+use st_gguf::{Kind, Layout, check_output};
 
 use crate::cli::{Command, LayoutName, TypeName};
 use crate::context::Context;
@@ -57,7 +57,7 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
 
 /// Whether a conversion of `input` may be written to `output`.
 fn check_converted(output: &Path, force: bool, input: Option<&Path>) -> anyhow::Result<()> {
-    if let Some(input) = input.filter(|input| is_same_file(input, output)) {
+    if let Some(input) = input.filter(|input| st_sys::same_path(input, output)) {
         let message = format!("{} is the file that is read: it would be lost", output.display());
         let also = if input == output { String::new() } else { format!(" (it is {}, too)", input.display()) };
         return Err(Advice::new(message + &also, "name another file for the output").into());

@@ -1,7 +1,6 @@
 //! Token ids on the command line: `1,2,3`, or `@FILE` with the same in a file (`@-`: on stdin).
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use crate::input;
@@ -10,8 +9,8 @@ use crate::signals::Interrupt;
 
 /// Reads a list of token ids; whitespace counts as a separator.
 pub(crate) fn parse(list: &OsStr, interrupt: &Interrupt) -> anyhow::Result<Vec<u32>> {
-    let text = match list.as_bytes().strip_prefix(b"@") {
-        Some(path) => input::prompt(Path::new(OsStr::from_bytes(path)), interrupt)?,
+    let text = match st_sys::strip_prefix(list, "@") {
+        Some(path) => input::prompt(Path::new(path), interrupt)?,
         None => list.to_string_lossy().into_owned(),
     };
     ids(&text)

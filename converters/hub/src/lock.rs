@@ -37,9 +37,9 @@ impl FileLock {
         }
         let mut on_wait = Some(on_wait);
         loop {
-            let file = st_sys::create_claimable(path).map_err(failed)?;
+            let file = st_sys::create_claimable(path, None).map_err(failed)?;
             match file.try_lock() {
-                Ok(()) if is_same_file(&file, path) => return Ok(FileLock { held: Some(file) }),
+                Ok(()) if st_sys::is_named(&file, path).unwrap_or(false) => return Ok(FileLock { held: Some(file) }),
                 // Somebody removed the file between opening and locking: this lock excludes nobody.
                 Ok(()) => continue,
                 Err(TryLockError::WouldBlock) => {}
@@ -62,11 +62,6 @@ impl FileLock {
     pub(crate) fn is_exclusive(&self) -> bool {
         self.held.is_some()
     }
-}
-
-/// Whether `file` is still the one that is found at `path`. Systems that cannot tell do not let an open file be removed.
-fn is_same_file(file: &File, path: &Path) -> bool {
-    !st_sys::same_file(file, file) || File::open(path).is_ok_and(|found| st_sys::same_file(file, &found))
 }
 
 #[cfg(test)]

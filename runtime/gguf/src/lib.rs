@@ -51,7 +51,7 @@ pub use expert_index::{ByteRange, ExpertIndex};
 pub use header::{Header, TensorInfo};
 pub use layout::{Layout, RecordLayout, describe_records, layout_keys, tensor_names};
 pub use metadata::Metadata;
-pub use output::{Kind, OutputFile, begins_with, check_output, is_same_file};
+pub use output::{Kind, OutputFile, begins_with, check_output};
 pub use placed::PlacedWriter;
 pub use placeholder::Placeholder;
 pub use reader::GgufFile;

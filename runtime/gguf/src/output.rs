@@ -8,11 +8,9 @@
 //! links that stand for an open file of a process, as `/dev/stdout` does. A link to a file stands for that file, and
 //! stays. What is replaced hands on its permissions.
 
-use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, is_separator};
 
 use crate::error::{GgufError, Result};
 
@@ -51,14 +49,6 @@ pub fn check_output(path: &Path, kind: Kind, overwrite: bool) -> Result<()> {
     Target::find(path, kind, overwrite).map(drop)
 }
 
-/// Whether two names are one file, by links of either sort too.
-pub fn is_same_file(a: &Path, b: &Path) -> bool {
-    match (std::fs::metadata(a), std::fs::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
-}
-
 /// Where an output goes.
 #[derive(Debug)]
 struct Target {
@@ -86,7 +76,8 @@ impl Target {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(source) => return Err(fail("look at the output", source)),
         };
-        if path.file_name().is_none() || path.as_os_str().as_bytes().ends_with(b"/") {
+        let ends_in_separator = path.as_os_str().as_encoded_bytes().last().is_some_and(|&b| is_separator(b.into()));
+        if path.file_name().is_none() || ends_in_separator {
             return Err(no_file());
         }
         let folder = parent_of(&path);
@@ -104,8 +95,7 @@ impl Target {
                 return Err(GgufError::Exists { path: named.to_owned() });
             }
         }
-        rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
-            .map_err(|error| fail("write into its folder", error.into()))?;
+        st_sys::may_write_into(folder).map_err(|source| fail("write into its folder", source))?;
         Ok(Self { named: named.to_owned(), path, kind, overwrite, existing })
     }
 
@@ -122,7 +112,7 @@ fn follow_links(named: &Path) -> Result<PathBuf> {
     for _ in 0..40 {
         match std::fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_symlink() => {
-                if is_of_processes(parent_of(&path)) {
+                if st_sys::shows_processes(parent_of(&path)) {
                     return Err(GgufError::Descriptor { file: named.display().to_string() });
                 }
                 let to = std::fs::read_link(&path)
@@ -133,19 +123,7 @@ fn follow_links(named: &Path) -> Result<PathBuf> {
             _ => return Ok(path),
         }
     }
-    Err(GgufError::io(named.display(), "follow the link", rustix::io::Errno::LOOP.into()))
-}
-
-/// Whether `folder` is one in which the system shows processes and their open files.
-#[cfg(target_os = "linux")]
-fn is_of_processes(folder: &Path) -> bool {
-    rustix::fs::statfs(folder).is_ok_and(|system| system.f_type == rustix::fs::PROC_SUPER_MAGIC)
-}
-
-/// Other systems have devices there, which are no regular files.
-#[cfg(not(target_os = "linux"))]
-fn is_of_processes(folder: &Path) -> bool {
-    folder.starts_with("/dev")
+    Err(GgufError::io(named.display(), "follow the link", io::Error::other("too many levels of links")))
 }
 
 /// The folder that `path` lies in.
@@ -225,7 +203,7 @@ impl OutputFile {
             // What is there now counts, not what was there when the work began.
             let now = Target::find(&self.target.named, self.target.kind, true)?;
             if let Some(existing) = &now.existing {
-                inherit(file, existing).map_err(|source| fail("keep the permissions", source))?;
+                st_sys::inherit(file, existing).map_err(|source| fail("keep the permissions", source))?;
             }
             std::fs::rename(&self.partial, &self.target.path)
                 .map_err(|source| fail("give the file its final name", source))?;
@@ -265,33 +243,12 @@ impl Drop for OutputFile {
     }
 }
 
-/// Gives `file` the permissions of the one that it replaces, and its owner where that is allowed.
-fn inherit(file: &File, existing: &Metadata) -> io::Result<()> {
-    let group = Some(existing.gid());
-    let given = std::os::unix::fs::fchown(file, Some(existing.uid()), group)
-        .or_else(|_| std::os::unix::fs::fchown(file, None, group));
-    // What another group was allowed is not what this one is.
-    let mask = if given.is_ok() { 0o777 } else { 0o707 };
-    file.set_permissions(Permissions::from_mode(existing.mode() & mask))
-}
-
 /// Opens and locks the partial file.
 fn claim(target: &Target, partial: &Path) -> Result<File> {
     let name = partial.file_name().unwrap_or_default().display();
     let fail = |source| GgufError::io(target.named.display(), format!("create {name} beside it"), source);
-    // What is to be private is so from the first byte.
-    let mode = target.existing.as_ref().map_or(0o666, |existing| existing.mode() & 0o777 | 0o600);
     loop {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(mode)
-            // A link in its place must not lead the data elsewhere, and a pipe must not hold it up.
-            .custom_flags((rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits() as i32)
-            .open(partial)
-            .map_err(fail)?;
+        let file = st_sys::create_claimable(partial, target.existing.as_ref()).map_err(fail)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -303,18 +260,12 @@ fn claim(target: &Target, partial: &Path) -> Result<File> {
         }
         // Between opening and locking, the writer that had the lock may have given this very file its
         // final name: emptying it now would destroy a finished output.
-        let opened = file.metadata().map_err(fail)?;
-        match std::fs::symlink_metadata(partial) {
-            Ok(named) if named.ino() == opened.ino() && named.dev() == opened.dev() => {
-                if !opened.is_file() {
-                    return Err(GgufError::NotAFile { file: partial.display().to_string() });
-                }
-                if target.existing.is_some() && opened.mode() & 0o777 & !mode != 0 {
-                    file.set_permissions(Permissions::from_mode(opened.mode() & mode)).map_err(fail)?;
-                }
-                return Ok(file);
+        match st_sys::is_named(&file, partial) {
+            Ok(true) if !file.metadata().map_err(fail)?.is_file() => {
+                return Err(GgufError::NotAFile { file: partial.display().to_string() });
             }
-            Ok(_) => {}
+            Ok(true) => return Ok(file),
+            Ok(false) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(fail(source)),
         }

@@ -1,7 +1,8 @@
 //! Everything that an operating system does for st-tool, and that systems answer differently.
 //!
 //! Owns: positioned reads and writes, reads past the page cache, advice about files, free space, the identity of a file, links, names beside
-//! others, renames that replace nothing, anonymous and mapped pages, what happens where there is no memory, the memory of this process, cores, and the priority of I/O threads.
+//! others, permissions that are handed on, renames that replace nothing, anonymous and mapped pages, what happens where there is no memory,
+//! the memory of this process, cores, the priority of I/O threads, the terminal's settings, and requests to stop.
 //! Refuses: any knowledge of models, formats or the command line. What a system cannot do is `None`, or an error of the kind `Unsupported`; hints
 //! to the system are functions without a result.
 //!
@@ -38,14 +39,20 @@ mod memory;
 #[cfg_attr(unix, path = "os/unix.rs")]
 #[cfg_attr(not(unix), path = "os/other.rs")]
 mod os;
+mod output;
 mod pages;
+mod signals;
+mod terminal;
 
 pub use allocator::Allocator;
 pub use cores::{available_threads, physical_cores, prefer_this_thread};
 pub use file::{
-    Advice, advise, allocated, beside, create_claimable, create_private_folder, free_space, open_uncached, read_at,
-    read_exact_at, rename_new, same_file, symlink, sync_folder, write_all_at,
+    Advice, advise, allocated, beside, create_private_folder, free_space, open_uncached, read_at, read_exact_at,
+    rename_new, same_file, strip_prefix, symlink, sync_folder, write_all_at,
 };
 pub use mapped::MappedFile;
 pub use memory::{peak_resident, reset_peak_resident, resident};
+pub use output::{create_claimable, inherit, is_named, may_write_into, same_path, shows_processes};
 pub use pages::{LARGE_PAGE, PAGE, Pages};
+pub use signals::{Signal, listen};
+pub use terminal::{Terminal, discard_typed};

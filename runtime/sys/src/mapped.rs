@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, MmapOptions};
 
-use crate::{Advice, advise};
+use crate::{Advice, advise, os};
 
 /// A read-only mapping of a file.
 #[derive(Debug)]
@@ -46,21 +46,14 @@ impl MappedFile {
 
     /// Asks the system to start reading `range`.
     pub fn will_need(&self, range: Range<usize>) {
-        #[cfg(unix)]
-        let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
-        #[cfg(not(unix))]
-        let _ = range;
+        os::will_need(&self.map, range);
     }
 
     /// Takes `range` out of the resident set and lets the system use its pages for what is read next. Who reads
     /// every byte once would otherwise push out what others need, and under a hypervisor pages that are used again
     /// are several times cheaper than fresh ones.
     pub fn release(&self, range: Range<usize>) {
-        // SAFETY: the mapping is file-backed and nobody writes through it, so dropping its pages loses
-        // nothing: the next access brings the same bytes back from the file.
-        #[cfg(unix)]
-        let _ =
-            unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        os::release(&self.map, range.clone());
         advise(&self.file, range.start as u64..range.end as u64, Advice::DontNeed);
     }
 }

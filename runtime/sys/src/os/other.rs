@@ -3,13 +3,16 @@
 #![allow(unsafe_code)]
 
 use std::alloc::Layout;
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::ptr::NonNull;
 
-use crate::Advice;
+use memmap2::Mmap;
+
+use crate::{Advice, Signal};
 
 #[cfg(windows)]
 pub(crate) fn read_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -39,14 +42,46 @@ pub(crate) fn open_uncached(_path: &Path) -> io::Result<File> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-pub(crate) fn create_claimable(path: &Path) -> io::Result<File> {
+pub(crate) fn create_claimable(path: &Path, _existing: Option<&Metadata>) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+pub(crate) fn restrict(_file: &File, _existing: &Metadata) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn inherit(_file: &File, _existing: &Metadata) -> io::Result<()> {
+    Ok(())
+}
+
+pub(crate) fn may_write_into(folder: &Path) -> io::Result<()> {
+    match folder.metadata()?.permissions().readonly() {
+        true => Err(io::ErrorKind::PermissionDenied.into()),
+        false => Ok(()),
+    }
+}
+
+pub(crate) fn shows_processes(_folder: &Path) -> bool {
+    false
 }
 
 pub(crate) fn advise(_file: &File, _range: Range<u64>, _advice: Advice) {}
 
 pub(crate) fn same_file(_a: &File, _b: &File) -> bool {
     false
+}
+
+pub(crate) fn same_path(a: &Path, b: &Path) -> bool {
+    a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+/// Nothing tells files apart here: whatever has the name is taken for the file.
+pub(crate) fn is_named(_file: &File, path: &Path) -> io::Result<bool> {
+    Ok(!std::fs::symlink_metadata(path)?.is_symlink())
+}
+
+pub(crate) fn strip_prefix<'a>(text: &'a OsStr, prefix: &str) -> Option<&'a OsStr> {
+    text.to_str()?.strip_prefix(prefix).map(OsStr::new)
 }
 
 pub(crate) fn allocated(_: &File) -> Option<u64> {
@@ -107,6 +142,10 @@ pub(crate) unsafe fn map_file(_at: *mut u8, _len: usize, _file: &File, _offset: 
     Err(io::ErrorKind::Unsupported.into())
 }
 
+pub(crate) fn will_need(_map: &Mmap, _range: Range<usize>) {}
+
+pub(crate) fn release(_map: &Mmap, _range: Range<usize>) {}
+
 pub(crate) fn resident() -> Option<u64> {
     None
 }
@@ -122,3 +161,21 @@ pub(crate) fn physical_cores() -> Option<usize> {
 }
 
 pub(crate) fn prefer_this_thread() {}
+
+/// There is none to put right here.
+#[derive(Debug)]
+pub(crate) struct Terminal;
+
+impl Terminal {
+    pub(crate) fn remember() -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn restore(&self) {}
+}
+
+pub(crate) fn discard_typed() {}
+
+pub(crate) fn listen(_act: impl Fn(Signal) + Send + 'static) -> io::Result<()> {
+    Ok(())
+}

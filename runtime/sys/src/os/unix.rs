@@ -2,15 +2,23 @@
 
 #![allow(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use crate::Advice;
+use memmap2::{Mmap, UncheckedAdvice};
+use rustix::fd::OwnedFd;
+use rustix::termios::{OptionalActions, QueueSelector, Termios};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+
+use crate::{Advice, Signal};
 
 pub(crate) fn read_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     file.read_at(buf, offset)
@@ -30,9 +38,48 @@ pub(crate) fn open_uncached(_path: &Path) -> io::Result<File> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-pub(crate) fn create_claimable(path: &Path) -> io::Result<File> {
+/// The permissions of what replaces a file, for as long as it is written: private from the first byte where that one is.
+fn mode_of(existing: &Metadata) -> u32 {
+    existing.mode() & 0o777 | 0o600
+}
+
+pub(crate) fn create_claimable(path: &Path, existing: Option<&Metadata>) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(path)
+    options.read(true).write(true).create(true).truncate(false).mode(existing.map_or(0o666, mode_of));
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
+}
+
+pub(crate) fn restrict(file: &File, existing: &Metadata) -> io::Result<()> {
+    let (now, mode) = (file.metadata()?, mode_of(existing));
+    if now.is_file() && now.mode() & 0o777 & !mode != 0 {
+        file.set_permissions(Permissions::from_mode(now.mode() & mode))?;
+    }
+    Ok(())
+}
+
+pub(crate) fn inherit(file: &File, existing: &Metadata) -> io::Result<()> {
+    let group = Some(existing.gid());
+    let given = std::os::unix::fs::fchown(file, Some(existing.uid()), group)
+        .or_else(|_| std::os::unix::fs::fchown(file, None, group));
+    // What another group was allowed is not what this one is.
+    let mask = if given.is_ok() { 0o777 } else { 0o707 };
+    file.set_permissions(Permissions::from_mode(existing.mode() & mask))
+}
+
+pub(crate) fn may_write_into(folder: &Path) -> io::Result<()> {
+    use rustix::fs::Access;
+    Ok(rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) fn shows_processes(folder: &Path) -> bool {
+    rustix::fs::statfs(folder).is_ok_and(|system| system.f_type == rustix::fs::PROC_SUPER_MAGIC)
+}
+
+/// Other systems have devices there, which are no regular files.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn shows_processes(folder: &Path) -> bool {
+    folder.starts_with("/dev")
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -48,16 +95,29 @@ pub(crate) fn advise(file: &File, range: Range<u64>, advice: Advice) {
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(crate) fn advise(_file: &File, _range: Range<u64>, _advice: Advice) {}
 
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
 pub(crate) fn same_file(a: &File, b: &File) -> bool {
-    match (a.metadata(), b.metadata()) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
+    a.metadata().is_ok_and(|a| b.metadata().is_ok_and(|b| identity(&a) == identity(&b)))
+}
+
+pub(crate) fn same_path(a: &Path, b: &Path) -> bool {
+    a.metadata().is_ok_and(|a| b.metadata().is_ok_and(|b| identity(&a) == identity(&b)))
+}
+
+pub(crate) fn is_named(file: &File, path: &Path) -> io::Result<bool> {
+    Ok(identity(&std::fs::symlink_metadata(path)?) == identity(&file.metadata()?))
+}
+
+pub(crate) fn strip_prefix<'a>(text: &'a OsStr, prefix: &str) -> Option<&'a OsStr> {
+    text.as_bytes().strip_prefix(prefix.as_bytes()).map(OsStr::from_bytes)
 }
 
 pub(crate) fn allocated(file: &File) -> Option<u64> {
     // In units of 512 bytes, whatever the file system's blocks are.
-    file.metadata().ok().map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512))
+    file.metadata().ok().map(|metadata| metadata.blocks().saturating_mul(512))
 }
 
 pub(crate) fn free_space(dir: &Path) -> io::Result<Option<u64>> {
@@ -176,6 +236,16 @@ unsafe fn populate(_start: *mut libc::c_void, _len: usize) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
+pub(crate) fn will_need(map: &Mmap, range: Range<usize>) {
+    let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+}
+
+pub(crate) fn release(map: &Mmap, range: Range<usize>) {
+    // SAFETY: the mapping is file-backed and nobody writes through it, so dropping its pages loses
+    // nothing: the next access brings the same bytes back from the file.
+    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+}
+
 /// A line of `/proc/self/status` in bytes, where there is one.
 fn status(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -237,3 +307,55 @@ pub(crate) fn prefer_this_thread() {
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(crate) fn prefer_this_thread() {}
+
+/// Pasted text is marked no longer, and what comes next begins on a new line.
+const LEAVE: &[u8] = b"\x1b[?2004l\n";
+
+/// A terminal and its settings.
+#[derive(Debug)]
+pub(crate) struct Terminal {
+    device: OwnedFd,
+    settings: Termios,
+}
+
+impl Terminal {
+    pub(crate) fn remember() -> Option<Self> {
+        use rustix::fs::{Mode, OFlags, open};
+        // One that was told to hold its output must not hold up the end.
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        // The one that line editing takes: that of the session, else the input.
+        let device = open("/dev/tty", flags, Mode::empty())
+            .or_else(|_| open(rustix::termios::ttyname(io::stdin(), Vec::new())?, flags, Mode::empty()))
+            .ok()?;
+        let settings = rustix::termios::tcgetattr(&device).ok()?;
+        Some(Self { device, settings })
+    }
+
+    pub(crate) fn restore(&self) {
+        // In the background it is somebody else's, and touching it would stop this process.
+        if rustix::termios::tcgetpgrp(&self.device).is_ok_and(|group| group != rustix::process::getpgrp()) {
+            return;
+        }
+        let _ = rustix::termios::tcsetattr(&self.device, OptionalActions::Now, &self.settings);
+        let _ = rustix::io::write(&self.device, LEAVE);
+    }
+}
+
+pub(crate) fn discard_typed() {
+    let _ = rustix::termios::tcflush(io::stdin(), QueueSelector::IFlush);
+}
+
+pub(crate) fn listen(act: impl Fn(Signal) + Send + 'static) -> io::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let listener = move || {
+        for signal in signals.forever() {
+            act(match signal {
+                SIGTERM => Signal::Terminate,
+                SIGHUP => Signal::HangUp,
+                _ => Signal::Interrupt,
+            });
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(listener).map(drop)
+}

@@ -1,0 +1,27 @@
+//! The terminal as it was found, to be given back by a process that ends while a line is being typed.
+//!
+//! Editing a line takes echo and line breaks from the terminal and has it mark pasted text. A line that is complete
+//! ends that; a process that ends before has to.
+
+use crate::os;
+
+/// A terminal and its settings.
+#[derive(Debug)]
+pub struct Terminal(os::Terminal);
+
+impl Terminal {
+    /// The terminal that lines are typed at, as it is now; `None` where there is none, or the system puts it right by itself.
+    pub fn remember() -> Option<Self> {
+        os::Terminal::remember().map(Self)
+    }
+
+    /// Gives it back. Where it has gone meanwhile, or is somebody else's, nothing happens.
+    pub fn restore(&self) {
+        self.0.restore();
+    }
+}
+
+/// Forgets what was typed on standard input and not read.
+pub fn discard_typed() {
+    os::discard_typed();
+}

@@ -20,7 +20,7 @@ use crate::progress::{Cancel, Progress};
 use crate::record;
 use crate::vocabulary;
 
-/// Most bytes that one unit copies of a tensor that holds no experts.
+/// Most bytes that one piece copies of a tensor that holds no experts.
 const COPY_BYTES: u64 = 4 << 20;
 /// Most bytes of output that wait to be written.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
@@ -36,9 +36,9 @@ pub struct RelayoutOptions {
     pub overwrite: bool,
 }
 
-/// What one unit of work produces: the next bytes of the output.
+/// What one piece of work produces: the next bytes of the output.
 #[derive(Clone, Copy, Debug)]
-enum Unit {
+enum Piece {
     /// Bytes of a tensor of the input as they are: the tensor's number, and the bytes within it.
     Copy { tensor: usize, start: u64, len: u64 },
     /// The record of an expert, out of its three matrices.
@@ -57,7 +57,7 @@ struct Job<'a> {
     kernels: Kernels,
     metadata: Metadata,
     tensors: Vec<TensorSpec>,
-    units: Vec<Unit>,
+    pieces: Vec<Piece>,
 }
 
 /// Writes the experts of the GGUF file `input` to `out` in the layout `options.to`; returns what was written. The
@@ -81,20 +81,20 @@ pub fn relayout(
     let mut writer = GgufWriter::create(out, &job.metadata, &job.tensors, write_options)?;
     progress.start(plan.input_bytes);
     let threads = options.threads.max(1);
-    let largest = job.units.iter().map(|unit| job.unit_bytes(unit)).max().unwrap_or(1);
+    let largest = job.pieces.iter().map(|piece| job.piece_bytes(piece)).max().unwrap_or(1);
     let window = (IN_FLIGHT_BYTES / largest.max(1)).clamp(1, 4 * threads);
     run_ordered(
-        job.units.len(),
+        job.pieces.len(),
         threads,
         window,
         Vec::new,
-        |scratch, unit, bytes| {
+        |scratch, piece, bytes| {
             cancel.check()?;
-            job.produce(&job.units[unit], scratch, bytes)
+            job.produce(&job.pieces[piece], scratch, bytes)
         },
-        |unit, bytes, ()| {
+        |piece, bytes, ()| {
             writer.write(bytes)?;
-            progress.advance(job.input_bytes(&job.units[unit]));
+            progress.advance(job.input_bytes(&job.pieces[piece]));
             Ok(())
         },
     )?;
@@ -125,7 +125,7 @@ impl<'a> Job<'a> {
             record::describe(&formats, &mut metadata);
         }
         let kernels = Kernels::detect();
-        let mut job = Self { path, file, index, formats, kernels, metadata, tensors: Vec::new(), units: Vec::new() };
+        let mut job = Self { path, file, index, formats, kernels, metadata, tensors: Vec::new(), pieces: Vec::new() };
         job.push_resident()?;
         for layer in 0..job.index.n_layers() {
             match to {
@@ -161,7 +161,7 @@ impl<'a> Job<'a> {
             self.tensors.push(TensorSpec { name, shape, ty: tensor.ty });
             for start in (0..tensor.n_bytes).step_by(COPY_BYTES as usize) {
                 let len = COPY_BYTES.min(tensor.n_bytes - start);
-                self.units.push(Unit::Copy { tensor: i, start, len });
+                self.pieces.push(Piece::Copy { tensor: i, start, len });
             }
         }
         Ok(())
@@ -170,7 +170,7 @@ impl<'a> Job<'a> {
     fn push_packed(&mut self, layer: usize) {
         let shape = vec![self.formats[layer].record_bytes() as u64, self.index.n_experts() as u64];
         self.tensors.push(TensorSpec { name: tensor_names::packed(layer), shape, ty: GgmlType::I8 });
-        self.units.extend((0..self.index.n_experts()).map(|expert| Unit::Pack { layer, expert }));
+        self.pieces.extend((0..self.index.n_experts()).map(|expert| Piece::Pack { layer, expert }));
     }
 
     fn push_stacked(&mut self, layer: usize) {
@@ -182,7 +182,7 @@ impl<'a> Job<'a> {
                 shape: [columns, rows, index.n_experts()].map(|n| n as u64).to_vec(),
                 ty: format.type_of(matrix).ggml(),
             });
-            self.units.extend((0..index.n_experts()).map(|expert| Unit::Unpack { layer, expert, matrix }));
+            self.pieces.extend((0..index.n_experts()).map(|expert| Piece::Unpack { layer, expert, matrix }));
         }
     }
 
@@ -194,7 +194,7 @@ impl<'a> Job<'a> {
             tensors: tensors
                 .map(|(spec, (&offset, &bytes))| PlannedTensor { spec: spec.clone(), offset, bytes })
                 .collect(),
-            input_bytes: self.units.iter().map(|unit| self.input_bytes(unit)).sum(),
+            input_bytes: self.pieces.iter().map(|piece| self.input_bytes(piece)).sum(),
             output_bytes: plan.total,
             warnings: (to == Layout::Offload).then(|| OFFLOAD_NOTE.to_owned()).into_iter().collect(),
         })
@@ -206,40 +206,40 @@ impl<'a> Job<'a> {
         alignment_of(to, types().any(WeightType::is_quantized))
     }
 
-    /// Bytes that a unit adds to the output.
-    fn unit_bytes(&self, unit: &Unit) -> usize {
-        match *unit {
-            Unit::Copy { len, .. } => len as usize,
-            Unit::Pack { layer, .. } => self.formats[layer].record_bytes(),
-            Unit::Unpack { layer, matrix, .. } => self.formats[layer].canonical_bytes(matrix),
+    /// Bytes that a piece adds to the output.
+    fn piece_bytes(&self, piece: &Piece) -> usize {
+        match *piece {
+            Piece::Copy { len, .. } => len as usize,
+            Piece::Pack { layer, .. } => self.formats[layer].record_bytes(),
+            Piece::Unpack { layer, matrix, .. } => self.formats[layer].canonical_bytes(matrix),
         }
     }
 
-    /// Bytes of input that a unit stands for.
-    fn input_bytes(&self, unit: &Unit) -> u64 {
-        match *unit {
-            Unit::Copy { len, .. } => len,
-            Unit::Pack { layer, expert } => {
+    /// Bytes of input that a piece stands for.
+    fn input_bytes(&self, piece: &Piece) -> u64 {
+        match *piece {
+            Piece::Copy { len, .. } => len,
+            Piece::Pack { layer, expert } => {
                 Matrix::ALL.map(|matrix| self.index.matrix(layer, expert, matrix).len).iter().sum()
             }
-            Unit::Unpack { layer, expert, matrix } => self.index.matrix(layer, expert, matrix).len,
+            Piece::Unpack { layer, expert, matrix } => self.index.matrix(layer, expert, matrix).len,
         }
     }
 
-    /// Fills `out` with the bytes of one unit.
-    fn produce(&self, unit: &Unit, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<(), ConvertError> {
-        out.resize(self.unit_bytes(unit), 0);
-        match *unit {
-            Unit::Copy { tensor, start, .. } => {
+    /// Fills `out` with the bytes of one piece.
+    fn produce(&self, piece: &Piece, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> Result<(), ConvertError> {
+        out.resize(self.piece_bytes(piece), 0);
+        match *piece {
+            Piece::Copy { tensor, start, .. } => {
                 self.file.read_range(&self.file.header.tensors[tensor], start, out)?;
             }
-            Unit::Pack { layer, expert } => {
+            Piece::Pack { layer, expert } => {
                 record::pack(self.kernels, &self.formats[layer], scratch, out, |matrix, canonical| {
                     let range = self.index.matrix(layer, expert, matrix);
                     self.read_expert(&tensor_names::stacked(layer, matrix), range, canonical)
                 })?;
             }
-            Unit::Unpack { layer, expert, matrix } => {
+            Piece::Unpack { layer, expert, matrix } => {
                 let format = &self.formats[layer];
                 // An expert's gate comes first of its matrices, and the first failure in order ends the work: whole
                 // records need be read and checked only then.

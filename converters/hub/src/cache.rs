@@ -136,7 +136,7 @@ pub(crate) struct Place {
 
 /// The paths that one file passes through.
 #[derive(Debug)]
-pub(crate) struct Slot {
+pub(crate) struct FilePaths {
     /// Where the content ends up.
     pub(crate) content: PathBuf,
     /// Where it grows; its length is what has arrived.
@@ -179,10 +179,10 @@ impl Place {
         self.local.as_deref().map_or_else(|| self.cache.folder.clone(), bookkeeping)
     }
 
-    pub(crate) fn slot(&self, entry: &Entry) -> Slot {
+    pub(crate) fn slot(&self, entry: &Entry) -> FilePaths {
         let etag = entry.digest.hex();
         match &self.local {
-            None => Slot {
+            None => FilePaths {
                 content: self.cache.paths.blob_path(etag),
                 partial: self.cache.paths.blob_path(&format!("{etag}.incomplete")),
                 lock: self.cache.locks.join(format!("{etag}.lock")),
@@ -191,7 +191,7 @@ impl Place {
                 let metadata = metadata_path(folder, &entry.path);
                 let name = metadata.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 let partial = format!("{}.{etag}.incomplete", short_hash(&name));
-                Slot {
+                FilePaths {
                     content: folder.join(&entry.path),
                     partial: metadata.with_file_name(partial),
                     lock: metadata.with_extension("lock"),
@@ -232,14 +232,14 @@ impl Place {
     }
 
     /// Gives verified content its final name.
-    pub(crate) fn settle(&self, entry: &Entry, slot: &Slot, partial: &Path) -> Result<(), HubError> {
+    pub(crate) fn settle(&self, entry: &Entry, slot: &FilePaths, partial: &Path) -> Result<(), HubError> {
         create_parent(&slot.content)?;
         fs::rename(partial, &slot.content).map_err(HubError::io("rename to", &slot.content))?;
         self.record(entry, slot)
     }
 
     /// Makes content that has its final place findable: the snapshot's link, or the plain folder's metadata.
-    pub(crate) fn record(&self, entry: &Entry, slot: &Slot) -> Result<(), HubError> {
+    pub(crate) fn record(&self, entry: &Entry, slot: &FilePaths) -> Result<(), HubError> {
         match &self.local {
             None => link(&slot.content, &self.pointer(entry)),
             Some(folder) => {

@@ -220,7 +220,7 @@ fn a_damaged_record_ends_the_work_and_names_the_expert() {
 
 #[test]
 fn so_do_a_damaged_matrix_and_a_damaged_dense_tensor() {
-    // The embedding is copied in several units.
+    // The embedding is copied in several pieces.
     let mut sample = Sample::new(GgmlType::Q4_0, 64, 32);
     sample.tensors[0].shape[1] = 140_000;
     let input = sample.write(2);

@@ -69,7 +69,7 @@ impl<T: Plain> AlignedBuf<T> {
     ///
     /// # Panics
     /// If the size overflows.
-    pub fn zeroed_beside(len: usize) -> Self {
+    pub fn zeroed_in_arena(len: usize) -> Self {
         let bytes = len.checked_mul(size_of::<T>()).expect("buffer size overflows");
         match arena(bytes) {
             Some((data, memory)) => Self { data, len, memory, _type: PhantomData },
@@ -174,8 +174,8 @@ mod tests {
     #[test]
     fn buffers_are_aligned_zero_and_writable() {
         for len in [1, 100, 300_000, 3_000_000] {
-            let neighbour = AlignedBuf::<f32>::zeroed_beside(len);
-            for mut b in [AlignedBuf::<f32>::zeroed(len), AlignedBuf::zeroed_beside(len)] {
+            let neighbour = AlignedBuf::<f32>::zeroed_in_arena(len);
+            for mut b in [AlignedBuf::<f32>::zeroed(len), AlignedBuf::zeroed_in_arena(len)] {
                 assert_eq!(b.as_ptr() as usize % 64, 0);
                 assert!(b.len() == len && b.iter().all(|&v| v == 0.0));
                 b[len - 1] = 1.0;

@@ -109,9 +109,10 @@ impl Kernels {
         }
     }
 
-    /// Attention of many tokens over KV head `head`. Row `t` of `out` is the token at position `first_pos + out.first_row() + t`;
-    /// its columns are the query heads that share this KV head (`n × head_dim`). `q` is the whole matrix of queries, rows of `q_ld`
-    /// floats that begin with what the matrix that `out` is part of has as columns.
+    /// Attention of many tokens over KV head `head`. `q` is the queries of all of them, rows of `q_ld` floats; `out` is a tile of
+    /// the matrix of outputs, which has a row for each of those rows and a column for each query value at its beginning. The tile's
+    /// columns are the query heads that share this KV head (`n × head_dim`); its row `t` is the token at position
+    /// `first_pos + out.first_row() + t`.
     ///
     /// # Panics
     /// If a length is wrong or a position that a token sees has no page.

@@ -51,7 +51,7 @@ impl SomeRows {
             whole: chunk_format(ty, CHUNK_ROWS, k)?,
             last: chunk_format(ty, (rows - 1) % CHUNK_ROWS + 1, k)?,
             least: chunk_format(ty, 1, k)?,
-            data: AlignedBuf::zeroed_beside(bytes),
+            data: AlignedBuf::zeroed_in_arena(bytes),
         })
     }
 

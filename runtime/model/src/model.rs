@@ -231,7 +231,7 @@ impl Model {
             layer.route(&self.config, cx, &mut scratch.router_acts, (x, router), routing)?;
             Ok::<_, ModelError>(self.moe.prefetch(n, batch.kind(), routing, moe))
         };
-        let experts = layer.qkv.forward_beside(cx, &mut scratch.acts, normed, qkv, choose)??;
+        let experts = layer.qkv.forward_while(cx, &mut scratch.acts, normed, qkv, choose)??;
         if layer.uses_rope {
             rope.forward(cx, qkv)?;
         }

@@ -175,7 +175,7 @@ impl KvPool {
         drop(state);
         let fresh = used.is_none();
         // Side by side, so that small pages share the system's large ones.
-        Some((used.unwrap_or_else(|| AlignedBuf::zeroed_beside(self.format.page_bytes())), fresh))
+        Some((used.unwrap_or_else(|| AlignedBuf::zeroed_in_arena(self.format.page_bytes())), fresh))
     }
 
     fn bind(&self, data: AlignedBuf<u8>) -> Arc<KvPage> {

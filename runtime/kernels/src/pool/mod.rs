@@ -168,7 +168,7 @@ impl Pool {
     /// Runs `job` for ranges that make up `0..n`, each index in one of them, while the calling thread first runs `own`. Each thread
     /// begins with a contiguous share of its own and takes half of what is left of it at a time, then of the others': long runs while
     /// there is much to do, short ones at the end, where threads would wait for each other.
-    fn for_ranges_beside(&self, n: usize, own: impl FnOnce(), job: &(dyn Fn(Range<usize>) + Sync)) {
+    fn for_ranges_while(&self, n: usize, own: impl FnOnce(), job: &(dyn Fn(Range<usize>) + Sync)) {
         self.share_out(n, &|left| left / 2, own, job);
     }
 
@@ -418,7 +418,7 @@ mod tests {
                 pool.for_each(3, &|_| assert_eq!(std::thread::current().id(), caller));
                 own += 1;
             };
-            pool.for_ranges_beside(n, beside, &|range| {
+            pool.for_ranges_while(n, beside, &|range| {
                 done.fetch_add(range.len(), SeqCst);
             });
             assert_eq!((own, done.into_inner()), (1, n));

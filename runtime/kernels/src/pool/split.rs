@@ -112,12 +112,12 @@ impl Pool {
     ) {
         assert!(unit > 0, "a unit of 0 columns");
         let (rows, across, base) = (rows_of(out.len(), ld), ld.div_ceil(unit), SendPtr(out.as_mut_ptr()));
-        self.for_ranges_beside(split.groups(rows) * across, own, &|mut units| {
+        self.for_ranges_while(split.groups(rows) * across, own, &|mut units| {
             while !units.is_empty() {
                 let group = units.start / across;
                 let end = units.end.min((group + 1) * across);
                 let columns = (units.start - group * across) * unit..ld.min((end - group * across) * unit);
-                // SAFETY: `for_ranges_beside` hands out each unit once and groups of rows are disjoint (`groups` checks it), so no two
+                // SAFETY: `for_ranges_while` hands out each unit once and groups of rows are disjoint (`groups` checks it), so no two
                 // views share an element; all lie in `out`, which is exclusively borrowed until all are done.
                 job(group, unsafe { ColumnsMut::from_raw(base.get(), split.group(group, rows), ld, columns) });
                 units.start = end;
@@ -142,14 +142,14 @@ impl Pool {
         let ld: usize = widths.iter().sum();
         let (rows, base) = (rows_of(out.len(), ld), SendPtr(out.as_mut_ptr()));
         let units = |width: usize| width.div_ceil(unit);
-        self.for_ranges_beside(widths.iter().copied().map(units).sum(), own, &|wanted| {
+        self.for_ranges_while(widths.iter().copied().map(units).sum(), own, &|wanted| {
             let (mut first_unit, mut first_column) = (0, 0);
             for (i, &width) in widths.iter().enumerate() {
                 let mine = wanted.start.max(first_unit) - first_unit
                     ..wanted.end.min(first_unit + units(width)).max(first_unit) - first_unit;
                 if mine.start < mine.end {
                     let columns = mine.start * unit..width.min(mine.end * unit);
-                    // SAFETY: `for_ranges_beside` hands out each unit once, and a unit is columns of one part, so no two views share an
+                    // SAFETY: `for_ranges_while` hands out each unit once, and a unit is columns of one part, so no two views share an
                     // element. Columns of a part, counted from `first_column`, end at `first_column + width <= ld`, so all lie in `out`,
                     // which is exclusively borrowed until all are done.
                     job(i, unsafe { ColumnsMut::from_raw(base.get().add(first_column), 0..rows, ld, columns) });

@@ -85,6 +85,7 @@ pub(crate) fn values(ty: KvType, dim: usize, values: &[u8], positions: Range<usi
     }
 }
 
+#[inline(always)]
 pub(crate) fn merge(state: SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) -> SoftmaxState {
     let max = state.max.max(part.max);
     let (a, b) = (exp(state.max - max), exp(part.max - max));

@@ -4,7 +4,7 @@ mod float;
 pub(crate) mod planes;
 mod quantized;
 
-pub(crate) use float::softmax;
+pub(crate) use float::{merge, softmax};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use quantized::gemm_of;
 pub(crate) use quantized::pack_r16;

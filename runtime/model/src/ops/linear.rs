@@ -77,7 +77,7 @@ impl Linear {
 
     /// A matrix of a quantized type out of its canonical bytes.
     pub(crate) fn from_canonical(cx: &Compute, ty: WeightType, n_out: usize, n_in: usize, canonical: &[u8]) -> Self {
-        let mut data = AlignedBuf::zeroed_beside(r16::packed_bytes(ty, n_out, n_in).unwrap_or(0));
+        let mut data = AlignedBuf::zeroed_in_arena(r16::packed_bytes(ty, n_out, n_in).unwrap_or(0));
         cx.kernels.pack_r16(ty, n_out, n_in, canonical, &mut data);
         Self { parts: vec![Part { ty, n_out, n_in, data }], widths: vec![n_out], n_in }
     }
@@ -113,12 +113,12 @@ impl Linear {
         x: &Rows,
         out: &mut Rows,
     ) -> Result<(), ModelError> {
-        self.forward_beside(cx, scratch, x, out, || ())
+        self.forward_while(cx, scratch, x, out, || ())
     }
 
     /// [`Linear::forward`], while the calling thread first runs `own` and the others begin; with several rows `own` comes before.
     /// Returns what `own` returned.
-    pub(crate) fn forward_beside<R>(
+    pub(crate) fn forward_while<R>(
         &self,
         cx: &Compute,
         scratch: &mut ActsScratch,
@@ -132,7 +132,7 @@ impl Linear {
         result.ok_or_else(|| Error::Msg("an operation was not run".into()).into())
     }
 
-    /// [`Linear::forward_beside`] on plain slices.
+    /// [`Linear::forward_while`] on plain slices.
     pub(crate) fn apply(
         &self,
         cx: &Compute,
@@ -187,7 +187,7 @@ impl Part {
         };
         let row_bytes = size(ty.row_bytes(n_in))?;
         let chunk_bytes = size(Linear::bytes_for(ty, LOAD_ROWS, n_in))?;
-        let mut data = AlignedBuf::zeroed_beside(size(Linear::bytes_for(ty, n_out, n_in))?);
+        let mut data = AlignedBuf::zeroed_in_arena(size(Linear::bytes_for(ty, n_out, n_in))?);
         let failed = Mutex::new(None);
         cx.pool.run_chunks(&mut data, chunk_bytes, &|chunk, out| {
             let first = chunk * LOAD_ROWS;

@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::kv::{KV_CHUNK, KV_TILE, KvType};
-use crate::math;
 use crate::scalar;
 use crate::table::SoftmaxState;
 use crate::weight_type::BLOCK_LEN;
@@ -196,10 +195,5 @@ unsafe fn values_of<const N: usize>(
 
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn merge(state: SoftmaxState, acc: &mut [f32], part: SoftmaxState, values: &[f32]) -> SoftmaxState {
-    let max = state.max.max(part.max);
-    let (a, b) = (math::exp(state.max - max), math::exp(part.max - max));
-    for (acc, &v) in acc.iter_mut().zip(values) {
-        *acc = acc.mul_add(a, v * b);
-    }
-    SoftmaxState { max, sum: state.sum * a + part.sum * b }
+    scalar::merge(state, acc, part, values)
 }

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use st_convert::{ConvertOptions, ConvertPlan, Converted, SearchGain, SquaredErrors, compare, convert, plan};
+use st_convert::{
+    ConvertOptions, ConvertPlan, Converted, SearchGain, SquaredErrors, WeightType, compare, convert, plan,
+};
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_model::PREDICTOR_TENSOR;
 
@@ -95,15 +97,9 @@ fn default_output(model: &Model, args: &QuantizeArgs) -> PathBuf {
     PathBuf::from(format!("{}-{ty}{layout}.gguf", model.file_stem()))
 }
 
-fn type_suffix(args: &QuantizeArgs) -> &'static str {
-    use crate::cli::TypeName;
-    match args.type_name() {
-        TypeName::Q4_0 => "q4_0",
-        TypeName::Q8_0 => "q8_0",
-        TypeName::F16 => "f16",
-        TypeName::Bf16 => "bf16",
-        TypeName::F32 => "f32",
-    }
+/// How names of files say the type.
+fn type_suffix(args: &QuantizeArgs) -> String {
+    WeightType::from(args.type_name()).name().to_lowercase()
 }
 
 /// Name, type, shape and size of every tensor, then the size of the file.

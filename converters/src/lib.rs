@@ -3,6 +3,25 @@
 //! The crate moves weights and checks them; it never runs a model. Its only contract with the runtime is the file.
 //! It reads no environment, prints nothing and never exits: configuration comes in as arguments, progress goes out
 //! through [`Progress`], warnings come back with the result.
+//!
+//! ```
+//! use st_convert::{Cancel, ConvertOptions, Input, Layout, NoProgress, WeightType, convert, plan};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let input = Input::open("../models/tiny/checkpoint".as_ref())?;
+//! let options = ConvertOptions { threads: 2, ..ConvertOptions::new(WeightType::Q4_0, Layout::Gguf) };
+//! let planned = plan(&input, &options)?;
+//!
+//! let folder = tempfile::tempdir()?;
+//! let output = folder.path().join("tiny.gguf");
+//! convert(&input, &options, &output, false, &NoProgress, &Cancel::new())?;
+//! assert_eq!(std::fs::metadata(&output)?.len(), planned.output_bytes);
+//!
+//! // The file has the same bytes on every machine, whatever the number of threads.
+//! assert_eq!(std::fs::read(&output)?, std::fs::read("../models/tiny/tiny-q4_0.gguf")?);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod arriving;
 mod checkpoint;

@@ -10,6 +10,41 @@
 //! the file format. Memory decides how fast an expert is there and never what its bytes are: every byte handed out is what
 //! the file holds, or the waiter gets a typed error.
 //!
+//! ```
+//! use std::{ops::Range, sync::Arc};
+//! use st_experts::{ExpertStore, Matrix, SlotFormat, StoreOptions};
+//! use st_gguf::{ExpertIndex, GgufFile, ReadAt as _};
+//!
+//! /// Experts in slots as they are in the file.
+//! #[derive(Debug)]
+//! struct AsStored(ExpertIndex);
+//! # impl SlotFormat for AsStored {
+//! #     fn slot_bytes(&self) -> usize { self.record_bytes(0) }
+//! #     fn record_bytes(&self, layer: usize) -> usize { self.region(layer, Matrix::Down).end }
+//! #     fn region(&self, layer: usize, matrix: Matrix) -> Range<usize> {
+//! #         let bytes = self.canonical_bytes(layer, matrix);
+//! #         matrix as usize * bytes..(matrix as usize + 1) * bytes
+//! #     }
+//! #     fn canonical_bytes(&self, layer: usize, matrix: Matrix) -> usize { self.0.matrix(layer, 0, matrix).len as usize }
+//! #     fn fill(&self, _: usize, _: Matrix, canonical: &[u8], region: &mut [u8]) { region.copy_from_slice(canonical) }
+//! # }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let file = GgufFile::open("../../models/tiny/tiny-q4_0.gguf")?;
+//! let index = ExpertIndex::from_header(&file.header, &file.header.model_shape()?)?;
+//! let range = index.matrix(1, 5, Matrix::Up);
+//!
+//! // Room for 8 experts of all that there are.
+//! let options = StoreOptions { n_slots: 8, top_k: 2, ..StoreOptions::default() };
+//! let store = ExpertStore::new(file.source.clone(), index.clone(), Arc::new(AsStored(index)), options)?;
+//! store.prefetch(1, &[3, 5]);
+//! let lease = store.acquire(1, &[3, 5])?;
+//! let mut read = vec![0; range.len as usize];
+//! file.source.read_exact_at(&mut read, range.offset)?;
+//! assert_eq!(lease.wait(1, Matrix::Up)?, read);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Unsafe code stands in the slab, the buffers and the one place that hands a piece of a slot to a thread; each block says
 //! which rule of the state machine makes it sound.
 

@@ -7,6 +7,31 @@
 //! many, dense or sparse): integer sums per block of 32 are exact, and every floating-point operation happens in an order that
 //! the documentation of the kernel fixes.
 //!
+//! ```
+//! use st_kernels::{AlignedBuf, Isa, Kernels, Pool, Q8Acts, R16, WeightType, quantize_row_q4_0, r16};
+//!
+//! # fn main() -> std::io::Result<()> {
+//! let (ty, rows, k) = (WeightType::Q4_0, 64, 256);
+//! let wave = |i: usize| (i as f32).sin();
+//! let mut blocks = vec![0; rows * ty.row_bytes(k).unwrap()];
+//! quantize_row_q4_0(&(0..rows * k).map(wave).collect::<Vec<_>>(), &mut blocks);
+//! let x: Vec<f32> = (0..k).map(wave).collect();
+//!
+//! let pool = Pool::new(2)?;
+//! let products = Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(|kernels| {
+//!     let mut tiles = AlignedBuf::zeroed(r16::packed_bytes(ty, rows, k).unwrap());
+//!     kernels.pack_r16(ty, rows, k, &blocks, &mut tiles);
+//!     let (mut acts, mut out) = (Q8Acts::new(k, 1), vec![0.0; rows]);
+//!     kernels.quantize_acts(&x, &mut acts);
+//!     kernels.linear_r16_pool(&pool, R16::new(ty, rows, k, &tiles), &acts, &mut out, || ());
+//!     out
+//! });
+//! let products: Vec<Vec<f32>> = products.collect();
+//! assert!(products.iter().all(|product| product == &products[0]) && products[0][0] > 1.0);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Words that the modules share:
 //!
 //! - *block*: 32 values of a row, with a scale ([`mod@block`]).

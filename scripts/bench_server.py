@@ -2,11 +2,12 @@
 """st-tool serve with several clients of different texts: tokens per second of all, time to the first token, gaps between tokens.
 
     python3 scripts/bench_server.py --st-tool target/release/st-tool MODEL.gguf [--clients 1,2,4,8] [-p 128] [-n 64]
-        [--long 4096] [--prefix 2000] [--rounds 3] [-- --memory 1GiB …]
+        [--long 4096] [--prefix 2000] [--rounds 3] [--beside llama-server] [-- --memory 1GiB …]
 
-What follows `--` is handed to the server. Prompts are token ids, so that a model without a tokenizer will do. `--long N` has a prompt
-of N tokens arrive while two clients are being answered, and tells their longest gap. `--prefix N` tells the time to the first token
-after a prompt of N tokens cold, warm, and after a restart. Python's standard library alone.
+What follows `--` is handed to the server. Prompts are token ids, so that a model without a tokenizer will do. `--beside PROGRAM` asks
+llama-server the same in turn. `--long N` has a prompt of N tokens arrive while two clients are being answered, and tells their longest
+gap. `--prefix N` tells the time to the first token after a prompt of N tokens cold, warm, and after a restart, and whether the tokens
+are the same. Python's standard library alone.
 """
 import argparse
 import http.client
@@ -14,6 +15,7 @@ import json
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -32,10 +34,15 @@ class Server:
         self.host, port = address.removeprefix("http://").rsplit(":", 1)
         self.port = int(port)
 
-    def post(self, body):
-        connection = http.client.HTTPConnection(self.host, self.port)
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        return connection.getresponse()
+    def ask(self, prompt, n):
+        """The events of an answer: its tokens as they come, and then how many of the prompt were known."""
+        body = {"prompt": prompt, "max_tokens": n, "stream": True, "logprobs": 0, "temperature": 0,
+                "stream_options": {"include_usage": True}}
+        for data in events(self.host, self.port, "/v1/completions", body):
+            if not data["choices"]:
+                yield data["usage"]["prompt_tokens_details"]["cached_tokens"]
+            elif data["choices"][0]["finish_reason"] is None:
+                yield data["choices"][0]["logprobs"]["tokens"]
 
     def metric(self, name):
         connection = http.client.HTTPConnection(self.host, self.port)
@@ -50,25 +57,62 @@ class Server:
         self.process.wait()
 
 
+def events(host, port, address, body):
+    connection = http.client.HTTPConnection(host, port)
+    connection.request("POST", address, json.dumps(body))
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+class LlamaServer:
+    """llama-server with as many slots, each of the context that st-tool gives by itself."""
+
+    def __init__(self, program, model, parallel, ctx=4096):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.host, self.port = free.getsockname()
+        command = [program, "-m", model, "-np", str(parallel), "-c", str(ctx * parallel), "--port", str(self.port), "-t", "2", "--no-webui"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while True:
+            time.sleep(0.2)
+            if self.process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)}: status {self.process.returncode}")
+            try:
+                connection = http.client.HTTPConnection(self.host, self.port)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                pass
+
+    def ask(self, prompt, n):
+        body = {"prompt": prompt, "n_predict": n, "stream": True, "temperature": 0, "cache_prompt": False, "ignore_eos": True,
+                "return_tokens": True}
+        for data in events(self.host, self.port, "/completion", body):
+            if not data["stop"]:
+                yield data["tokens"]
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait()
+
+
 class Client(threading.Thread):
     """Streams one answer, and keeps when each token came."""
 
     def __init__(self, server, prompt, n):
         super().__init__()
-        self.server, self.prompt, self.n, self.times, self.cached = server, prompt, n, [], 0
+        self.server, self.prompt, self.n, self.times, self.tokens, self.cached = server, prompt, n, [], [], 0
 
     def run(self):
         self.start_time = time.monotonic()
-        body = {"prompt": self.prompt, "max_tokens": self.n, "stream": True, "logprobs": 0, "temperature": 0,
-                "stream_options": {"include_usage": True}}
-        for line in self.server.post(body):
-            if not line.startswith(b"data: {"):
-                continue
-            data = json.loads(line[6:])
-            if not data["choices"]:
-                self.cached = data["usage"]["prompt_tokens_details"]["cached_tokens"]
-            elif data["choices"][0]["finish_reason"] is None:
+        for event in self.server.ask(self.prompt, self.n):
+            if isinstance(event, int):
+                self.cached = event
+            else:
                 self.times.append(time.monotonic())
+                self.tokens.append(event)
 
     def first(self):
         return self.times[0] - self.start_time
@@ -101,6 +145,7 @@ def together(server, clients, p, n, seed):
         "first": statistics.median(c.first() for c in all_clients),
         "gap50": statistics.median(gaps),
         "gap99": gaps[int(0.99 * (len(gaps) - 1))],
+        "longest": gaps[-1],
     }
 
 
@@ -114,6 +159,7 @@ def main():
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--prefix", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside")
     own, _, servers = " ".join(sys.argv[1:]).partition(" -- ")
     options = parser.parse_args(own.split())
     options.args = servers.split()
@@ -121,13 +167,22 @@ def main():
     args = ["--parallel", str(max(counts)), *options.args]
 
     server = Server(options.st_tool, options.model, args)
-    print("| clients | tokens/s of all while all are answered | with prompts | first token | gap, median | gap, 99 % |")
-    print("|---|---|---|---|---|---|")
+    servers = {"st-tool": server}
+    if options.beside:
+        servers["llama-server"] = LlamaServer(options.beside, options.model, max(counts))
+    print("| clients | server | tokens/s of all while all are answered | with prompts | first token | gap, median | gap, 99 % | longest |")
+    print("|---|---|---|---|---|---|---|---|")
     for clients in counts:
-        rows = [together(server, clients, options.p, options.n, 1000 * r + 10 * clients) for r in range(options.rounds)]
-        best = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(f"| {clients} | {best['decode']:.1f} | {best['all']:.1f} | {best['first']:.2f} s "
-              f"| {1e3 * best['gap50']:.0f} ms | {1e3 * best['gap99']:.0f} ms |", flush=True)
+        rows = {name: [] for name in servers}
+        for r in range(options.rounds):
+            for name, one in servers.items():
+                rows[name].append(together(one, clients, options.p, options.n, 1000 * r + 10 * clients))
+        best = {name: {key: statistics.median(row[key] for row in of) for key in of[0]} for name, of in rows.items()}
+        for name, of in best.items():
+            print(f"| {clients} | {name} | {of['decode']:.1f} | {of['all']:.1f} | {of['first']:.2f} s "
+                  f"| {1e3 * of['gap50']:.0f} ms | {1e3 * of['gap99']:.0f} ms | {1e3 * of['longest']:.0f} ms |", flush=True)
+    if options.beside:
+        servers["llama-server"].end()
     if options.long:
         answered = [Client(server, prompt(77 + i, 16), 400) for i in range(2)]
         for client in answered:
@@ -147,15 +202,18 @@ def main():
     if options.prefix:
         folder = tempfile.mkdtemp()
         text = prompt(5, options.prefix)
+        tokens = []
         for state in ["cold", "warm", "after a restart"]:
             if state != "warm":
                 server = Server(options.st_tool, options.model, [*args, "--cache-dir", folder])
-            client = Client(server, text, 4)
+            client = Client(server, text, 16)
             client.start()
             client.join()
+            tokens.append(client.tokens)
             print(f"prefix of {options.prefix} tokens, {state}: first token after {client.first():.3f} s, {client.cached} cached")
             if state != "cold":
                 server.end()
+        print("tokens are", "the same" if tokens[0] == tokens[1] == tokens[2] else "NOT the same")
         shutil.rmtree(folder)
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Hours of bad company for st-tool serve: hang-ups, slow readers, malformed bodies, floods, SIGTERM and restarts.
 
-    python3 scripts/soak_server.py --st-tool target/release/st-tool MODEL [--minutes 60] [--clients 12] [-- --memory 1GiB …]
+    python3 scripts/soak_server.py --st-tool target/release/st-tool MODEL [--minutes 60] [--clients 12] [--spells 5] [--cgroup FOLDER]
+        [-- --memory 1GiB …]
 
-Every answer that comes whole is compared with the first one to the same request, across restarts. After every stretch of a minute the
-server must be idle again, with the descriptors and pages it had, and within its budget; then it is told to end, under load, and
-started anew. Anything that is not so ends the soak with status 1. Python's standard library alone.
+Every answer that comes whole is compared with the first one to the same request, across restarts. After every spell of a minute the
+server must be idle again, with the descriptors that it had, no more pages than are planned, no more memory than after the first spell but for
+8 MiB, and within its budget; after some spells it is told to end, under load, and started anew. Anything that is not so ends the soak with
+status 1. `--cgroup` starts servers in a memory cgroup that is there. Python's standard library alone.
 """
 import argparse
 import http.client
@@ -32,12 +34,17 @@ class Soak:
 
     def start(self):
         command = [self.options.st_tool, "serve", self.options.model, "--port", "0", "--quiet", "--queue", "8", *self.options.args]
-        self.server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=self.enter)
         address = self.server.stdout.readline().strip()
         if not address:
             sys.exit(self.server.stderr.read())
         host, port = address.removeprefix("http://").rsplit(":", 1)
         self.address = (host, int(port))
+
+    def enter(self):
+        if self.options.cgroup:
+            with open(os.path.join(self.options.cgroup, "cgroup.procs"), "w") as file:
+                file.write(str(os.getpid()))
 
     def count(self, what):
         with self.lock:
@@ -50,7 +57,11 @@ class Soak:
     def body(self, dice, stream):
         begin = dice.randrange(4)
         prompt = [10 + (begin * 37 + i * 7) % 400 for i in range(dice.choice([3, 30, 300, 900]))]
-        return {"prompt": prompt, "max_tokens": dice.choice([1, 8, 40, 120]), "seed": dice.randrange(3), "stream": stream}
+        body = {"prompt": prompt, "max_tokens": dice.choice([1, 8, 40, 120]), "seed": dice.randrange(3), "stream": stream}
+        if dice.randrange(5) == 0:
+            schema = {"type": "array", "items": {"enum": [1, "two", None]}, "maxItems": dice.choice([3, 9])}
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return body
 
     def whole(self, dice):
         body = self.body(dice, False)
@@ -130,37 +141,48 @@ class Soak:
             time.sleep(0.1)
         self.problem("it does not settle")
 
+    def load(self, seed, seconds, meanwhile=lambda: None):
+        self.stop.clear()
+        clients = [threading.Thread(target=self.client, args=(seed + i,)) for i in range(self.options.clients)]
+        for client in clients:
+            client.start()
+        time.sleep(seconds)
+        meanwhile()
+        self.stop.set()
+        for client in clients:
+            client.join()
+
+    def status(self, name):
+        text = open(f"/proc/{self.server.pid}/status").read()
+        return int(re.search(rf"{name}:\s+(\d+)", text).group(1)) << 10
+
     def stretch(self, number):
         self.start()
-        self.stop.clear()
         descriptors = len(os.listdir(f"/proc/{self.server.pid}/fd"))
-        clients = [threading.Thread(target=self.client, args=(1000 * number + i,)) for i in range(self.options.clients)]
-        for client in clients:
-            client.start()
-        time.sleep(45)
-        self.stop.set()
-        for client in clients:
-            client.join()
-        self.settled()
-        now = len(os.listdir(f"/proc/{self.server.pid}/fd"))
-        if now > descriptors + 2:
-            self.problem(f"{now} descriptors, {descriptors} before")
-        status = open(f"/proc/{self.server.pid}/status").read()
-        peak = int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) >> 10
+        first = None
+        for spell in range(self.options.spells):
+            self.load(100000 * number + 1000 * spell, 45)
+            self.settled()
+            now, resident = len(os.listdir(f"/proc/{self.server.pid}/fd")), self.status("VmRSS")
+            first = first or resident
+            if now > descriptors + 2:
+                self.problem(f"{now} descriptors, {descriptors} before")
+            if resident > first + (8 << 20):
+                self.problem(f"{resident >> 10} KiB of memory, {first >> 10} after the first spell")
+            if self.metric("st_kv_pages") > self.metric("st_kv_pages_most"):
+                self.problem("more pages than are planned")
+            peak = self.status("VmHWM")
+            if "--memory" in self.options.args and peak > self.metric("st_memory_budget_bytes"):
+                self.problem(f"{peak} bytes at its peak")
+            print(f"{number}.{spell}: {resident >> 20} MiB now, {peak >> 20} at most, {now} descriptors, "
+                  f"{dict(sorted(self.counts.items()))}", flush=True)
+            if self.problems or time.monotonic() > self.end:
+                break
         # It ends under load, too.
-        self.stop.clear()
-        clients = [threading.Thread(target=self.client, args=(5000 * number + i,)) for i in range(self.options.clients)]
-        for client in clients:
-            client.start()
-        time.sleep(3)
-        self.server.send_signal(signal.SIGTERM)
+        self.load(100000 * number + 50000, 3, lambda: self.server.send_signal(signal.SIGTERM))
         _, said = self.server.communicate(timeout=120)
-        self.stop.set()
-        for client in clients:
-            client.join()
         if self.server.returncode != 0 or "panicked" in said:
             self.problem(f"status {self.server.returncode}: {said}")
-        print(f"{number}: peak {peak} MiB, {now} descriptors, {dict(sorted(self.counts.items()))}", flush=True)
 
 
 def main():
@@ -169,13 +191,15 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--spells", type=int, default=5)
+    parser.add_argument("--cgroup")
     own, _, servers = " ".join(sys.argv[1:]).partition(" -- ")
     options = parser.parse_args(own.split())
     options.args = servers.split()
     soak = Soak(options)
-    end = time.monotonic() + 60 * soak.options.minutes
+    soak.end = time.monotonic() + 60 * options.minutes
     number = 0
-    while time.monotonic() < end and not soak.problems:
+    while time.monotonic() < soak.end and not soak.problems:
         number += 1
         soak.stretch(number)
     for problem in soak.problems:

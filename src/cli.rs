@@ -385,9 +385,10 @@ pub(crate) struct ServeArgs {
     /// The largest request.
     #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size)]
     pub(crate) max_body: u64,
-    /// Tokens of a prompt that are read between the tokens of other answers, at most.
-    #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]
-    pub(crate) prompt_piece: usize,
+    /// Tokens of a prompt that are read between the tokens of other answers, at most [default: few enough that those wait a tenth of a
+    /// second, where that can be].
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) prompt_piece: Option<usize>,
     /// Time that answers under way get when the server is told to end.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) grace: u32,

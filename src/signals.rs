@@ -1,9 +1,10 @@
 //! Ctrl-C and termination requests as flags that the work looks at.
 //!
-//! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once.
+//! The first signal asks the running work to stop cleanly; a second one of the same kind ends the process at once. A server ends at
+//! once at a second one of any kind.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use st_convert::Cancel;
@@ -21,6 +22,8 @@ pub(crate) struct Interrupt {
 struct Shared {
     /// The signals that arrived and were not acted on, a bit each.
     seen: AtomicU64,
+    /// Whether a second signal ends the process whatever the first one was.
+    any_second: AtomicBool,
     /// Set while nothing is running that would look at a flag: end at once.
     idle: Mutex<Option<Idle>>,
     cancel: Cancel,
@@ -79,6 +82,11 @@ impl Interrupt {
         [Signal::Terminate, Signal::HangUp].into_iter().find(|&signal| seen & bit(signal) != 0)
     }
 
+    /// From now on a second signal ends the process, whatever the first one was.
+    pub(crate) fn end_at_any_second(&self) {
+        self.shared.any_second.store(true, Ordering::Relaxed);
+    }
+
     /// Forgets a Ctrl-C that was acted on.
     pub(crate) fn clear(&self) {
         self.shared.seen.fetch_and(!bit(Signal::Interrupt), Ordering::Relaxed);
@@ -115,6 +123,7 @@ impl Shared {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let at_once = match &*idle {
             // Work that does not look at the flag would never end.
+            None if self.any_second.load(Ordering::Relaxed) => before != 0,
             None => before & bit(signal) != 0,
             Some(Idle::Line(_)) => signal != Signal::Interrupt || before & bit(signal) != 0,
             Some(Idle::Input) => true,

@@ -175,6 +175,50 @@ fn a_call_that_is_sent_back_is_known() {
     assert!(cached > made("prompt_tokens"));
 }
 
+/// A template that knows tools tells of them itself, and calls are read again as they were made there, too.
+#[test]
+fn a_template_with_a_place_for_tools_has_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let from = crate::common::repo("models/tiny/checkpoint");
+    for entry in std::fs::read_dir(&from).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        std::fs::copy(&path, folder.path().join(path.file_name().expect("a name"))).expect("copied");
+    }
+    let template = "{% if tools %}{{ '<|im_start|>system\\nYours:' }}{% for tool in tools %}{{ ' ' + tool.function.name }}{% endfor %}\
+        {{ '<|im_end|>\\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{{ m.content }}\
+        {% for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' }}{{ call.function | tojson }}{{ '\\n</tool_call>' }}{% endfor %}\
+        {{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+    let path = folder.path().join("tokenizer_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    config["chat_template"] = template.into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    let model = crate::common::converted(folder.path(), st_convert::WeightType::Q4_0, st_convert::Layout::Gguf);
+    let mut command = crate::program::program();
+    command.args(["serve", crate::program::arg(&model), "--port", "0"]);
+    let server = Server::of(&mut command);
+
+    let body = chat(&json!({"tools": [tool("look")], "tool_choice": "required", "parallel_tool_calls": false}));
+    let rendered = server.ask("/apply-template", &json!({"messages": ask(), "tools": [tool("look")]}));
+    let told = rendered["prompt"].as_str().expect("text");
+    assert!(told.starts_with("<|im_start|>system\nYours: look<|im_end|>\n") && !told.contains("# Tools"), "{told}");
+    let answer = server.ask(CHAT, &body);
+    let message = &answer["choices"][0]["message"];
+    let call = &message["tool_calls"][0];
+    fits(&call["function"]["arguments"]);
+    let result = json!({"role": "tool", "tool_call_id": call["id"], "content": "It is warm."});
+    let messages = json!([ask()[0], message, result]);
+    let rendered = server.ask("/apply-template", &json!({"messages": messages, "tools": [tool("look")]}));
+    let again = rendered["prompt"].as_str().expect("text");
+    let arguments = call["function"]["arguments"].as_str().expect("text");
+    let made = format!(
+        "<tool_call>\n{{\"name\": \"look\", \"arguments\": {arguments}}}\n</tool_call><|im_end|>\n<|im_start|>tool\n"
+    );
+    assert!(again.strip_prefix(told).is_some_and(|rest| rest.starts_with(&made)), "{again}");
+    let onward = server.ask(CHAT, &json!({"messages": messages, "tools": [tool("look")], "max_tokens": 5}));
+    let known = onward["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a number");
+    assert!(known > answer["usage"]["prompt_tokens"].as_u64().expect("a number"), "{onward}");
+}
+
 #[test]
 fn responses_are_made_of_items() {
     let server = Server::start(&[]);

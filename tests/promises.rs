@@ -7,8 +7,9 @@ use std::thread;
 
 use serde_json::{Value, json};
 use st_gguf::GgufFile;
+use st_grammar::{Grammars, Source};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Engine, GenerateOptions, LoadOptions, Session, generate};
+use st_model::{Constraint, Engine, GenerateOptions, LoadOptions, Session, generate_within};
 
 use crate::common::{Dice, other_isa, repo};
 use crate::http::{Answer, Server, request};
@@ -30,6 +31,8 @@ struct Request {
     temperature: f32,
     n: usize,
     penalty: f32,
+    /// What it has to fit.
+    schema: Option<Value>,
 }
 
 impl Request {
@@ -43,17 +46,28 @@ impl Request {
         }
         let temperature = [0.0, 0.8, 1.5][dice.below(3)];
         let penalty = [0.0, 0.0, 0.7][dice.below(3)];
-        Self { prompt, seed: dice.below(5) as u64, temperature, n: 1 + dice.below(40), penalty }
+        let schema = match dice.below(8) {
+            0 => Some(
+                json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}, "kind": {"enum": ["cat", "dog"]}},
+                "required": ["name", "kind"], "additionalProperties": false}),
+            ),
+            1 => Some(
+                json!({"type": "array", "items": {"oneOf": [{"type": "integer"}, {"const": "none"}]}, "maxItems": 5}),
+            ),
+            _ => None,
+        };
+        Self { prompt, seed: dice.below(5) as u64, temperature, n: 1 + dice.below(40), penalty, schema }
     }
 
     fn body(&self, stream: bool) -> Value {
+        let schema = |schema| json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
         json!({
             "prompt": self.prompt, "seed": self.seed, "temperature": self.temperature, "max_tokens": self.n,
-            "presence_penalty": self.penalty, "stream": stream,
+            "presence_penalty": self.penalty, "stream": stream, "response_format": self.schema.as_ref().map(schema),
         })
     }
 
-    fn expected(&self, engine: &Arc<Engine>) -> String {
+    fn expected(&self, engine: &Arc<Engine>, grammars: &Grammars) -> String {
         let options = SamplerOptions {
             seed: self.seed,
             temperature: self.temperature,
@@ -64,12 +78,15 @@ impl Request {
         let mut session = Session::new(engine).expect("a session");
         let limits = GenerateOptions { max_tokens: Some(self.n), stop: Vec::new() };
         let go_on = &mut |_: &str| std::ops::ControlFlow::Continue(());
-        generate(&mut session, &self.prompt, &mut sampler, &limits, &mut (), go_on).expect("an answer").text
+        let grammar = self.schema.clone().map(|schema| grammars.compile(&Source::Schema(schema)).expect("a grammar"));
+        let constraint = grammar.map(|grammar| Box::new(grammar.constraint()) as Box<dyn Constraint>);
+        let answer = generate_within(&mut session, &self.prompt, &mut sampler, &limits, constraint, &mut (), go_on);
+        answer.expect("an answer").text
     }
 }
 
 /// A request whose answer ends at its limit alone: no token that ends answers is likely enough.
-fn endless(server: &Server, mut body: Value) -> Value {
+pub(crate) fn endless(server: &Server, mut body: Value) -> Value {
     for text in ["<|im_end|>", "<|endoftext|>"] {
         let ids = server.ask("/tokenize", &json!({"content": text, "parse_special": true}))["tokens"].clone();
         assert_eq!(ids.as_array().map(Vec::len), Some(1), "{text}");
@@ -82,18 +99,24 @@ fn text_of(answer: &Value) -> &str {
     answer["choices"][0]["text"].as_str().expect("text")
 }
 
+/// Rounds of requests; `ST_TEST_ROUNDS` asks for more.
+fn rounds() -> usize {
+    std::env::var("ST_TEST_ROUNDS").map_or(4, |rounds| rounds.parse().expect("a number"))
+}
+
 /// Requests of all kinds at once, some of which are hung up on; every answer is the one that it is alone.
 fn mixed(server: &Server, engine: &Arc<Engine>, seed: u64, clients: usize, rounds: usize) {
     let words = engine.tokenizer().expect("a tokenizer").encode(&"Lily saw a big red ball. ".repeat(60), false);
     let words = words.expect("tokens");
+    let grammars = Grammars::new(engine).expect("tokens");
     thread::scope(|scope| {
         for client in 0..clients {
-            let (words, engine) = (&words, engine);
+            let (words, engine, grammars) = (&words, engine, &grammars);
             scope.spawn(move || {
                 let mut dice = Dice(seed * 1000 + client as u64);
                 for round in 0..rounds {
                     let one = Request::any(&mut dice, words);
-                    let expected = one.expected(engine);
+                    let expected = one.expected(engine, grammars);
                     let got = match dice.below(4) {
                         0 => {
                             let mut stream = server.stream(TEXT, &one.body(true));
@@ -122,7 +145,7 @@ fn an_answer_is_the_same_alone_and_in_company() {
         (3, vec!["--parallel", "2", "--prompt-piece", "5"]),
     ] {
         let server = Server::start(&args);
-        mixed(&server, &engine, seed, 6, 5);
+        mixed(&server, &engine, seed, 6, rounds());
         assert!(server.metric("st_prompt_tokens_cached_total") > 0.0);
         assert!(server.metric("st_requests_hung_up_total") > 0.0);
         patiently(|| server.metric("st_conversations") == 0.0 && server.metric("st_queue_length") == 0.0);
@@ -139,7 +162,7 @@ fn a_budget_holds_with_everyone_on_board() {
     let budget: u64 = least.expect("bytes").parse::<u64>().expect("a number") + (2 << 20);
     let server = Server::start(&["--memory", &budget.to_string(), "--ctx", "1024"]);
     assert!(server.said().contains("4 × 1024 tokens"), "{}", server.said());
-    mixed(&server, &engine, 4, 6, 4);
+    mixed(&server, &engine, 4, 6, rounds());
     assert!(server.metric("st_kv_pages") <= server.metric("st_kv_pages_most"));
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).expect("a process");
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");

@@ -32,5 +32,6 @@ mod server;
 mod sessions;
 mod snapshots;
 mod sparse_head;
+mod steps;
 mod stops;
 mod types;

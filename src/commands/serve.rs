@@ -24,6 +24,7 @@ use crate::{input, ui};
 const MAX_KEYS: u64 = 64 << 10;
 
 pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCode> {
+    context.interrupt.end_at_any_second();
     let keys = keys(args, context)?;
     let listener = listen(args, !keys.is_empty())?;
     let address = listener.local_addr()?;

@@ -31,6 +31,7 @@
 mod constraint;
 mod error;
 mod grammar;
+mod one_of;
 mod source;
 mod vocabulary;
 

@@ -4,6 +4,7 @@ use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
 use crate::error::GrammarError;
+use crate::one_of::as_any_of;
 
 /// Values of a schema, those of one object (each may come after each), levels, and bytes of texts, at most.
 const VALUES: usize = 8000;
@@ -63,7 +64,7 @@ fn compact(schema: &Value) -> Result<Value, GrammarError> {
     let (mut values, mut bytes) = (0, 0);
     check(schema, 1, &mut values, &mut bytes)?;
     let mut schema = match schema {
-        Value::Object(_) => schema.clone(),
+        Value::Object(_) => as_any_of(schema),
         Value::Bool(true) => json!({}),
         _ => return Err(GrammarError::Source("a schema is an object".to_owned())),
     };

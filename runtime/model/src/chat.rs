@@ -164,9 +164,9 @@ impl ChatTemplate {
         Self { most: template::MOST_UNDER_A_BUDGET, ..self }
     }
 
-    /// Whether the template has a place for tools: it speaks of them.
-    pub fn takes_tools(&self) -> bool {
-        self.source.contains("tools")
+    /// Whether the template has a place for tools, and has calls begin with `begin`.
+    pub fn takes_tools(&self, begin: &str) -> bool {
+        self.source.contains("tools") && self.source.contains(begin)
     }
 
     /// Whether the template compiles.

@@ -6,7 +6,10 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
 use st_gguf::{Kind, OutputFile, begins_with};
@@ -35,6 +38,59 @@ struct Stored {
     tokens: Option<Vec<u32>>,
     bytes: u64,
     used: SystemTime,
+}
+
+/// There are no pages for a text.
+#[derive(Debug)]
+pub(crate) struct NoPages;
+
+/// Reading or writing on a thread of its own.
+struct Apart<T>(Receiver<Result<T, SnapshotError>>);
+
+impl<T: Send + 'static> Apart<T> {
+    fn new(work: impl FnOnce() -> Result<T, SnapshotError> + Send + 'static) -> Self {
+        let (teller, told) = channel();
+        // Without a thread nothing is told, and it is as if there were no file.
+        let _ = thread::Builder::new().name("snapshot".to_owned()).spawn(move || teller.send(work()));
+        Self(told)
+    }
+
+    /// What came of it, once it has; waits for so long, at most. Nothing comes of it where there is no thread.
+    fn wait(&self, time: Duration) -> Option<Option<Result<T, SnapshotError>>> {
+        match self.0.recv_timeout(time) {
+            Ok(done) => Some(Some(done)),
+            Err(RecvTimeoutError::Disconnected) => Some(None),
+            Err(RecvTimeoutError::Timeout) => None,
+        }
+    }
+}
+
+/// A snapshot that is being read.
+pub(crate) struct Loading {
+    pub(crate) path: PathBuf,
+    work: Apart<Sequence>,
+}
+
+impl Loading {
+    /// What was read, once it is.
+    pub(crate) fn done(&self) -> Option<Option<Result<Sequence, SnapshotError>>> {
+        self.work.wait(Duration::ZERO)
+    }
+}
+
+/// A snapshot that is being written.
+pub(crate) struct Saving {
+    path: PathBuf,
+    tokens: Vec<u32>,
+    bytes: u64,
+    work: Apart<()>,
+}
+
+impl Saving {
+    /// What came of it, once it has; waits for so long, at most.
+    pub(crate) fn wait(&self, time: Duration) -> Option<Option<Result<(), SnapshotError>>> {
+        self.work.wait(time)
+    }
 }
 
 impl Disk {
@@ -85,52 +141,90 @@ impl Disk {
         all.filter_map(|(index, stored)| Some((shares(stored)?, index))).max().map(|(_, index)| index)
     }
 
-    /// The text of a snapshot; `None` where it cannot be gone on from.
-    pub(crate) fn load(&mut self, index: usize, engine: &Engine) -> Option<Sequence> {
-        let stored = &mut self.stored[index];
-        let read = File::open(&stored.path).map_err(SnapshotError::from).and_then(|file| {
+    /// Begins to read the text of a snapshot, on a thread of its own: others go on meanwhile.
+    pub(crate) fn load(&self, index: usize, engine: &Arc<Engine>) -> Loading {
+        let (path, engine) = (self.stored[index].path.clone(), Arc::clone(engine));
+        let from = path.clone();
+        let read = move || {
+            let file = File::open(&from)?;
             let sequence = engine.restore(BufReader::with_capacity(1 << 20, &file))?;
-            stored.used = SystemTime::now();
             // That it was of use is told to those who come after; it matters little where that fails.
-            let _ = file.set_modified(stored.used);
+            let _ = file.set_modified(SystemTime::now());
             Ok(sequence)
-        });
-        match read {
-            Ok(sequence) => Some(sequence),
-            // Nothing is wrong with the file.
-            Err(SnapshotError::Pages(_)) => None,
-            Err(_) => {
+        };
+        Loading { path, work: Apart::new(read) }
+    }
+
+    /// The text that was read; `None` where it cannot be gone on from.
+    ///
+    /// # Errors
+    /// [`NoPages`] where nothing is wrong with the file.
+    pub(crate) fn loaded(
+        &mut self,
+        path: &Path,
+        read: Option<Result<Sequence, SnapshotError>>,
+    ) -> Result<Option<Sequence>, NoPages> {
+        let place = self.stored.iter().position(|stored| stored.path == path);
+        match (read, place) {
+            (Some(Ok(sequence)), place) => {
+                place.into_iter().for_each(|index| self.stored[index].used = SystemTime::now());
+                Ok(Some(sequence))
+            }
+            (Some(Err(SnapshotError::Pages(_))), _) => Err(NoPages),
+            (Some(Err(_)), Some(index)) => {
                 let stored = self.stored.swap_remove(index);
                 if is_snapshot(&stored.path) {
                     let _ = fs::remove_file(stored.path);
                 }
-                None
+                Ok(None)
             }
+            (Some(Err(_)) | None, _) => Ok(None),
         }
     }
 
-    /// Writes a snapshot, unless one serves as well or it is not worth it. Those that it serves better than are removed.
-    ///
-    /// # Errors
-    /// What writing meets.
-    pub(crate) fn save(&mut self, sequence: &Sequence, engine: &Engine) -> Result<(), SnapshotError> {
-        let tokens = sequence.tokens();
+    /// Begins to write a snapshot, on a thread of its own; `None` where one is there, or it is not worth it.
+    pub(crate) fn save(&mut self, sequence: &Sequence, engine: &Arc<Engine>) -> Option<Saving> {
+        let tokens = sequence.tokens().to_vec();
         let bytes = engine.snapshot_bytes(sequence);
-        let there = |stored: &Stored| stored.tokens.as_deref() == Some(tokens);
+        let there = |stored: &Stored| stored.tokens.as_ref() == Some(&tokens);
         if tokens.len() < WORTH_KEEPING || bytes > self.most || self.stored.iter().any(there) {
-            return Ok(());
+            return None;
         }
         self.keep_within(bytes);
         let mut hash = Sha256::new();
         tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
         let hash: String = hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
         let path = self.folder.join(format!("{hash}.{EXTENSION}"));
-        let io = |error: st_gguf::GgufError| SnapshotError::Io(io::Error::other(error));
-        let mut file = OutputFile::create(&path, SNAPSHOT, true).map_err(io)?;
-        engine.save(sequence, BufWriter::with_capacity(1 << 20, &mut file))?;
-        file.finish().map_err(io)?;
-        self.stored.retain(|stored| stored.path != path);
-        self.stored.push(Stored { path, tokens: Some(tokens.to_vec()), bytes, used: SystemTime::now() });
+        let (engine, sequence, to) = (Arc::clone(engine), sequence.fork(), path.clone());
+        let write = move || {
+            let io = |error: st_gguf::GgufError| SnapshotError::Io(io::Error::other(error));
+            let mut file = OutputFile::create(&to, SNAPSHOT, true).map_err(io)?;
+            engine.save(&sequence, BufWriter::with_capacity(1 << 20, &mut file))?;
+            file.finish().map_err(io)?;
+            Ok(())
+        };
+        Some(Saving { path, tokens, bytes, work: Apart::new(write) })
+    }
+
+    /// A snapshot was written, or was not.
+    ///
+    /// # Errors
+    /// What writing met.
+    pub(crate) fn saved(
+        &mut self,
+        saving: &Saving,
+        written: Option<Result<(), SnapshotError>>,
+    ) -> Result<(), SnapshotError> {
+        let Some(written) = written else { return Ok(()) };
+        written?;
+        let Saving { path, tokens, bytes, .. } = saving;
+        self.stored.retain(|stored| stored.path != *path);
+        self.stored.push(Stored {
+            path: path.clone(),
+            tokens: Some(tokens.clone()),
+            bytes: *bytes,
+            used: SystemTime::now(),
+        });
         Ok(())
     }
 

@@ -52,6 +52,7 @@ mod job;
 mod log;
 mod metrics;
 mod page;
+mod piece;
 mod prefix;
 mod prepare;
 mod queue;

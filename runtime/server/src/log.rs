@@ -12,7 +12,7 @@ use crate::job::{Ending, Finished};
 pub(crate) const RECORDS: usize = 1024;
 
 /// Addresses that are named in records. Others are strangers' words.
-const KNOWN: [&str; 15] = [
+const KNOWN: [&str; 16] = [
     "/",
     "/v1/chat/completions",
     "/v1/completions",
@@ -28,6 +28,7 @@ const KNOWN: [&str; 15] = [
     "/props",
     "/slots",
     "/openapi.json",
+    "/experts",
 ];
 
 /// Something that happened.

@@ -52,10 +52,14 @@ pub(crate) struct Metrics {
     pub(crate) prompt_tokens: Number,
     /// Of them, tokens that were not run again.
     pub(crate) cached_tokens: Number,
+    /// Jobs that began with tokens that were not run again.
+    pub(crate) prefix_hits: Number,
     /// Tokens of prompts that were run.
     pub(crate) read_tokens: Number,
     pub(crate) made_tokens: Number,
     pub(crate) steps: Number,
+    /// Tokens of prompts that go along with others' answers now.
+    pub(crate) piece: Number,
     /// Time in steps.
     pub(crate) busy: Number,
     pub(crate) kv_pages: Number,
@@ -96,10 +100,12 @@ pub(crate) fn text(app: &App) -> String {
     page.counter("requests_hung_up_total", "Answers that ended since their client had gone.", m.hung_up.get());
     page.counter("prompt_tokens_total", "Tokens of the prompts of all answers that began.", m.prompt_tokens.get());
     page.counter("prompt_tokens_cached_total", "Of them, tokens that were not run again.", m.cached_tokens.get());
+    page.counter("prefix_hits_total", "Answers that began with tokens that were not run again.", m.prefix_hits.get());
     page.counter("prompt_tokens_read_total", "Tokens of prompts that were run.", m.read_tokens.get());
     page.counter("completion_tokens_total", "Tokens of answers.", m.made_tokens.get());
     page.counter("steps_total", "Passes through the layers.", m.steps.get());
     page.counter("busy_seconds_total", "Time in them.", m.busy.seconds());
+    page.gauge("prompt_piece", "Tokens of prompts that go along with others' answers.", m.piece.get());
     page.gauge("connections", "Connections that are open.", m.connections.get());
     page.gauge("queue_length", "Jobs that wait.", app.queue.len());
     page.gauge("conversations", "Answers under way.", app.slots.busy());

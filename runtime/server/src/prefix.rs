@@ -72,6 +72,13 @@ impl Prefixes {
         Hit { sequence: best.map(cut), parts_at }
     }
 
+    /// How much of `prompt` [`Self::find`] would find.
+    pub(crate) fn keeps<'s>(&'s self, prompt: &[u32], under_way: impl Iterator<Item = &'s Sequence>) -> usize {
+        let most = prompt.len().saturating_sub(1);
+        let all = self.entries.iter().map(|entry| &entry.sequence).chain(under_way);
+        all.map(|sequence| sequence.keeps(common(sequence.tokens(), prompt).min(most))).max().unwrap_or(0)
+    }
+
     /// How far `prompt` goes along with any text that is kept.
     pub(crate) fn shared(&self, prompt: &[u32]) -> usize {
         self.entries.iter().map(|entry| common(entry.sequence.tokens(), prompt)).max().unwrap_or(0)
@@ -112,6 +119,11 @@ impl Prefixes {
         let latest = unsaved.max_by_key(|entry| entry.used)?;
         latest.saved = true;
         Some(&latest.sequence)
+    }
+
+    /// Whether there is one.
+    pub(crate) fn has_unsaved(&self) -> bool {
+        self.entries.iter().any(|entry| !entry.saved)
     }
 
     fn tokens(&self) -> usize {

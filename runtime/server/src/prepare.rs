@@ -70,8 +70,8 @@ pub(crate) fn render(
     let template = engine.chat_template().map_err(unusable)?;
     let template =
         template.ok_or_else(|| ApiError::bad("the model's file has no chat template: it takes no messages"))?;
-    let (messages, tools) = match template.takes_tools() {
-        true => (tools::parsed(messages), tools.json()),
+    let (messages, tools) = match template.takes_tools(tools::OPEN) {
+        true => (tools::with_calls_as_text(messages), tools.json()),
         false => (tools::told(messages, tools), Vec::new()),
     };
     let mut texts = Vec::new();

@@ -13,11 +13,13 @@ use tokio::sync::mpsc::Sender;
 
 use crate::app::App;
 use crate::conversation::Conversation;
-use crate::disk::Disk;
+use crate::disk::{Disk, Loading, NoPages, Saving};
 use crate::failure::without_folders;
-use crate::job::{Ending, Event, Failure};
+use crate::job::{Ending, Event, Failure, Job};
 use crate::log::{Record, What};
-use crate::prefix::{Hit, Prefixes, common};
+use crate::piece::Pieces;
+use crate::prefix::{Prefixes, common};
+use crate::queue::Waiting;
 use crate::serve::ServeError;
 use crate::slots::Slot;
 
@@ -30,6 +32,9 @@ const WORTH_WAITING: usize = 32;
 /// Copies of a text under way are kept at such distances, for models that cannot be cut back anywhere.
 const COPY_EVERY: usize = 1024;
 
+/// How long the engine's thread sleeps where others are at work.
+const A_WHILE: Duration = Duration::from_millis(2);
+
 /// All conversations, and what runs them.
 pub(crate) struct Scheduler<'a> {
     app: &'a App,
@@ -39,10 +44,23 @@ pub(crate) struct Scheduler<'a> {
     active: Vec<Conversation>,
     prefixes: Prefixes,
     disk: Option<Disk>,
+    /// Those whose beginning is read from disk.
+    restoring: Vec<Restoring>,
+    /// The text that is being saved. Its pages are in use until it is.
+    saving: Option<Saving>,
+    pieces: Pieces,
     /// Whose prompt is read next.
     turn: usize,
     /// The latest step was given up for somebody who had gone; the next reads no prompts, so that answers go on whatever happens.
     gave_up: bool,
+}
+
+/// A job whose beginning is read from disk. It has a place, so that there are pages for it.
+struct Restoring {
+    waiting: Waiting,
+    loading: Loading,
+    /// Texts that were forgotten to make room for it, the last time.
+    forgot: usize,
 }
 
 /// A conversation's part of a step.
@@ -63,19 +81,41 @@ impl<'a> Scheduler<'a> {
         let (batch, active) = (Batch::default(), Vec::new());
         let open = |(folder, most): &(PathBuf, u64)| Disk::open(folder, *most, &engine).map_err(ServeError::Cache);
         let disk = app.settings.cache.as_ref().map(open).transpose()?;
-        Ok(Self { app, engine, workspace, batch, active, prefixes, disk, turn: 0, gave_up: false })
+        let (restoring, pieces) = (Vec::new(), Pieces::new(app.settings.prompt_piece));
+        Ok(Self {
+            app,
+            engine,
+            workspace,
+            batch,
+            active,
+            prefixes,
+            disk,
+            restoring,
+            saving: None,
+            pieces,
+            turn: 0,
+            gave_up: false,
+        })
     }
 
     /// Answers until the server ends.
     pub(crate) fn run(mut self) {
         loop {
             self.drop_gone();
+            self.restored();
             if self.app.is_over() {
+                while let Some(restoring) = self.restoring.pop() {
+                    self.begin(restoring.waiting);
+                }
                 self.active.iter_mut().for_each(Conversation::cut_off);
                 (0..self.active.len()).rev().for_each(|index| self.end(index));
             }
             self.admit();
             self.publish();
+            if self.active.is_empty() && !self.restoring.is_empty() {
+                std::thread::sleep(A_WHILE);
+                continue;
+            }
             if self.active.is_empty() {
                 // There is time to save what is kept.
                 match (self.save_one(), self.app.is_ending()) {
@@ -94,32 +134,77 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Saves a text that is kept in memory alone; whether there was one.
+    /// Saves a text that is kept in memory alone, on a thread of its own; whether one is being saved, a while from now.
     fn save_one(&mut self) -> bool {
+        if self.saving.is_some() {
+            return !self.saved(A_WHILE) || self.prefixes.has_unsaved();
+        }
         let Some(disk) = &mut self.disk else { return false };
         let Some(sequence) = self.prefixes.next_unsaved() else { return false };
-        if let Err(error) = disk.save(sequence, &self.engine) {
+        self.saving = disk.save(sequence, &self.engine);
+        true
+    }
+
+    /// Waits for the text that is being saved, for so long at most; whether there was one, and it is done.
+    fn saved(&mut self, time: Duration) -> bool {
+        let (Some(disk), Some(saving)) = (&mut self.disk, &self.saving) else { return false };
+        let Some(written) = saving.wait(time) else { return false };
+        if let Err(error) = disk.saved(saving, written) {
             self.app.log.tell(Record::new(What::Failed(without_folders(&error))));
         }
+        self.saving = None;
         let (files, bytes) = disk.size();
         self.app.metrics.snapshots.set(files as u64);
         self.app.metrics.snapshot_bytes.set(bytes);
         true
     }
 
-    /// What of `prompt` need not be run: the most that memory or disk has.
-    fn find(&mut self, prompt: &[u32]) -> Hit {
+    /// Begins to read what the disk has of a prompt, where it is more than memory has.
+    fn restore(&mut self, waiting: Waiting, forgot: usize) -> Option<Waiting> {
         let under_way = self.active.iter().map(|conversation| &conversation.sequence);
-        let hit = self.prefixes.find(prompt, under_way);
-        let Some(disk) = &mut self.disk else { return hit };
-        let in_memory = hit.sequence.as_ref().map_or(0, Sequence::len);
-        let stored = disk.find(prompt, in_memory, &self.engine).and_then(|index| disk.load(index, &self.engine));
-        let Some(sequence) = stored else { return hit };
-        // From now on it is in memory.
-        self.prefixes.keep_saved(sequence);
-        self.give_back_pages();
+        let in_memory = self.prefixes.keeps(&waiting.job.prompt, under_way);
+        let Some(disk) = &self.disk else { return Some(waiting) };
+        let Some(index) = disk.find(&waiting.job.prompt, in_memory, &self.engine) else { return Some(waiting) };
+        let loading = disk.load(index, &self.engine);
+        self.restoring.push(Restoring { waiting, loading, forgot });
+        None
+    }
+
+    /// Begins the conversations whose beginning has been read.
+    fn restored(&mut self) {
+        for index in (0..self.restoring.len()).rev() {
+            let Some(read) = self.restoring[index].loading.done() else { continue };
+            let Restoring { waiting, loading, forgot } = self.restoring.swap_remove(index);
+            let Some(disk) = &mut self.disk else { continue };
+            match disk.loaded(&loading.path, read) {
+                // From now on it is in memory.
+                Ok(sequence) => {
+                    sequence.into_iter().for_each(|sequence| self.prefixes.keep_saved(sequence));
+                    self.give_back_pages();
+                    self.begin(waiting);
+                }
+                Err(NoPages) => {
+                    // Texts that are only kept make room, more of them each time.
+                    let forget = 2 * forgot.max(1);
+                    let waiting = match (0..forget).filter(|_| self.prefixes.forget_one()).count() {
+                        0 => Some(waiting),
+                        _ => self.restore(waiting, forget),
+                    };
+                    waiting.into_iter().for_each(|waiting| self.begin(waiting));
+                }
+            }
+        }
+    }
+
+    /// Begins a conversation with what memory has of its prompt.
+    fn begin(&mut self, waiting: Waiting) {
         let under_way = self.active.iter().map(|conversation| &conversation.sequence);
-        self.prefixes.find(prompt, under_way)
+        let hit = self.prefixes.find(&waiting.job.prompt, under_way);
+        let conversation = Conversation::new(waiting, hit, &self.engine);
+        self.app.metrics.prompt_tokens.add(conversation.prompt().len() as u64);
+        self.app.metrics.cached_tokens.add(conversation.cached() as u64);
+        self.app.metrics.prefix_hits.add(u64::from(conversation.cached() > 0));
+        self.active.push(conversation);
     }
 
     /// Ends what nobody waits for.
@@ -154,24 +239,23 @@ impl<'a> Scheduler<'a> {
 
     /// Begins conversations as long as there is room.
     fn admit(&mut self) {
-        while self.active.len() < self.app.settings.parallel {
-            let (active, prefixes) = (&mut self.active, &self.prefixes);
+        while self.active.len() + self.restoring.len() < self.app.settings.parallel {
+            let (active, restoring, prefixes) = (&mut self.active, &self.restoring, &self.prefixes);
             // What another one is reading right now is not read twice.
-            let may_begin = |job: &crate::job::Job| {
-                let ahead =
-                    active.iter_mut().filter(|conversation| conversation.is_reading()).find_map(|conversation| {
-                        let shared = common(conversation.prompt(), &job.prompt).min(job.prompt.len() - 1);
-                        let worth = shared >= WORTH_WAITING.max(prefixes.shared(&job.prompt) + 1);
-                        (worth && shared > conversation.sequence.len()).then(|| conversation.copy_at(shared))
+            let may_begin = |job: &Job| {
+                let least = WORTH_WAITING.max(prefixes.shared(&job.prompt) + 1);
+                let shared = |prompt: &[u32]| common(prompt, &job.prompt).min(job.prompt.len() - 1);
+                let read_by_another =
+                    active.iter_mut().filter(|conversation| conversation.is_reading()).any(|conversation| {
+                        let shared = shared(conversation.prompt());
+                        let waits = shared >= least && shared > conversation.sequence.len();
+                        waits.then(|| conversation.copy_at(shared)).is_some()
                     });
-                ahead.is_none()
+                !read_by_another && !restoring.iter().any(|other| shared(&other.waiting.job.prompt) >= least)
             };
             let Some(waiting) = self.app.queue.take(may_begin) else { return };
-            let hit = self.find(&waiting.job.prompt);
-            let conversation = Conversation::new(waiting, hit, &self.engine);
-            self.app.metrics.prompt_tokens.add(conversation.prompt().len() as u64);
-            self.app.metrics.cached_tokens.add(conversation.cached() as u64);
-            self.active.push(conversation);
+            let waiting = self.restore(waiting, 0);
+            waiting.into_iter().for_each(|waiting| self.begin(waiting));
         }
     }
 
@@ -182,18 +266,22 @@ impl<'a> Scheduler<'a> {
             read: conversation.sequence.len().min(conversation.prompt().len()),
             made: conversation.made(),
         };
-        self.app.slots.set(self.active.iter().map(slot));
+        let restored =
+            |restoring: &Restoring| Slot { prompt: restoring.waiting.job.prompt.len(), cached: 0, read: 0, made: 0 };
+        self.app.slots.set(self.active.iter().map(slot).chain(self.restoring.iter().map(restored)));
         let metrics = &self.app.metrics;
         metrics.kv_pages.set(self.engine.kv_pages().0 as u64);
         metrics.prefixes.set(self.prefixes.len() as u64);
+        metrics.piece.set(self.pieces.size() as u64);
     }
 
     /// Who gets how many rows of the next step: a token of every answer, and of prompts what there is room for.
     fn compose(&mut self) -> Vec<Share> {
         let mut shares = Vec::new();
-        let piece = self.app.settings.prompt_piece;
+        let piece = self.pieces.size();
         // What has to follow a token goes along with it, as long as nobody waits longer than for a piece of a prompt.
-        let mut along = piece.min(self.engine.max_rows().saturating_sub(self.active.len()));
+        let mut along = if self.active.len() == 1 { ALONE } else { piece };
+        along = along.min(self.engine.max_rows().saturating_sub(self.active.len()));
         let mut answering = false;
         for (index, conversation) in self.active.iter_mut().enumerate() {
             if conversation.is_reading() {
@@ -232,6 +320,7 @@ impl<'a> Scheduler<'a> {
     /// Runs one step. Where it fails, each conversation is run alone, so that nobody fails for another.
     fn step(&mut self, shares: &[Share]) {
         let started = Instant::now();
+        let (read, is_mixed) = self.pieces_of(shares);
         let outcome = self.forward(shares);
         if let Err(error) = &outcome
             && !matches!(error, ModelError::Cancelled)
@@ -256,8 +345,19 @@ impl<'a> Scheduler<'a> {
                 self.end_all_that_are_over();
             }
         }
+        let took = started.elapsed();
+        if is_mixed {
+            self.pieces.took(read, took);
+        }
         self.app.metrics.steps.add(1);
-        self.app.metrics.busy.add_time(started.elapsed());
+        self.app.metrics.busy.add_time(took);
+    }
+
+    /// Tokens of prompts in a step, and whether there are answers in it, too.
+    fn pieces_of(&self, shares: &[Share]) -> (usize, bool) {
+        let read = shares.iter().filter(|share| self.active[share.index].is_reading());
+        let (n, read) = (read.clone().count(), read.map(|share| share.rows).sum());
+        (read, n > 0 && n < shares.len())
     }
 
     /// Runs the rows of some conversations.
@@ -282,7 +382,7 @@ impl<'a> Scheduler<'a> {
                 self.active.iter_mut().map(|conversation| &mut conversation.sequence).collect();
             match self.engine.forward(&self.batch, &mut sequences, &mut self.workspace, &mut watch) {
                 // Texts that are only kept make room for those that are under way.
-                Err(ModelError::KvFull { .. }) if self.prefixes.forget_one() => {}
+                Err(ModelError::KvFull { .. }) if self.prefixes.forget_one() || self.saved(Duration::MAX) => {}
                 outcome => return outcome,
             }
         }

@@ -16,8 +16,9 @@ pub struct Settings {
     pub queue: usize,
     /// The largest body of a request, in bytes.
     pub max_body: usize,
-    /// Tokens of a prompt that are read between the tokens of others' answers, at most.
-    pub prompt_piece: usize,
+    /// Tokens of prompts that are read between the tokens of others' answers, at most; none where they are to be as many as keep those
+    /// tokens close to each other.
+    pub prompt_piece: Option<usize>,
     /// Time that answers under way get when the server ends.
     pub grace: Duration,
     /// Keys of which a request must have one; none where everybody may ask.
@@ -38,7 +39,7 @@ impl Settings {
             parallel: 4,
             queue: 64,
             max_body: 8 << 20,
-            prompt_piece: 128,
+            prompt_piece: None,
             grace: Duration::from_secs(10),
             keys: Vec::new(),
             cors: Vec::new(),

@@ -11,7 +11,7 @@ use crate::answers::{Encoder, Events, stream};
 use crate::app::App;
 use crate::asked::Asked;
 use crate::error::{ApiError, Form, json_response};
-use crate::fields::Fields;
+use crate::fields::{Fields, is_nothing};
 use crate::job::{Ending, Event, Finished};
 use crate::prepare;
 use crate::sampling::{Sampling, stops};
@@ -44,6 +44,13 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let is_streamed = fields.flag("stream")?;
     let (messages, tools) = (messages(&mut fields)?, tools(&mut fields)?);
     let stop = stops(&mut fields, "stop_sequences")?;
+    let (format, format_param) = match fields.within("output_config")? {
+        Some(mut config) => (openai::format(&mut config, "format")?, "output_config.format"),
+        None => (openai::format(&mut fields, "output_format")?, "output_format"),
+    };
+    for name in ["mcp_servers", "container"] {
+        fields.refuse(name, is_nothing)?;
+    }
     let mut sampling = Sampling::take(&mut fields, &["max_tokens"], app.engine()?.n_vocab())?;
     if sampling.max_tokens.is_none() {
         return Err(ApiError::field("max_tokens", "it is missing"));
@@ -57,8 +64,7 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
         may_call: tools.may_call(),
         seed: sampling.options.seed,
     };
-    let fit = Fit { tools, format: None };
-    let asked = Asked { messages, param: "messages", fit, format_param: "messages", sampling };
+    let asked = Asked { messages, param: "messages", fit: Fit { tools, format }, format_param, sampling };
     let (answers, prompt) = asked.submit(app).await?;
     if is_streamed {
         let split = Split::new(frame.may_call);

@@ -202,15 +202,19 @@ pub(crate) fn last_chunk(frame: &Frame, all: &[Option<Finished>], n: usize) -> V
 /// Where the time of an answer went.
 pub(crate) fn timings(finished: &Finished) -> Value {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let each = |n: usize, time: std::time::Duration| if n == 0 { 0.0 } else { ms(time) / n as f64 };
     let rate = |n: usize, time: std::time::Duration| if time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() };
     json!({
         "queue_ms": ms(finished.waited),
+        "cache_n": finished.cached,
         "prompt_n": finished.prompt - finished.cached,
         "prompt_ms": ms(finished.prompt_time),
+        "prompt_per_token_ms": each(finished.prompt - finished.cached, finished.prompt_time),
         "prompt_per_second": rate(finished.prompt - finished.cached, finished.prompt_time),
         "predicted_n": finished.made,
         "predicted_ms": ms(finished.answer_time),
         // The first token comes with the prompt.
+        "predicted_per_token_ms": each(finished.made.saturating_sub(1), finished.answer_time),
         "predicted_per_second": rate(finished.made.saturating_sub(1), finished.answer_time),
     })
 }

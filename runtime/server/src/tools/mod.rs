@@ -14,7 +14,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 
 pub(crate) use grammar::source;
-pub(crate) use prompt::{parsed, spaced, told};
+pub(crate) use prompt::{spaced, told, with_calls_as_text};
 pub(crate) use split::{Call, Part, Split, collect};
 
 /// Where a call begins and ends.

@@ -30,13 +30,7 @@ pub(crate) fn told(messages: Vec<Value>, tools: &Tools) -> Vec<Value> {
                 None => out.push(json!({"role": "user", "content": result})),
             }
         } else {
-            let calls = message["tool_calls"].as_array().into_iter().flatten();
-            let calls = calls.map(|call| {
-                let function = &call["function"];
-                call_text(&text(&function["name"]), &arguments(&function["arguments"]))
-            });
-            let parts: Vec<String> = std::iter::once(content).filter(|text| !text.is_empty()).chain(calls).collect();
-            out.push(json!({"role": role, "content": parts.join("\n")}));
+            out.push(json!({"role": role, "content": content_with_calls(&message)}));
         }
         latest_is_result = is_result;
     }
@@ -46,17 +40,28 @@ pub(crate) fn told(messages: Vec<Value>, tools: &Tools) -> Vec<Value> {
     out
 }
 
-/// Messages for a template that knows calls: their arguments are objects.
-pub(crate) fn parsed(mut messages: Vec<Value>) -> Vec<Value> {
-    for message in &mut messages {
-        for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
-            let arguments = &call["function"]["arguments"];
-            if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok()) {
-                call["function"]["arguments"] = object;
-            }
+/// Messages for a template that knows tools and results: calls alone are text, so that they stay as they were made.
+pub(crate) fn with_calls_as_text(mut messages: Vec<Value>) -> Vec<Value> {
+    for message in messages.iter_mut().filter(|message| message["tool_calls"].is_array()) {
+        let content = content_with_calls(message);
+        if let Some(fields) = message.as_object_mut() {
+            fields.remove("tool_calls");
+            fields.insert("content".to_owned(), content.into());
         }
     }
     messages
+}
+
+/// What a message says, and its calls, each in a line of its own.
+fn content_with_calls(message: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let calls = message["tool_calls"].as_array().into_iter().flatten();
+    let calls = calls.map(|call| {
+        let function = &call["function"];
+        call_text(&text(&function["name"]), &arguments(&function["arguments"]))
+    });
+    let content = Some(text(&message["content"])).filter(|text| !text.is_empty());
+    content.into_iter().chain(calls).collect::<Vec<_>>().join("\n")
 }
 
 /// Arguments as text, as they came; an object as JSON.

@@ -45,8 +45,6 @@ pub(crate) struct Split {
     place: Place,
     /// What cannot be told yet.
     rest: String,
-    /// Blanks at the end of the text so far, which are no text where a call follows.
-    blanks: String,
     /// Whether there was a call.
     pub(crate) called: bool,
 }
@@ -54,7 +52,7 @@ pub(crate) struct Split {
 impl Split {
     /// Before an answer. Where no tools may be called, text is text.
     pub(crate) fn new(on: bool) -> Self {
-        Self { on, place: Place::Text, rest: String::new(), blanks: String::new(), called: false }
+        Self { on, place: Place::Text, rest: String::new(), called: false }
     }
 
     /// More text.
@@ -72,11 +70,9 @@ impl Split {
     /// The text is over.
     pub(crate) fn finish(&mut self, out: &mut Vec<Part>) {
         let rest = std::mem::take(&mut self.rest);
-        if self.place == Place::Text && !(self.called && self.blanks.trim().is_empty() && rest.trim().is_empty()) {
-            let text = std::mem::take(&mut self.blanks) + &rest;
-            if !text.is_empty() {
-                out.push(Part::Text(text));
-            }
+        // Behind calls there is nothing but the beginning of another, cut off.
+        if self.place == Place::Text && !self.called && !rest.is_empty() {
+            out.push(Part::Text(rest));
         }
     }
 
@@ -113,24 +109,25 @@ impl Split {
 
     fn step_text(&mut self, out: &mut Vec<Part>) -> bool {
         let found = self.rest.find(OPEN);
-        // What may be the beginning of a call is held back.
-        let end = found.unwrap_or_else(|| {
-            let holds = |len: &usize| self.rest.ends_with(&OPEN[..*len]);
-            self.rest.len() - (1..OPEN.len()).rev().find(holds).unwrap_or(0)
-        });
-        let text: String = std::mem::take(&mut self.blanks) + &self.rest[..end];
-        self.rest.drain(..end);
-        let (text, blanks) = text.split_at(text.trim_end().len());
-        if !text.is_empty() {
+        let end = found.unwrap_or_else(|| self.rest.len() - self.held_back());
+        let text: String = self.rest.drain(..end).collect();
+        // The end of the line before a call belongs to the call.
+        let text = if found.is_some() { text.strip_suffix('\n').unwrap_or(&text) } else { &text };
+        if !text.is_empty() && !self.called {
             out.push(Part::Text(text.to_owned()));
         }
-        self.blanks = blanks.to_owned();
         if found.is_some() {
             self.rest.drain(..OPEN.len());
-            self.blanks.clear();
             self.place = Place::Head;
         }
         found.is_some()
+    }
+
+    /// Bytes at the end that may be the beginning of a call.
+    fn held_back(&self) -> usize {
+        let holds = |len: &usize| self.rest.ends_with(&OPEN[..*len]);
+        let open = (1..OPEN.len()).rev().find(holds).unwrap_or(0);
+        open + usize::from(self.rest[..self.rest.len() - open].ends_with('\n'))
     }
 
     fn step_arguments(&mut self, mut depth: usize, mut quoted: bool, mut escaped: bool, out: &mut Vec<Part>) -> bool {
@@ -190,7 +187,7 @@ mod tests {
         let whole = format!("I <b> look < here. \n\n{}", calls.join("\n"));
         let expected: Vec<Call> =
             arguments.iter().map(|a| Call { name: "look".to_owned(), arguments: (*a).to_owned() }).collect();
-        assert_eq!(collect(&whole, true), ("I <b> look < here.".to_owned(), expected.clone()));
+        assert_eq!(collect(&whole, true), ("I <b> look < here. \n".to_owned(), expected.clone()));
         for size in 1..20 {
             let (mut split, mut parts) = (Split::new(true), Vec::new());
             let chars: Vec<char> = whole.chars().collect();
@@ -202,7 +199,7 @@ mod tests {
                 parts.iter().filter_map(|p| if let Part::Text(t) = p { Some(t.as_str()) } else { None }).collect();
             let args: String =
                 parts.iter().filter_map(|p| if let Part::Arguments(t) = p { Some(t.as_str()) } else { None }).collect();
-            assert_eq!((text.as_str(), args), ("I <b> look < here.", arguments.concat()), "{size}");
+            assert_eq!((text.as_str(), args), ("I <b> look < here. \n", arguments.concat()), "{size}");
             assert_eq!(parts.iter().filter(|part| **part == Part::End).count(), 3);
             assert!(split.called);
         }

@@ -95,11 +95,6 @@ impl Input {
         Some(note.to_owned())
     }
 
-    /// Whether a tokenizer comes with the model.
-    pub fn has_tokenizer(&self) -> bool {
-        self.carried.get("tokenizer.ggml.tokens").is_some()
-    }
-
     /// Bytes of `source`, compared with the file's checksums where it has some.
     pub(crate) fn read(&self, source: &SourceTensor, file: usize, range: &Range<usize>) -> Result<&[u8], ConvertError> {
         let bytes = &self.files[file].bytes()[range.clone()];

@@ -51,6 +51,7 @@ impl Reader {
         Ok(Self { io, maps, index, format, pieces, slab })
     }
 
+    #[cfg(test)]
     pub(crate) fn io(&self) -> &dyn ExpertIo {
         self.io.as_ref()
     }

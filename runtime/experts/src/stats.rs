@@ -72,11 +72,6 @@ impl StoreStats {
         (self.guess_judged > 0).then(|| self.guess_right as f64 / self.guess_judged as f64)
     }
 
-    /// Bytes per second while at least one read was under way; 0 where nothing was read.
-    pub fn read_throughput(&self) -> f64 {
-        if self.io_seconds <= 0.0 { 0.0 } else { self.bytes_read as f64 / self.io_seconds }
-    }
-
     /// What was counted after `earlier`, a snapshot of the same store.
     pub fn since(&self, earlier: &StoreStats) -> StoreStats {
         self.combine(earlier, |now, then| now - then, |now, then| now - then)
@@ -121,9 +116,9 @@ mod tests {
     #[test]
     fn rates_are_defined_where_nothing_happened() {
         let none = StoreStats::default();
-        assert_eq!((none.hit_rate(), none.hidden_share(), none.read_throughput()), (1.0, 1.0, 0.0));
+        assert_eq!((none.hit_rate(), none.hidden_share()), (1.0, 1.0));
         let some = StoreStats { lookups: 4, hits: 1, io_seconds: 2.0, stall_seconds: 0.5, bytes_read: 10, ..none };
-        assert_eq!((some.misses(), some.hit_rate(), some.hidden_share(), some.read_throughput()), (3, 0.25, 0.75, 5.0));
+        assert_eq!((some.misses(), some.hit_rate(), some.hidden_share()), (3, 0.25, 0.75));
         assert_eq!(none.guess_right_share(), None);
         let guessed = |guess_judged, guess_right| StoreStats { guess_judged, guess_right, ..none };
         assert_eq!(guessed(4, 3).guess_right_share(), Some(0.75));

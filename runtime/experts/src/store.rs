@@ -267,7 +267,8 @@ impl ExpertStore {
     }
 
     /// How experts are read: `direct`, `buffered` or `memory`.
-    pub fn io_name(&self) -> &'static str {
+    #[cfg(test)]
+    pub(crate) fn io_name(&self) -> &'static str {
         self.shared.reader.io().name()
     }
 

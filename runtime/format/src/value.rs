@@ -236,11 +236,6 @@ impl StringArray {
         })
     }
 
-    /// Bytes of all strings together.
-    pub fn text_len(&self) -> usize {
-        self.text.len()
-    }
-
     /// Gives back memory that growing left over.
     pub fn shrink_to_fit(&mut self) {
         self.text.shrink_to_fit();
@@ -366,7 +361,6 @@ mod tests {
         assert_eq!(array.get(4), None);
         assert_eq!(array.iter().collect::<Vec<_>>(), ["a", "", "ĠÄ", "tail"]);
         assert_eq!(array.iter().len(), 4);
-        assert_eq!(array.text_len(), 9);
     }
 
     #[test]

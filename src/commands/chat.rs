@@ -93,10 +93,10 @@ impl<'a> Dialog<'a> {
     /// Goes on with `chat`; with `raw` every line is a text to continue.
     pub(crate) fn new(chat: &'a mut Chat, raw: bool, out: Out<'a>) -> anyhow::Result<Self> {
         let engine = chat.session().engine();
+        engine.tokenizer().ok_or(ModelError::NoTokenizer)?;
         if !raw {
             engine.chat_template().map_err(ModelError::from)?.ok_or(ModelError::NoChatTemplate)?;
         }
-        engine.tokenizer().ok_or(ModelError::NoTokenizer)?;
         Ok(Self { chat, raw, context: out.context, out, latest: None })
     }
 

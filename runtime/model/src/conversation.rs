@@ -168,6 +168,6 @@ impl Chat {
 
 /// What only chats need.
 fn needs(engine: &Engine) -> Result<(&Tokenizer, &ChatTemplate), ModelError> {
-    let template = engine.chat_template()?.ok_or(ModelError::NoChatTemplate)?;
-    Ok((engine.tokenizer().ok_or(ModelError::NoTokenizer)?, template))
+    let tokenizer = engine.tokenizer().ok_or(ModelError::NoTokenizer)?;
+    Ok((tokenizer, engine.chat_template()?.ok_or(ModelError::NoChatTemplate)?))
 }

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 
 use st_hub::{DEFAULT_ENDPOINT, Proxies, Token};
 
+/// The variable that names the person's folder; the Hugging Face tools take the same.
+const HOME: &str = if cfg!(windows) { "USERPROFILE" } else { "HOME" };
+
 /// The environment, as far as it matters.
 #[derive(Debug)]
 pub(crate) struct Env {
@@ -38,9 +41,9 @@ impl Env {
 
     fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
         let set = |name: &str| var(name).filter(|value| !value.is_empty());
-        let path = |name: &str| set(name).map(PathBuf::from).map(|path| expand_home(path, set("HOME")));
+        let path = |name: &str| set(name).map(PathBuf::from).map(|path| expand_home(path, set(HOME)));
         let text = |name: &str| set(name).and_then(|value| value.into_string().ok());
-        let home = PathBuf::from(set("HOME").unwrap_or_else(|| ".".into()));
+        let home = PathBuf::from(set(HOME).unwrap_or_else(|| ".".into()));
         let cache = path("XDG_CACHE_HOME").unwrap_or_else(|| home.join(".cache"));
         let hf_home = path("HF_HOME").unwrap_or_else(|| cache.join("huggingface"));
         let hub_cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
@@ -78,6 +81,8 @@ fn expand_home(path: PathBuf, home: Option<OsString>) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn env(vars: &[(&str, &str)]) -> Env {
@@ -87,21 +92,21 @@ mod tests {
 
     #[test]
     fn the_cache_is_where_the_hugging_face_tools_have_it() {
-        let cache = |vars: &[(&str, &str)]| env(vars).hub_cache.display().to_string();
-        assert_eq!(cache(&[("HOME", "/h")]), "/h/.cache/huggingface/hub");
-        assert_eq!(cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), "/x/huggingface/hub");
-        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "/f")]), "/f/hub");
-        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/f")]), "/h/f/hub");
-        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), "/c");
-        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "")]), "/f/hub");
+        let cache = |vars: &[(&str, &str)]| env(vars).hub_cache;
+        assert_eq!(cache(&[(HOME, "/h")]), Path::new("/h/.cache/huggingface/hub"));
+        assert_eq!(cache(&[(HOME, "/h"), ("XDG_CACHE_HOME", "/x")]), Path::new("/x/huggingface/hub"));
+        assert_eq!(cache(&[(HOME, "/h"), ("HF_HOME", "/f")]), Path::new("/f/hub"));
+        assert_eq!(cache(&[(HOME, "/h"), ("HF_HOME", "~/f")]), Path::new("/h/f/hub"));
+        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]), Path::new("/c"));
+        assert_eq!(cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "")]), Path::new("/f/hub"));
     }
 
     #[test]
     fn the_store_is_in_the_cache_of_the_person() {
-        let store = |vars: &[(&str, &str)]| env(vars).store.display().to_string();
-        assert_eq!(store(&[("HOME", "/h")]), "/h/.cache/st-tool");
-        assert_eq!(store(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), "/x/st-tool");
-        assert_eq!(store(&[("HOME", "/h"), ("ST_TOOL_HOME", "~/s")]), "/h/s");
+        let store = |vars: &[(&str, &str)]| env(vars).store;
+        assert_eq!(store(&[(HOME, "/h")]), Path::new("/h/.cache/st-tool"));
+        assert_eq!(store(&[(HOME, "/h"), ("XDG_CACHE_HOME", "/x")]), Path::new("/x/st-tool"));
+        assert_eq!(store(&[(HOME, "/h"), ("ST_TOOL_HOME", "~/s")]), Path::new("/h/s"));
     }
 
     #[test]

@@ -37,6 +37,7 @@ use ui::Ui;
 const STACK_BYTES: usize = 16 << 20;
 
 fn main() -> ExitCode {
+    let _console = st_sys::Utf8Output::new();
     let cli = match Cli::from_args() {
         Ok(cli) => cli,
         Err(error) => return not_run(&error),

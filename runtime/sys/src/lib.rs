@@ -2,11 +2,11 @@
 //!
 //! Owns: positioned reads and writes, reads past the page cache, advice about files, free space, the identity of a file, links, names beside
 //! others, permissions that are handed on, renames that replace nothing, anonymous and mapped pages, what happens where there is no memory,
-//! the memory of this process, cores, the priority of I/O threads, the terminal's settings, and requests to stop.
+//! the memory of this process and of its container, cores, the priority of I/O threads, the terminal's settings, and requests to stop.
 //! Refuses: any knowledge of models, formats or the command line. What a system cannot do is `None`, or an error of the kind `Unsupported`; hints
 //! to the system are functions without a result.
 //!
-//! `os/unix.rs` has the calls of Unix systems, `os/other.rs` what the standard library alone can do. Both have the same functions.
+//! `os/unix.rs` has the calls of Unix systems, `os/windows.rs` those of Windows. Both have the same functions.
 //!
 //! ```
 //! # fn main() -> std::io::Result<()> {
@@ -32,12 +32,14 @@
 //! ```
 
 mod allocator;
+#[cfg(target_os = "linux")]
+mod cgroup;
 mod cores;
 mod file;
 mod mapped;
 mod memory;
 #[cfg_attr(unix, path = "os/unix.rs")]
-#[cfg_attr(not(unix), path = "os/other.rs")]
+#[cfg_attr(windows, path = "os/windows.rs")]
 mod os;
 mod output;
 mod pages;
@@ -51,8 +53,8 @@ pub use file::{
     rename_new, same_file, strip_prefix, symlink, sync_folder, write_all_at,
 };
 pub use mapped::MappedFile;
-pub use memory::{peak_resident, reset_peak_resident, resident};
+pub use memory::{memory_limit, peak_resident, reset_peak_resident, resident};
 pub use output::{create_claimable, inherit, is_named, may_write_into, same_path, shows_processes};
 pub use pages::{LARGE_PAGE, PAGE, Pages};
 pub use signals::{Signal, listen};
-pub use terminal::{Terminal, discard_typed};
+pub use terminal::{Terminal, Utf8Output, discard_typed};

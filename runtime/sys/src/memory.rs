@@ -17,6 +17,12 @@ pub fn reset_peak_resident() {
     os::reset_peak_resident();
 }
 
+/// The most memory that the container of this process lets it have, in bytes: a cgroup's limit, or a job's. `None` where there is none, or the
+/// system does not tell.
+pub fn memory_limit() -> Option<u64> {
+    os::memory_limit()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -25,3 +25,18 @@ impl Terminal {
 pub fn discard_typed() {
     os::discard_typed();
 }
+
+/// Has the console take what is written as UTF-8, and escape sequences as such, for as long as this lives. Elsewhere terminals do so anyway.
+#[derive(Debug)]
+pub struct Utf8Output {
+    /// Kept for its drop.
+    _was: os::Utf8Output,
+}
+
+impl Utf8Output {
+    /// Begins it.
+    #[allow(clippy::new_without_default, reason = "it changes something outside")]
+    pub fn new() -> Self {
+        Self { _was: os::Utf8Output::new() }
+    }
+}

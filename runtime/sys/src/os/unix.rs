@@ -1,4 +1,4 @@
-//! Unix systems. Linux has all of it; the others lack what is marked.
+//! Unix systems. Linux has all of it, macOS nearly all; the others lack what is marked.
 
 #![allow(unsafe_code)]
 
@@ -33,7 +33,18 @@ pub(crate) fn open_uncached(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
+/// The cache is left out where it does not have the pages already; nothing has to be aligned.
+#[cfg(target_vendor = "apple")]
+pub(crate) fn open_uncached(path: &Path) -> io::Result<File> {
+    let file = File::open(path)?;
+    // SAFETY: the descriptor is an open file's, and this command takes a number.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, 1) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(file),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 pub(crate) fn open_uncached(_path: &Path) -> io::Result<File> {
     Err(io::ErrorKind::Unsupported.into())
 }
@@ -126,7 +137,7 @@ pub(crate) fn free_space(dir: &Path) -> io::Result<Option<u64>> {
 }
 
 /// `false` where the system or the file system knows no such rename.
-#[cfg(any(target_os = "linux", target_os = "android"))]
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<bool> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     use rustix::io::Errno;
@@ -137,7 +148,7 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<bool> {
     }
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 pub(crate) fn rename_new(_from: &Path, _to: &Path) -> io::Result<bool> {
     Ok(false)
 }
@@ -254,12 +265,51 @@ fn status(name: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
+/// The most that this process took so far, as the system tells it also where there is no `/proc`.
+fn most_resident() -> Option<u64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: `usage` is a valid place for what the call writes, and all zeros are a value of it.
+    let usage = match unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) } {
+        // SAFETY: written by the call.
+        0 => unsafe { usage.assume_init() },
+        _ => return None,
+    };
+    // In KiB, but for Apple's systems.
+    let unit = if cfg!(target_vendor = "apple") { 1 } else { 1024 };
+    u64::try_from(usage.ru_maxrss).ok().filter(|&most| most > 0).map(|most| most * unit)
+}
+
+/// Without `/proc` the most so far stands for what is there now: it is never less.
+#[cfg(not(target_vendor = "apple"))]
 pub(crate) fn resident() -> Option<u64> {
-    status("VmRSS")
+    status("VmRSS").or_else(most_resident)
+}
+
+#[cfg(target_vendor = "apple")]
+pub(crate) fn resident() -> Option<u64> {
+    let mut info = std::mem::MaybeUninit::<libc::mach_task_basic_info>::zeroed();
+    let mut words = libc::MACH_TASK_BASIC_INFO_COUNT;
+    // SAFETY: `info` has as many words as are stated, lives on, and is asked for of this process itself.
+    #[allow(deprecated, reason = "one number of one call is no reason for a crate of its own")]
+    let told = unsafe {
+        libc::task_info(libc::mach_task_self(), libc::MACH_TASK_BASIC_INFO, info.as_mut_ptr().cast(), &raw mut words)
+    };
+    // SAFETY: all zeros are a value of it, and so is what the call wrote.
+    (told == libc::KERN_SUCCESS).then(|| unsafe { info.assume_init() }.resident_size)
 }
 
 pub(crate) fn peak_resident() -> Option<u64> {
-    status("VmHWM")
+    status("VmHWM").or_else(most_resident)
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) fn memory_limit() -> Option<u64> {
+    crate::cgroup::memory_limit(Path::new("/"))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn memory_limit() -> Option<u64> {
+    None
 }
 
 pub(crate) fn reset_peak_resident() {
@@ -267,6 +317,7 @@ pub(crate) fn reset_peak_resident() {
 }
 
 /// Cores of this machine, where `/sys` tells which processors share one.
+#[cfg(not(target_vendor = "apple"))]
 pub(crate) fn physical_cores() -> Option<usize> {
     let cores: std::collections::HashSet<(String, String)> = (0..1024)
         .map_while(|cpu| {
@@ -276,6 +327,15 @@ pub(crate) fn physical_cores() -> Option<usize> {
         })
         .collect();
     (!cores.is_empty()).then_some(cores.len())
+}
+
+#[cfg(target_vendor = "apple")]
+pub(crate) fn physical_cores() -> Option<usize> {
+    let (mut cores, mut bytes) = (0_i32, size_of::<i32>());
+    let name = c"hw.physicalcpu".as_ptr();
+    // SAFETY: the name ends in a zero, and `cores` has the stated size and lives on.
+    let told = unsafe { libc::sysctlbyname(name, (&raw mut cores).cast(), &raw mut bytes, std::ptr::null_mut(), 0) };
+    (told == 0).then_some(cores).and_then(|cores| usize::try_from(cores).ok()).filter(|&cores| cores > 0)
 }
 
 /// Asks for a short time slice: from Linux 6.12 on, a thread with a shorter slice that wakes up takes the processor from one with a longer slice.
@@ -305,7 +365,13 @@ pub(crate) fn prefer_this_thread() {
     }
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
+#[cfg(target_vendor = "apple")]
+pub(crate) fn prefer_this_thread() {
+    // SAFETY: it concerns the calling thread alone. A refusal changes nothing.
+    unsafe { libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0) };
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
 pub(crate) fn prefer_this_thread() {}
 
 /// Pasted text is marked no longer, and what comes next begins on a new line.
@@ -338,6 +404,16 @@ impl Terminal {
         }
         let _ = rustix::termios::tcsetattr(&self.device, OptionalActions::Now, &self.settings);
         let _ = rustix::io::write(&self.device, LEAVE);
+    }
+}
+
+/// Terminals take UTF-8.
+#[derive(Debug)]
+pub(crate) struct Utf8Output;
+
+impl Utf8Output {
+    pub(crate) fn new() -> Self {
+        Self
     }
 }
 

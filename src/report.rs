@@ -260,8 +260,9 @@ fn model_hint(error: &ModelError) -> Option<String> {
         ModelError::Budget { minimum, .. } => {
             format!("--memory {}MiB is the least that works", minimum.div_ceil(1 << 20))
         }
-        ModelError::BudgetUnknown => {
-            "on Linux that is in /proc/self/status; without --memory the model runs unbounded".into()
+        ModelError::BudgetUnknown => "without --memory the model runs unbounded".into(),
+        ModelError::BudgetBeyondContainer { limit, .. } => {
+            format!("--memory {}MiB at most, or a container with more memory", limit >> 20)
         }
         ModelError::ContextFull { .. } => {
             "a larger --ctx, where the model and the memory allow it, or a shorter prompt".into()

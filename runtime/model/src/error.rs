@@ -94,6 +94,14 @@ pub enum ModelError {
     /// A budget on a system that does not tell what the process takes.
     #[error("a memory budget cannot be kept here: the system does not tell how much memory this process uses")]
     BudgetUnknown,
+    /// A budget that the container does not have.
+    #[error("a budget of {budget} bytes is more than the {limit} bytes that this container may use")]
+    BudgetBeyondContainer {
+        /// What was asked for, in bytes.
+        budget: u64,
+        /// The container's limit, in bytes.
+        limit: u64,
+    },
     /// A weight that is no number.
     #[error("tensor `{name}` holds {got}: the file is damaged")]
     NotFinite {

@@ -54,7 +54,7 @@ pub(crate) fn slot_format(source: &TensorSource<'_>, kernels: Kernels) -> Arc<dy
 /// The memory plan of a file under `options`.
 ///
 /// # Errors
-/// [`ModelError::Budget`], [`ModelError::Context`].
+/// [`ModelError::Budget`], [`ModelError::BudgetUnknown`], [`ModelError::BudgetBeyondContainer`], [`ModelError::Context`].
 pub(crate) fn plan(
     source: &TensorSource<'_>,
     config: &ModelShape,
@@ -73,6 +73,7 @@ pub(crate) fn plan(
         max_ctx: config.context_length,
         ctx_step: POSITION_STEP,
     };
+    within_container(options.memory, st_sys::memory_limit())?;
     let process = process_bytes(options.memory, st_sys::resident())?;
     let dense = dense(source, config, options)?;
     let slots = slot_format(source, options.kernels()?);
@@ -176,9 +177,29 @@ fn process_bytes(budget: Option<u64>, resident: Option<u64>) -> Result<u64, Mode
     }
 }
 
+/// Whoever takes more than a container's limit is killed: such a budget is none.
+///
+/// # Errors
+/// [`ModelError::BudgetBeyondContainer`].
+fn within_container(budget: Option<u64>, limit: Option<u64>) -> Result<(), ModelError> {
+    match (budget, limit) {
+        (Some(budget), Some(limit)) if budget > limit => Err(ModelError::BudgetBeyondContainer { budget, limit }),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_budget_beyond_the_containers_memory_is_refused() {
+        let beyond = within_container(Some((1 << 30) + 1), Some(1 << 30));
+        assert!(matches!(beyond, Err(ModelError::BudgetBeyondContainer { limit: 1_073_741_824, .. })));
+        for (budget, limit) in [(Some(1 << 30), Some(1 << 30)), (Some(1 << 40), None), (None, Some(1))] {
+            within_container(budget, limit).unwrap();
+        }
+    }
 
     #[test]
     fn a_budget_that_cannot_be_measured_is_not_promised() {

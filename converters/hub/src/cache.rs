@@ -235,13 +235,17 @@ impl Place {
     pub(crate) fn settle(&self, entry: &Entry, slot: &FilePaths, partial: &Path) -> Result<(), HubError> {
         create_parent(&slot.content)?;
         fs::rename(partial, &slot.content).map_err(HubError::io("rename to", &slot.content))?;
-        self.record(entry, slot)
+        self.find_as(entry, slot, Blob::New)
     }
 
     /// Makes content that has its final place findable: the snapshot's link, or the plain folder's metadata.
     pub(crate) fn record(&self, entry: &Entry, slot: &FilePaths) -> Result<(), HubError> {
+        self.find_as(entry, slot, Blob::Shared)
+    }
+
+    fn find_as(&self, entry: &Entry, slot: &FilePaths, blob: Blob) -> Result<(), HubError> {
         match &self.local {
-            None => link(&slot.content, &self.pointer(entry)),
+            None => link(&slot.content, &self.pointer(entry), blob),
             Some(folder) => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
                 let text = format!("{}\n{}\n{now}\n", self.commit, entry.digest.hex());
@@ -287,21 +291,42 @@ pub(crate) fn recorded_etag(folder: &Path, file: &str) -> Option<String> {
     (changed - 1.0 <= noted).then(|| etag.trim().to_owned())
 }
 
-/// Makes `pointer` a relative link to `blob`, replacing what is there.
-fn link(blob: &Path, pointer: &Path) -> Result<(), HubError> {
+/// Whether others may know a blob by now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Blob {
+    New,
+    Shared,
+}
+
+/// Makes `pointer` a relative link to the blob at `content`, replacing what is there.
+fn link(content: &Path, pointer: &Path, blob: Blob) -> Result<(), HubError> {
     create_parent(pointer)?;
-    let target = relative(blob, pointer.parent().unwrap_or(Path::new("")));
+    let target = relative(content, pointer.parent().unwrap_or(Path::new("")));
     let beside = beside(pointer);
     match st_sys::symlink(&target, &beside) {
         Ok(()) => fs::rename(&beside, pointer).map_err(|source| {
             let _ = fs::remove_file(&beside);
             HubError::Io { action: "link", path: pointer.to_owned(), source }
         }),
-        // FAT and exFAT have no links. As the Hugging Face tools do, the snapshot then holds the file itself.
         Err(e) if matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported) => {
-            fs::rename(blob, pointer).map_err(HubError::io("rename to", pointer))
+            without_links(content, pointer, blob)
         }
         Err(source) => Err(HubError::Io { action: "link", path: pointer.to_owned(), source }),
+    }
+}
+
+/// FAT and exFAT have no links, and on Windows few may make one. As the Hugging Face tools do, the snapshot then holds the file itself: a new
+/// one is moved there, one that another snapshot may lead to is copied.
+fn without_links(content: &Path, pointer: &Path, blob: Blob) -> Result<(), HubError> {
+    match blob {
+        Blob::New => fs::rename(content, pointer).map_err(HubError::io("rename to", pointer)),
+        Blob::Shared => {
+            let beside = beside(pointer);
+            fs::copy(content, &beside).and_then(|_| fs::rename(&beside, pointer)).map_err(|source| {
+                let _ = fs::remove_file(&beside);
+                HubError::Io { action: "copy to", path: pointer.to_owned(), source }
+            })
+        }
     }
 }
 
@@ -334,6 +359,19 @@ fn short_hash(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_links_a_snapshot_holds_the_file_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let [content, first, second] = ["blob", "first", "second"].map(|name| folder.path().join(name));
+        fs::write(&content, "weights").unwrap();
+        without_links(&content, &first, Blob::Shared).unwrap();
+        assert_eq!((fs::read(&first).unwrap(), content.exists()), (b"weights".to_vec(), true));
+        without_links(&content, &second, Blob::New).unwrap();
+        assert_eq!((fs::read(&second).unwrap(), content.exists()), (b"weights".to_vec(), false));
+        assert!(without_links(&content, &second, Blob::Shared).is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
 
     #[test]
     fn links_are_relative() {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+#[cfg(unix)]
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -152,6 +153,7 @@ fn a_shard_that_is_not_what_the_hub_states_counts_for_nothing() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_killed_conversion_goes_on_where_it_was() {
     let world = World::new();
     let args = ["quantize", "4b", "--q4_0", "--layout", "offload", "-q", "-o", "o.gguf"];

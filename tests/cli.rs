@@ -458,6 +458,7 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 #[test]
+#[cfg(unix)]
 fn signals_end_the_work_cleanly() {
     for (signal, status) in [("INT", 130), ("TERM", 143)] {
         let folder = tempdir().expect("a folder");

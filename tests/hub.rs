@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+#[cfg(unix)]
 use std::os::unix::ffi::OsStrExt as _;
 use std::process::Command;
 
@@ -137,6 +138,7 @@ fn plain_files_go_where_they_are_wanted() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_token_with_odd_characters_is_what_the_error_is_about() {
     let world = World::new();
     let home = world.folder.path().join("hf");
@@ -187,6 +189,7 @@ fn passwords_in_addresses_are_shown_nowhere() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_cache_may_have_any_name_and_one_that_cannot_be_is_an_error_with_advice() {
     let world = World::new();
     let odd = world.folder.path().join(OsStr::from_bytes(b"caf\xe9"));

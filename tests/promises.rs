@@ -351,6 +351,7 @@ fn bad_clients_harm_nobody() {
 }
 
 #[test]
+#[cfg(unix)]
 fn it_ends_well() {
     // Nothing to do: at once.
     let mut server = Server::start(&[]);
@@ -377,6 +378,7 @@ fn it_ends_well() {
 
 /// What was computed is there after a restart, whole or not at all; with another instruction set, too.
 #[test]
+#[cfg(unix)]
 fn a_restart_forgets_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let cache = folder.path().join("cache");

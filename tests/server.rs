@@ -198,6 +198,7 @@ fn what_makes_no_sense_is_refused_by_name() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_server_for_others_needs_a_key() {
     run(["serve", "tiny", "--host", "0.0.0.0", "--port", "0"]).fails(&["0.0.0.0", "no key"]);
     run(["serve", "tiny", "--api-key", " ", "--port", "0"]).fails(&["no key"]);

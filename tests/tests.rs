@@ -1,8 +1,9 @@
-//! Integration tests of the whole program, in one binary.
+//! Integration tests of the whole program, in one binary. Those of pseudo-terminals, signals and links are for systems that have them.
 
 mod answers;
 mod apis;
 mod arriving;
+#[cfg(unix)]
 mod chat;
 mod cli;
 mod common;
@@ -21,6 +22,7 @@ mod made;
 mod memory;
 mod mixed;
 mod openapi;
+#[cfg(unix)]
 mod outputs;
 mod program;
 mod promises;
@@ -33,5 +35,6 @@ mod sessions;
 mod snapshots;
 mod sparse_head;
 mod steps;
+#[cfg(unix)]
 mod stops;
 mod types;

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+#[cfg(unix)]
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -333,6 +334,7 @@ fn names_as_long_as_names_may_be_are_written_like_any_other() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_cache_at_a_path_that_is_no_text_is_a_cache() {
     let world = World::new();
     let odd = world.folder.path().join(OsStr::from_bytes(b"caf\xe9"));

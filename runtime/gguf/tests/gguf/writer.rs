@@ -1,6 +1,7 @@
 //! The output's name stands for a complete file or for what it was before.
 
 use std::fs;
+#[cfg(unix)]
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 
 use st_gguf::{GgmlType, GgufError, GgufFile, GgufWriter, Metadata, TensorSpec, WriteOptions};
@@ -85,6 +86,7 @@ fn a_file_of_another_kind_is_never_replaced() {
 }
 
 #[test]
+#[cfg(unix)]
 fn what_is_replaced_hands_on_its_permissions() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("out.gguf");
@@ -105,6 +107,7 @@ fn what_is_replaced_hands_on_its_permissions() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_link_stands_for_the_file_that_it_names() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("disk")).unwrap();
@@ -203,6 +206,7 @@ fn two_writers_of_one_file_notice_each_other() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_link_in_the_partial_files_place_leads_nowhere() {
     let dir = tempfile::tempdir().unwrap();
     let precious = dir.path().join("precious");

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::error::ContextKind;
 use clap::{ArgAction, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use st_model::{Isa, Kernels};
+use st_model::{DraftLimit, Isa, Kernels};
 
 use crate::size::parse_size;
 
@@ -332,6 +332,9 @@ pub(crate) struct RunArgs {
     /// Make the answer fit this grammar, in llguidance's form of lark; `-` reads stdin.
     #[arg(long, value_name = "FILE", group = "fit")]
     pub(crate) grammar: Option<PathBuf>,
+    /// Draft from what was said and run several tokens in one pass: as many as pay, `off`, or at most N. Changes no token.
+    #[arg(long, value_name = "auto|off|N", default_value = "auto", value_parser = draft)]
+    pub(crate) draft: DraftLimit,
     /// One JSON object per answer on stdout.
     #[arg(long)]
     pub(crate) json: bool,
@@ -398,6 +401,9 @@ pub(crate) struct ServeArgs {
     /// How much of it; 0 is none.
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = size_or_none)]
     pub(crate) cache_size: u64,
+    /// Draft from what was said and run several tokens of an answer in one pass: as many as pay, `off`, or at most N. Changes no token.
+    #[arg(long, value_name = "auto|off|N", default_value = "auto", value_parser = draft)]
+    pub(crate) draft: DraftLimit,
     /// One JSON object for each request and answer on stderr, without texts or keys.
     #[arg(long)]
     pub(crate) log_json: bool,
@@ -406,6 +412,22 @@ pub(crate) struct ServeArgs {
     pub(crate) alias: Vec<String>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("expected a number from 0 to 1".into()),
+    }
+}
+
+fn draft(text: &str) -> Result<DraftLimit, String> {
+    match (text, text.parse()) {
+        ("auto", _) => Ok(DraftLimit::Auto),
+        ("off", _) | (_, Ok(0)) => Ok(DraftLimit::Off),
+        (_, Ok(n)) => Ok(DraftLimit::Most(n)),
+        (_, Err(_)) => Err("expected auto, off or a number of tokens".into()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -457,6 +479,10 @@ pub(crate) struct BenchArgs {
     /// second are those of all.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
     pub(crate) parallel: usize,
+    /// Generate once more with drafts of which the share P, from 0 to 1, is right, token by token: the answer itself, spoiled; without
+    /// other drafts, whatever the text is.
+    #[arg(long, value_name = "P", conflicts_with = "parallel", value_parser = share)]
+    pub(crate) draft_accept: Option<f64>,
     /// How often each is measured.
     #[arg(short = 'r', value_name = "REPS", default_value_t = 5, value_parser = positive)]
     pub(crate) repetitions: usize,

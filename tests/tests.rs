@@ -10,6 +10,7 @@ mod common;
 mod company;
 mod crates;
 mod damage;
+mod drafts;
 mod faults;
 mod getting;
 mod golden;

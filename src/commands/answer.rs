@@ -129,6 +129,11 @@ impl Observer for Watch<'_> {
         self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.routing(layer, batch, routing))
     }
 
+    fn takes_drafts(&self) -> bool {
+        // A trace holds the answer's tokens and no others.
+        self.recorder.is_none()
+    }
+
     fn progress(&mut self, done: usize, of: usize) -> ControlFlow<()> {
         if !self.bar.is_finished() && self.start.elapsed() > PATIENCE {
             self.bar.set_length(of as u64);

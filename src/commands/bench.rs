@@ -6,11 +6,15 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
-use st_model::{Batch, BatchKind, Engine, HeadStats, Observer, Routing, Sequence, Session, StoreStats, Work};
+use st_model::{
+    Batch, BatchKind, Draft, DraftLimit, Engine, GenerateOptions, HeadStats, ModelError, Observer, Routing, Sequence,
+    Session, StoreStats, Work, generate,
+};
 
 use super::engine;
 use super::routing::{Recorder, RoutingFile};
@@ -140,6 +144,7 @@ fn measure_all(
     let mut prompt = Measured::new(format!("prompt {}", args.prompt_tokens));
     let mut generation = Measured::new(format!("generation {}", args.generated_tokens));
     let mut greedy = Sampler::new(SamplerOptions::greedy())?;
+    let mut drafted = args.draft_accept.map(|share| Drafted::new(&session, args, share)).transpose()?;
     // One more than asked for: the first only warms up.
     for repetition in 0..=args.repetitions {
         let counts = repetition > 0;
@@ -154,9 +159,11 @@ fn measure_all(
         }
         if args.generated_tokens > 0 {
             start(&mut session, &tokens[..=args.depth], &mut watch)?;
+            let mut answer = Vec::with_capacity(args.generated_tokens);
             let measured = measure(&mut session, |session| {
                 for _ in 0..args.generated_tokens {
                     let next = greedy.sample(session.logits(), 0)?;
+                    answer.push(next);
                     session.run(&[next], &mut watch)?;
                 }
                 Ok(())
@@ -164,11 +171,95 @@ fn measure_all(
             if counts {
                 generation.add(args.generated_tokens, measured);
             }
+            if let Some(drafted) = &mut drafted {
+                drafted.run(&tokens[..=args.depth], &answer, &mut greedy, counts, &mut watch)?;
+            }
         }
         watch.context.interrupt.check()?;
     }
 
-    Ok([prompt, generation].into_iter().filter(|row| !row.rates.is_empty()).collect())
+    let drafted = drafted.map(Drafted::finish);
+    Ok([prompt, generation].into_iter().chain(drafted).filter(|row| !row.rates.is_empty()).collect())
+}
+
+/// Generation with drafts that are known to be right so often.
+struct Drafted {
+    session: Session,
+    answer: Spoiled,
+    options: GenerateOptions,
+    measured: Measured,
+}
+
+impl Drafted {
+    fn new(plain: &Session, args: &BenchArgs, share: f64) -> anyhow::Result<Self> {
+        let answer = Spoiled { share, n_vocab: plain.engine().n_vocab() as u32, text: Arc::default() };
+        let session = Session::new(plain.engine())?.drafted(DraftLimit::Auto).drafted_by(Box::new(answer.clone()));
+        let options = GenerateOptions { max_tokens: Some(args.generated_tokens), ..GenerateOptions::default() };
+        let name = format!("generation {}, {:.0} % of drafts right", args.generated_tokens, 100.0 * share);
+        Ok(Self { session, answer, options, measured: Measured::new(name) })
+    }
+
+    /// Generates `answer`, which is known to follow `prompt`, once more.
+    fn run(
+        &mut self,
+        prompt: &[u32],
+        answer: &[u32],
+        greedy: &mut Sampler,
+        counts: bool,
+        watch: &mut Watch<'_>,
+    ) -> anyhow::Result<()> {
+        self.answer.set(prompt.iter().chain(answer).copied().collect());
+        self.session.reset();
+        let (session, options) = (&mut self.session, &self.options);
+        let go_on = &mut |_: &str| ControlFlow::Continue(());
+        let experts = session.engine().store_stats();
+        let made = generate(session, prompt, greedy, options, watch, go_on)?;
+        // It may end before the other, which no end token stops.
+        anyhow::ensure!(answer.starts_with(&made.ids), "drafts changed the answer");
+        if counts && made.stats.generated_tokens > 0 {
+            let (seconds, work) = (made.stats.generate_time.as_secs_f64(), made.stats.generate_work);
+            let experts = session.engine().store_stats().since(&experts);
+            self.measured.add(made.stats.generated_tokens, Repetition { seconds, work, experts });
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Measured {
+        let stats = self.session.draft_stats();
+        let share = 100.0 * stats.accepted_share();
+        let name = format!("{}: {} drafted, {share:.0} % accepted", self.measured.name, stats.drafted);
+        Measured { name, ..self.measured }
+    }
+}
+
+/// Drafts what is known to come, with mistakes at places drawn by lot.
+#[derive(Clone, Debug)]
+struct Spoiled {
+    share: f64,
+    n_vocab: u32,
+    text: Arc<Mutex<Vec<u32>>>,
+}
+
+impl Spoiled {
+    fn set(&self, text: Vec<u32>) {
+        *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
+    }
+}
+
+impl Draft for Spoiled {
+    fn propose(&mut self, text: &[u32], most: usize, out: &mut Vec<u32>) -> Result<(), ModelError> {
+        let known = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        for (place, &token) in known.iter().enumerate().skip(text.len()).take(most) {
+            let lot = (place as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            let is_right = (lot as f64) < self.share * (1u64 << 24) as f64;
+            out.push(if is_right { token } else { (token + 1) % self.n_vocab });
+        }
+        Ok(())
+    }
+
+    fn is_free(&self) -> bool {
+        true
+    }
 }
 
 /// Several conversations, one token of each in every step.
@@ -243,6 +334,10 @@ struct Watch<'a> {
 impl Observer for Watch<'_> {
     fn routing(&mut self, layer: usize, batch: &Batch, routing: &Routing) -> io::Result<()> {
         self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.routing(layer, batch, routing))
+    }
+
+    fn takes_drafts(&self) -> bool {
+        self.recorder.is_none()
     }
 
     fn progress(&mut self, _: usize, _: usize) -> ControlFlow<()> {

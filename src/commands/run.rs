@@ -46,7 +46,7 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
 
-    let mut session = Session::new(&engine)?;
+    let mut session = Session::new(&engine)?.drafted(args.draft);
     if let Some(path) = &args.session {
         session::load(path, &mut session, context)?;
     }

@@ -34,6 +34,7 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
         queue: args.queue,
         max_body: usize::try_from(args.max_body).unwrap_or(usize::MAX).min(MAX_BODY),
         prompt_piece: args.prompt_piece,
+        draft: args.draft,
         grace: Duration::from_secs(args.grace.into()),
         keys,
         cache: args.cache_dir.clone().map(|folder| (folder, args.cache_size)).filter(|(_, size)| *size > 0),

@@ -23,6 +23,10 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         stats.weight_bandwidth() / 1e9,
         100.0 * live_share(stats)
     ));
+    if stats.drafts.passes > 0 {
+        let (drafts, share) = (stats.drafts, 100.0 * stats.drafts.accepted_share());
+        out.push_str(&format!("drafts:     {} of {} accepted ({share:.0} %)\n", drafts.accepted, drafts.drafted));
+    }
     if let Some(head) = engine.head_stats() {
         out.push_str(&format!("head:       {}\n", head_line(&head)));
     }
@@ -124,6 +128,8 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
         "generation_tokens_per_second": stats.generate_rate(),
         "weight_bytes_per_second": stats.weight_bandwidth(),
         "live_neuron_share": live_share(stats),
+        "drafted_tokens": stats.drafts.drafted,
+        "accepted_tokens": stats.drafts.accepted,
         "peak_resident_bytes": peak_resident(),
         "ctx": engine.ctx(),
     });

@@ -234,28 +234,8 @@ impl ExpertFormat {
         match arrangement {
             Arrangement::Canonical => region.copy_from_slice(canonical),
             Arrangement::Tiles => r16::pack(ty, n_rows, n_columns, canonical, region),
-            Arrangement::Rows if ty.has_codes() => planes::pack_rows(&self.up(), canonical, region),
-            Arrangement::Rows => {
-                let up = self.up();
-                let (scales, rows) = region.split_at_mut(up.scales_bytes);
-                scales.fill(0);
-                for (scale, block) in scales.chunks_exact_mut(2).zip(canonical.chunks_exact(18)) {
-                    scale.copy_from_slice(&block[..2]);
-                }
-                let canonical = canonical.chunks_exact(up.kb * 18);
-                for (row, canonical) in rows.chunks_exact_mut(up.row_bytes).zip(canonical) {
-                    row[up.kb * 16..].fill(0x88);
-                    for (qs, block) in row.chunks_exact_mut(16).zip(canonical.chunks_exact(18)) {
-                        qs.copy_from_slice(&block[2..]);
-                    }
-                }
-            }
-            Arrangement::Columns => {
-                let down = self.down();
-                for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
-                    pack_down_group(&down, n_rows, canonical, b, group);
-                }
-            }
+            Arrangement::Rows => pack_up(&self.up(), canonical, region),
+            Arrangement::Columns => pack_down(&self.down(), n_rows, canonical, region),
         }
     }
 
@@ -359,8 +339,33 @@ pub(crate) fn down_nibble(row: &[u8], o: usize) -> u8 {
     if high { row[byte] >> 4 } else { row[byte] & 15 }
 }
 
+/// Canonical rows to an up region.
+pub(crate) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
+    if up.ty.has_codes() {
+        return planes::pack_rows(up, canonical, region);
+    }
+    let (scales, rows) = region.split_at_mut(up.scales_bytes);
+    let blocks = canonical.as_chunks::<18>().0;
+    scales[2 * blocks.len()..].fill(0);
+    let scales = scales.as_chunks_mut::<2>().0.chunks_exact_mut(up.kb);
+    for ((row, scales), blocks) in rows.chunks_exact_mut(up.row_bytes).zip(scales).zip(blocks.chunks_exact(up.kb)) {
+        let (nibbles, padding) = row.split_at_mut(up.kb * 16);
+        for ((qs, scale), [d0, d1, block @ ..]) in nibbles.as_chunks_mut::<16>().0.iter_mut().zip(scales).zip(blocks) {
+            (*qs, *scale) = (*block, [*d0, *d1]);
+        }
+        padding.fill(0x88);
+    }
+}
+
+/// A canonical matrix of `n_embd` rows to the down region of Q4_0.
+pub(crate) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
+    for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
+        pack_down_group(down, n_embd, canonical, b, group);
+    }
+}
+
 /// Fills group `b` of the down region; `canonical` is the whole matrix of `n_embd` rows.
-pub(crate) fn pack_down_group(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]) {
+fn pack_down_group(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]) {
     let (scales, rows) = group.split_at_mut(down.padded * 2);
     let block = |o: usize| -> [u8; 18] {
         let mut block = [0x88; 18];

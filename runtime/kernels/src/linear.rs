@@ -275,16 +275,11 @@ impl Kernels {
         let (rows, columns) = format.shape(matrix);
         match arrangement {
             Arrangement::Tiles => self.pack_r16(ty, rows, columns, canonical, region),
+            Arrangement::Canonical => format.pack(matrix, canonical, region),
             // SAFETY: the table is of this CPU; the lengths are those of the format.
-            Arrangement::Rows if ty.has_codes() => unsafe { (self.table.pack_up)(&format.up(), canonical, region) },
-            Arrangement::Canonical | Arrangement::Rows => format.pack(matrix, canonical, region),
-            Arrangement::Columns => {
-                let down = format.down();
-                for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
-                    // SAFETY: the table is of this CPU; the group and the canonical matrix have the sizes of the format.
-                    unsafe { (self.table.pack_down_group)(&down, rows, canonical, b, group) };
-                }
-            }
+            Arrangement::Rows => unsafe { (self.table.pack_up)(&format.up(), canonical, region) },
+            // SAFETY: as above.
+            Arrangement::Columns => unsafe { (self.table.pack_down)(&format.down(), rows, canonical, region) },
         }
     }
 }

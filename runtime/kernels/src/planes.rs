@@ -59,14 +59,34 @@ fn read_step_plane(width: usize, shift: usize, plane: &[u8], codes: &mut [u8; ST
     }
 }
 
-/// Undoes [`read_step_plane`] for a plane of zeros.
+/// Undoes [`read_step_plane`] for the codes of a step of 16 rows.
 #[inline(always)]
-fn write_step_plane(width: usize, shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
-    let mask = (1 << width) - 1;
-    for (g, codes) in codes.as_chunks::<64>().0.iter().enumerate() {
-        let (bytes, bit) = (&mut plane[g % width * 64..][..64], width * (g / width));
-        for (byte, code) in bytes.iter_mut().zip(codes) {
-            *byte |= (code >> shift & mask) << bit;
+fn write_step_plane(width: usize, shift: usize, rows: &[[u8; MAX_BLOCK]; R16_ROWS], step: usize, plane: &mut [u8]) {
+    match width {
+        4 => write_step_plane_of::<4>(shift, rows, step, plane),
+        2 => write_step_plane_of::<2>(shift, rows, step, plane),
+        _ => write_step_plane_of::<1>(shift, rows, step, plane),
+    }
+}
+
+#[inline(always)]
+fn write_step_plane_of<const W: usize>(
+    shift: usize,
+    rows: &[[u8; MAX_BLOCK]; R16_ROWS],
+    step: usize,
+    plane: &mut [u8],
+) {
+    let (quads, mask) = (plane.as_chunks_mut::<4>().0, (1u8 << W) - 1);
+    for (r, row) in rows.iter().enumerate() {
+        let codes = &row.as_chunks::<BLOCK_LEN>().0[step];
+        let mut bytes = [0u8; 16];
+        for m in 0..8 / W {
+            for k in 0..4 * W {
+                bytes[k] |= (codes[4 * W * m + k] >> shift & mask) << (W * m);
+            }
+        }
+        for q in 0..W {
+            quads[q * R16_ROWS + r] = bytes.as_chunks::<4>().0[q];
         }
     }
 }
@@ -95,30 +115,24 @@ pub(crate) fn pack_tiles_of<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [
     let heads = tile_head_bytes(ty);
     for (i, tile) in tiles.chunks_exact_mut(bytes * R16_ROWS).enumerate() {
         let (group, b) = (i / blocks, i % blocks);
-        let mut codes = [[0; STEP_CODES]; MAX_BLOCK / BLOCK_LEN];
-        tile.fill(0);
-        for r in 0..R16_ROWS {
-            let Some(block) =
-                canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|b| b.get(..bytes))
-            else {
-                break;
-            };
-            let (mut head, mut row) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
-            coding.head(block, &mut head);
-            coding.codes(block, &mut row[..ty.block_len()]);
-            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
-                tile[head_place(coding.wide(), i, r)] = byte;
+        let mut codes = [[0; MAX_BLOCK]; R16_ROWS];
+        let (head_bytes, steps) = tile.split_at_mut(heads);
+        for (r, row) in codes.iter_mut().enumerate() {
+            let block = canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|b| b.get(..bytes));
+            let mut head = [0; MAX_HEAD];
+            if let Some(block) = block {
+                coding.head(block, &mut head);
+                coding.codes(block, &mut row[..ty.block_len()]);
             }
-            let quads = codes.as_flattened_mut().as_chunks_mut::<4>().0.iter_mut().skip(r).step_by(R16_ROWS);
-            for (quad, codes) in quads.zip(row[..ty.block_len()].as_chunks::<4>().0) {
-                *quad = *codes;
+            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
+                head_bytes[head_place(coding.wide(), i, r)] = byte;
             }
         }
-        for (step, codes) in tile[heads..].chunks_exact_mut(step_bytes(ty)).zip(&codes) {
+        for (i, step) in steps.chunks_exact_mut(step_bytes(ty)).enumerate() {
             let (low, high) = step.split_at_mut(coding.low_bits() * 64);
-            write_step_plane(coding.low_bits(), 0, codes, low);
+            write_step_plane(coding.low_bits(), 0, &codes, i, low);
             if coding.high_bits() > 0 {
-                write_step_plane(coding.high_bits(), coding.low_bits(), codes, high);
+                write_step_plane(coding.high_bits(), coding.low_bits(), &codes, i, high);
             }
         }
     }
@@ -204,26 +218,27 @@ pub(crate) fn pack_rows_of<T: Coded>(up: &UpLayout, canonical: &[u8], region: &m
     let (coding, bytes, len) = (Coding::of(T::TY), T::TY.block_bytes(), T::TY.block_len());
     let (low, high) = (coding.low_bits(), coding.high_bits());
     let blocks = up.kb * BLOCK_LEN / len;
-    region.fill(0);
     let (heads, rows) = region.split_at_mut(up.scales_bytes);
+    heads[canonical.len() / (blocks * bytes) * up.head_bytes..].fill(0);
     let heads = heads.chunks_exact_mut(up.head_bytes);
+    // The codes of a row, whole pieces of 128 columns.
+    let mut codes = vec![0; up.kb.next_multiple_of(4) * BLOCK_LEN];
     for ((row, heads), canonical) in
         rows.chunks_exact_mut(up.row_bytes).zip(heads).zip(canonical.chunks_exact(blocks * bytes))
     {
-        let high_plane = up.kb.div_ceil(4) * 16 * low;
-        for (b, block) in canonical.chunks_exact(bytes).enumerate() {
-            let (mut head, mut codes) = ([0; MAX_HEAD], [0; MAX_BLOCK]);
+        for (b, (block, codes)) in canonical.chunks_exact(bytes).zip(codes.chunks_exact_mut(len)).enumerate() {
+            let mut head = [0; MAX_HEAD];
             coding.head(block, &mut head);
             (0..coding.head_bytes()).for_each(|i| heads[row_head_place(&coding, blocks, b, i)] = head[i]);
-            coding.codes(block, &mut codes[..len]);
-            for (s, codes) in codes[..len].as_chunks::<BLOCK_LEN>().0.iter().enumerate() {
-                let s = b * (len / BLOCK_LEN) + s;
-                write_row_codes(low, 0, s, codes, &mut row[..high_plane]);
-                if high > 0 {
-                    write_row_codes(high, low, s, codes, &mut row[high_plane..]);
-                }
-            }
+            coding.codes(block, codes);
         }
+        let (low_plane, rest) = row.split_at_mut(codes.len() / 8 * low);
+        write_row_plane(low, 0, &codes, low_plane);
+        let (high_plane, padding) = rest.split_at_mut(codes.len() / 8 * high);
+        if high > 0 {
+            write_row_plane(high, low, &codes, high_plane);
+        }
+        padding.fill(0);
     }
 }
 
@@ -280,12 +295,33 @@ const fn row_places(width: usize, s: usize) -> [(usize, usize); 2] {
     [(piece + first % bytes, first / bytes * width), (piece + last % bytes, last / bytes * width)]
 }
 
+/// Undoes [`read_row_codes`] for the codes of a row, whole pieces.
 #[inline(always)]
-fn write_row_codes(width: usize, shift: usize, s: usize, codes: &[u8; BLOCK_LEN], plane: &mut [u8]) {
-    let mask = (1 << width) - 1;
-    for ((at, bit), codes) in row_places(width, s).into_iter().zip(codes.as_chunks::<16>().0) {
-        for (byte, code) in plane[at..at + 16].iter_mut().zip(codes) {
-            *byte |= (code >> shift & mask) << bit;
+fn write_row_plane(width: usize, shift: usize, codes: &[u8], plane: &mut [u8]) {
+    match width {
+        4 => write_row_plane_of::<4>(shift, codes, plane),
+        2 => write_row_plane_of::<2>(shift, codes, plane),
+        _ => write_row_plane_of::<1>(shift, codes, plane),
+    }
+}
+
+#[inline(always)]
+fn write_row_plane_of<const W: usize>(shift: usize, codes: &[u8], plane: &mut [u8]) {
+    const PIECE: usize = 128;
+    let mask = (1u8 << W) - 1;
+    for (codes, bytes) in codes.as_chunks::<PIECE>().0.iter().zip(plane.chunks_exact_mut(16 * W)) {
+        // Sixteens in the order of the piece: the first halves of the four sub-blocks, then the last.
+        let halves = codes.as_chunks::<16>().0;
+        for (i, bytes) in bytes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let mut all = [0u8; 16];
+            for m in 0..8 / W {
+                let half = W * m + i;
+                let half = &halves[half % 4 * 2 + half / 4];
+                for k in 0..16 {
+                    all[k] |= (half[k] >> shift & mask) << (W * m);
+                }
+            }
+            *bytes = all;
         }
     }
 }

@@ -83,10 +83,10 @@ pub(crate) struct Table {
     pub improve_q4_0: unsafe fn(x: &[f32], out: &mut [u8]) -> SquaredErrors,
     /// Canonical rows (a multiple of 16) of `kb` blocks to tiles.
     pub pack_r16: unsafe fn(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]),
-    /// Canonical rows of a type with codes to an up region.
+    /// Canonical rows to an up region of rows.
     pub pack_up: unsafe fn(up: &UpLayout, canonical: &[u8], region: &mut [u8]),
-    /// One group of 32 neurons of a down region; `canonical` is the whole matrix of `n_embd` rows.
-    pub pack_down_group: unsafe fn(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]),
+    /// A canonical matrix of `n_embd` rows to a down region.
+    pub pack_down: unsafe fn(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]),
     /// `out[t][r] = row r · acts[t]` for `out[t].len() / 16` row groups of tiles and 1..=FEW_ROWS tokens; the tiles are read once.
     pub gemv_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]),
     /// `out[i * acts.len() + t] = up row rows.ids[i] · acts[t]` for the tokens `t` that row lives for, 1..=FEW_ROWS in all; the other

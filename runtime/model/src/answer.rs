@@ -97,16 +97,21 @@ impl Answer {
         self
     }
 
-    /// The next token: the one that must come, or one chosen by the logits of the latest (at first, of the prompt's last).
+    /// The next token: the one that must come, or one chosen by the logits of the latest (at first, of the prompt's last). Where a
+    /// token must come, `logits` are not looked at.
     ///
     /// # Errors
-    /// Where `sampler` finds none; the answer stays as it is.
+    /// Where `sampler` finds none, or the constraint does not let the answer go on; the answer stays as it is.
     pub fn next(&mut self, logits: &[f32], sampler: &mut Sampler) -> Result<Next, SamplerError> {
-        if let Some(next) = self.next_forced(sampler)? {
-            return Ok(next);
+        if let Some(reason) = self.finish_reason {
+            return Ok(Next::Finish(reason));
         }
         if self.ids.len() >= self.max_tokens {
             return Ok(Next::Finish(self.finish(FinishReason::Length)));
+        }
+        self.ask()?;
+        if let Some(id) = self.forced.pop_front() {
+            return Ok(self.take(id, sampler));
         }
         let position = self.start + self.ids.len();
         let id = match &mut self.constraint {
@@ -124,24 +129,32 @@ impl Answer {
         Ok(next)
     }
 
-    /// The next token where there is no choice about it, so that its logits need not be awaited: whoever takes these tokens one by
-    /// one has the same answer as who takes all of them and runs them in one pass.
+    /// Tokens that must come next, `most` at most, so that whoever runs them along with the latest need not await its logits; none
+    /// that would end the answer.
     ///
     /// # Errors
     /// Where the constraint does not let the answer go on.
-    pub fn next_forced(&mut self, sampler: &mut Sampler) -> Result<Option<Next>, SamplerError> {
-        if let Some(reason) = self.finish_reason {
-            return Ok(Some(Next::Finish(reason)));
-        }
+    pub fn certain(&mut self, most: usize) -> Result<&[u32], SamplerError> {
+        self.ask()?;
+        let room = self.room_ahead().min(most);
+        let forced = self.forced.make_contiguous();
+        let end = forced.iter().position(|id| self.engine.end_ids().contains(id)).unwrap_or(forced.len());
+        Ok(&forced[..end.min(room)])
+    }
+
+    /// How many tokens after the latest can be run and others still follow them.
+    pub fn room_ahead(&self) -> usize {
+        let made = self.ids.len();
+        self.room.saturating_sub(made).min(self.max_tokens.saturating_sub(made + 1))
+    }
+
+    /// Asks the constraint what must come, where that was not done since a token was chosen.
+    fn ask(&mut self) -> Result<(), SamplerError> {
         if let (false, Some(constraint)) = (self.asked, &mut self.constraint) {
             self.forced.extend(constraint.forced().map_err(SamplerError::Constraint)?);
             self.asked = true;
         }
-        if !self.forced.is_empty() && self.ids.len() >= self.max_tokens {
-            return Ok(Some(Next::Finish(self.finish(FinishReason::Length))));
-        }
-        let id = self.forced.pop_front();
-        Ok(id.map(|id| self.take(id, sampler)))
+        Ok(())
     }
 
     /// Makes a token part of the answer.

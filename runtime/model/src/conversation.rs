@@ -83,7 +83,7 @@ impl Chat {
     /// # Errors
     /// Where buffers cannot be allocated.
     pub fn fork(&self) -> Result<Self, ModelError> {
-        let mut session = Session::new(self.session.engine())?;
+        let mut session = Session::new(self.session.engine())?.drafted(self.session.draft_limit());
         *session.sequence_mut() = self.session.sequence().fork();
         Ok(Self { session, sampler: self.sampler.clone(), messages: self.messages.clone() })
     }

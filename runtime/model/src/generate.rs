@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use st_experts::StoreStats;
 
-use crate::answer::{Answer, FinishReason, GenerateOptions, Next};
+use crate::answer::{Answer, FinishReason, GenerateOptions};
 use crate::constraint::Constraint;
+use crate::draft::DraftStats;
 use crate::error::ModelError;
 use crate::observer::Observer;
 use crate::sampler::Sampler;
@@ -34,6 +35,8 @@ pub struct GenerateStats {
     pub prompt_experts: StoreStats,
     /// What it did for the tokens after it.
     pub generate_experts: StoreStats,
+    /// What became of drafts.
+    pub drafts: DraftStats,
 }
 
 impl GenerateStats {
@@ -198,39 +201,24 @@ fn drive(
     (stats.prompt_tokens, stats.prompt_time, stats.prompt_work, stats.prompt_experts) = clock.read(session);
     ran?;
     sampler.begin(session.tokens());
+    session.begin_answer();
 
     let clock = Clock::start(session);
-    let mut tokens = Vec::new();
+    let drafts = session.draft_stats();
     let generated = (|| {
-        loop {
-            let is_over = advance(answer, session.logits(), sampler, &mut tokens)?;
-            if answer.ids().is_empty() {
-                return Ok(());
-            }
-            if is_over || on_text(answer.take_text()).is_break() {
-                return Ok(());
-            }
-            session.run(&tokens, observer)?;
+        // Whatever is run ahead, each token is shown as if it had come alone; the last one's text comes with what was held back.
+        let mut show = |answer: &mut Answer, _: &[f32]| match answer.finish_reason() {
+            None => on_text(answer.take_text()),
+            Some(_) => ControlFlow::Continue(()),
+        };
+        while let ControlFlow::Continue(token) = session.settle(answer, sampler, &mut show)? {
+            session.run_ahead(token, answer, observer)?;
         }
+        Ok(())
     })();
     (stats.generated_tokens, stats.generate_time, stats.generate_work, stats.generate_experts) = clock.read(session);
+    stats.drafts = session.draft_stats().since(&drafts);
     generated
-}
-
-/// The next token and those that must follow it, which go through the layers together. Returns whether the answer is over.
-fn advance(
-    answer: &mut Answer,
-    logits: &[f32],
-    sampler: &mut Sampler,
-    tokens: &mut Vec<u32>,
-) -> Result<bool, ModelError> {
-    tokens.clear();
-    let mut next = Some(answer.next(logits, sampler)?);
-    while let Some(Next::Token(id)) = next {
-        tokens.push(id);
-        next = answer.next_forced(sampler)?;
-    }
-    Ok(next.is_some())
 }
 
 /// Where time and work stood.

@@ -43,6 +43,11 @@ pub trait Observer {
         Ok(())
     }
 
+    /// Whether answers may be drafted while it follows them. Then it is shown rows that are taken back when their pass is over.
+    fn takes_drafts(&self) -> bool {
+        false
+    }
+
     /// Called after each layer: so many of `of` tokens are done (as many as the layers that are done make). A break ends the
     /// pass with [`ModelError::Cancelled`](crate::ModelError::Cancelled).
     fn progress(&mut self, done: usize, of: usize) -> ControlFlow<()> {
@@ -51,4 +56,8 @@ pub trait Observer {
     }
 }
 
-impl Observer for () {}
+impl Observer for () {
+    fn takes_drafts(&self) -> bool {
+        true
+    }
+}

@@ -5,12 +5,17 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Instant;
 
+use crate::answer::Answer;
 use crate::batch::{Batch, BatchKind};
+use crate::draft::{Draft, DraftLimit, DraftStats, Drafts, Planned};
 use crate::engine::Engine;
 use crate::error::ModelError;
+use crate::governor::{Governor, MOST_ROWS};
 use crate::observer::Observer;
 use crate::router::Routing;
+use crate::sampler::Sampler;
 use crate::sequence::Sequence;
 use crate::work::Work;
 use crate::workspace::Workspace;
@@ -24,6 +29,8 @@ pub struct Session {
     batch: Batch,
     /// Which of the workspace's logits are those of the token run last.
     latest: usize,
+    drafts: Drafts,
+    governor: Governor,
 }
 
 impl Session {
@@ -38,7 +45,31 @@ impl Session {
             workspace: engine.workspace()?,
             batch: Batch::default(),
             latest: 0,
+            drafts: Drafts::new(DraftLimit::Auto),
+            governor: Governor::default(),
         })
+    }
+
+    /// The same whose answers are drafted as far as `limit` lets them; at first that is [`DraftLimit::Auto`].
+    #[must_use]
+    pub fn drafted(self, limit: DraftLimit) -> Self {
+        Self { drafts: Drafts::new(limit), ..self }
+    }
+
+    /// The same with somebody who drafts where the text itself does not.
+    #[must_use]
+    pub fn drafted_by(self, draft: Box<dyn Draft>) -> Self {
+        Self { drafts: self.drafts.with(draft), ..self }
+    }
+
+    /// How far its answers are drafted.
+    pub fn draft_limit(&self) -> DraftLimit {
+        self.drafts.limit()
+    }
+
+    /// What became of its answers' drafts.
+    pub fn draft_stats(&self) -> DraftStats {
+        self.drafts.stats()
     }
 
     /// The engine that runs it.
@@ -117,6 +148,61 @@ impl Session {
     /// As [`Session::forward`], and what the observer says.
     pub fn run(&mut self, tokens: &[u32], observer: &mut dyn Observer) -> Result<(), ModelError> {
         self.each_batch(tokens, true, observer, |_, _| Ok(()))
+    }
+
+    /// An answer begins to the text as it stands.
+    pub(crate) fn begin_answer(&mut self) {
+        self.drafts.begin(self.sequence.tokens());
+    }
+
+    /// Chooses tokens of `answer` by the logits that are there, as [`Drafts::settle`].
+    ///
+    /// # Errors
+    /// Where no token can be chosen.
+    pub(crate) fn settle(
+        &mut self,
+        answer: &mut Answer,
+        sampler: &mut Sampler,
+        each: impl FnMut(&mut Answer, &[f32]) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<(), u32>, ModelError> {
+        let Self { sequence, workspace, drafts, latest, .. } = self;
+        let first = drafts.ahead().1;
+        let logits = |row: usize| if row < first { &[][..] } else { workspace.logits(*latest + row - first) };
+        Ok(drafts.settle(answer, sampler, sequence, logits, each)?)
+    }
+
+    /// Runs `token`, the latest of `answer`, and along with it what must or may follow; [`Session::settle`] comes next. Where
+    /// it fails, the session is as it was.
+    ///
+    /// # Errors
+    /// As [`Session::run`], and what drafting meets.
+    pub(crate) fn run_ahead(
+        &mut self,
+        token: u32,
+        answer: &mut Answer,
+        observer: &mut dyn Observer,
+    ) -> Result<(), ModelError> {
+        let most_certain = Planned::alone().most_certain.min(self.engine.max_rows() - 1);
+        let planned = Planned { most_certain, takes_drafts: observer.takes_drafts(), ..Planned::alone() };
+        self.drafts.plan(answer, &self.governor, &planned)?;
+        let (ahead, first) = self.drafts.ahead();
+        let rows = 1 + ahead.len();
+        self.batch.clear(match rows {
+            1 => BatchKind::Decode,
+            2..=MOST_ROWS => BatchKind::Verify,
+            _ => BatchKind::Prompt,
+        });
+        for (row, &token) in std::iter::once(&token).chain(ahead).enumerate() {
+            match row < first {
+                true => self.batch.push(0, token),
+                false => drop(self.batch.push_with_logits(0, token)),
+            }
+        }
+        self.latest = 0;
+        let (start, drafted) = (Instant::now(), ahead.len() - first);
+        self.engine.forward(&self.batch, &mut [&mut self.sequence], &mut self.workspace, observer)?;
+        self.governor.ran(rows, drafted, start.elapsed());
+        Ok(())
     }
 
     /// Runs `tokens` and hands out the logits of every one: `on_logits` gets an index into `tokens` and `[n_vocab]`.

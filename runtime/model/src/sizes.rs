@@ -8,6 +8,7 @@ use st_kernels::{ExpertFormat, Kernels, Matrix, Q8Acts};
 
 use crate::error::ModelError;
 use crate::kv_cache::{self, POSITION_STEP};
+use crate::lookup::Lookup;
 use crate::moe::Moe;
 use crate::ops::{Linear, SparseHead};
 use crate::options::LoadOptions;
@@ -79,6 +80,8 @@ pub(crate) fn plan(
     let slots = slot_format(source, options.kernels()?);
     // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
+    let longest = options.ctx.map_or(config.context_length, |ctx| ctx.min(config.context_length));
+    let drafts = request.sequences.saturating_mul(Lookup::bytes(longest));
     let costs = |residency: Residency| {
         let store = StoreOptions { n_slots: 1, ..options.store(residency) };
         let one = StoreMemory::of(source.experts(), &*slots, &store);
@@ -86,7 +89,7 @@ pub(crate) fn plan(
             process,
             beside: options.beside,
             dense,
-            scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences),
+            scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences) + drafts as u64,
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
             template: match options.memory {
                 Some(_) if source.has_chat_template() => MOST_UNDER_A_BUDGET as u64,

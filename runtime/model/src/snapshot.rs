@@ -161,8 +161,13 @@ impl Expected<'_> {
         }
         out.end()?;
         for (kv, chunks) in kv.iter().zip(chunks) {
-            for page in kv.pages_of(chunks) {
-                out.put(page.as_bytes())?;
+            let last = chunks.end * POSITION_STEP;
+            for (page, end) in kv.pages_of(chunks.clone()).zip(chunks.map(|chunk| (chunk + 1) * POSITION_STEP)) {
+                // Of tokens that were taken back nothing is kept.
+                match tokens.len() < last && end == last {
+                    true => out.put(&page.bytes_of_first(tokens.len() + POSITION_STEP - last))?,
+                    false => out.put(page.as_bytes())?,
+                }
                 out.end()?;
             }
         }

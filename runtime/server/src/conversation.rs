@@ -1,10 +1,14 @@
 //! One answer under way: its text, what of it was run, and whom it is for.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use st_model::sampler::Sampler;
-use st_model::{Answer, Constraint, Engine, FinishReason, Logprobs, Next, Sequence};
+use st_model::{
+    Answer, Constraint, DraftLimit, DraftStats, Drafts, Engine, FinishReason, Governor, Logprobs, ModelError, Planned,
+    Sequence,
+};
 use tokio::sync::mpsc::Sender;
 
 use crate::job::{Ending, Event, Failure, Finished, Piece, Token};
@@ -24,6 +28,7 @@ pub(crate) struct Conversation {
     pub(crate) sequence: Sequence,
     answer: Answer,
     sampler: Sampler,
+    drafts: Drafts,
     logprobs: Option<usize>,
     events: Sender<Event>,
     /// Lengths at which others will want a copy.
@@ -42,7 +47,7 @@ pub(crate) struct Conversation {
 
 impl Conversation {
     /// A job that begins, with what others have run of its prompt.
-    pub(crate) fn new(waiting: Waiting, hit: Hit, engine: &std::sync::Arc<Engine>) -> Self {
+    pub(crate) fn new(waiting: Waiting, hit: Hit, engine: &std::sync::Arc<Engine>, draft: DraftLimit) -> Self {
         let Waiting { job, events, since } = waiting;
         let room = engine.ctx().saturating_sub(job.prompt.len());
         let sequence = hit.sequence.unwrap_or_else(|| engine.sequence());
@@ -54,6 +59,7 @@ impl Conversation {
             sequence,
             answer: Answer::new(engine, &job.limits, room).within(constraint),
             sampler: job.sampler,
+            drafts: Drafts::new(draft),
             logprobs: job.logprobs,
             events,
             copies: BTreeSet::new(),
@@ -66,6 +72,7 @@ impl Conversation {
             ended: None,
         };
         conversation.sampler.begin(&conversation.text);
+        conversation.drafts.begin(&conversation.text);
         conversation.copy_at(hit.parts_at);
         conversation
     }
@@ -78,9 +85,42 @@ impl Conversation {
         }
     }
 
-    /// Tokens that are to be run.
+    /// Tokens of the prompt, or the latest of the answer, that are to be run.
     pub(crate) fn pending(&self) -> &[u32] {
-        &self.text[self.sequence.len()..]
+        self.text.get(self.sequence.len()..).unwrap_or_default()
+    }
+
+    /// Decides what is run after the latest token of the answer, in a pass of which so much is `planned`.
+    pub(crate) fn plan(&mut self, governor: &Governor, planned: &Planned) -> Result<(), ModelError> {
+        self.drafts.plan(&mut self.answer, governor, planned)
+    }
+
+    /// What that is, the tokens that it is expected to make, and from which row on logits are wanted; row 0 is that of the latest token.
+    pub(crate) fn ahead(&self) -> (&[u32], f64, usize) {
+        let (ahead, first) = self.drafts.ahead();
+        (ahead, self.drafts.expected(), if self.tells_logprobs() { 0 } else { first })
+    }
+
+    /// Drafts among them.
+    pub(crate) fn drafted(&self) -> usize {
+        let (ahead, certain) = self.drafts.ahead();
+        ahead.len() - certain
+    }
+
+    /// Rows that have run and whose logits are there.
+    pub(crate) fn wanted_logits(&self) -> usize {
+        let (ahead, _, first) = self.ahead();
+        if self.is_reading() { usize::from(self.pending().is_empty()) } else { 1 + ahead.len() - first }
+    }
+
+    /// Whether somebody wants to know how likely each token was.
+    pub(crate) fn tells_logprobs(&self) -> bool {
+        self.logprobs.is_some()
+    }
+
+    /// What became of its drafts.
+    pub(crate) fn draft_stats(&self) -> DraftStats {
+        self.drafts.stats()
     }
 
     /// The prompt.
@@ -93,7 +133,7 @@ impl Conversation {
         self.began.is_none()
     }
 
-    /// Rows of a step that has `room` for this conversation: up to where a copy is wanted.
+    /// Rows of the prompt in a step that has `room` for them: up to where a copy is wanted.
     pub(crate) fn rows(&self, room: usize) -> usize {
         let len = self.sequence.len();
         let copy = self.copies.iter().find(|&&at| at > len).map_or(usize::MAX, |at| at - len);
@@ -135,8 +175,8 @@ impl Conversation {
         self.cached
     }
 
-    /// Chooses the next token by the logits of the latest, and tells of it.
-    pub(crate) fn advance(&mut self, logits: &[f32], end_ids: &[u32]) {
+    /// Chooses the next tokens by the logits of the rows that were run, as [`Drafts::settle`] has them, and tells of them.
+    pub(crate) fn advance<'l>(&mut self, logits: impl Fn(usize) -> &'l [f32], end_ids: &[u32]) {
         if self.began.is_none() {
             self.began = Some(Instant::now());
             self.send(Event::Begun);
@@ -147,32 +187,30 @@ impl Conversation {
         }
     }
 
-    fn choose(&mut self, logits: &[f32], end_ids: &[u32]) -> Result<bool, String> {
-        let made = self.answer.ids().len();
-        let mut next = self.answer.next(logits, &mut self.sampler).map_err(|error| error.to_string())?;
-        let chosen = self.answer.ids().get(made).copied();
-        while let Next::Token(id) = next {
-            self.text.push(id);
-            if self.logprobs.is_some() {
-                break;
+    fn choose<'l>(&mut self, logits: impl Fn(usize) -> &'l [f32], end_ids: &[u32]) -> Result<bool, String> {
+        let first = self.ahead().2;
+        let logits = |row: usize| if row < first { &[][..] } else { logits(row - first) };
+        let mut piece = Piece::default();
+        let Self { answer, sampler, drafts, sequence, logprobs, text, .. } = self;
+        let each = |answer: &mut Answer, logits: &[f32]| {
+            let id = answer.ids().last().copied();
+            if let (Some(top), Some(id)) = (*logprobs, id.filter(|id| !end_ids.contains(id))) {
+                piece.tokens.push(Token { id, logprobs: Logprobs::of(logits, id, top) });
             }
-            // What has to follow is run along, unless somebody wants to know how likely it was.
-            match self.answer.next_forced(&mut self.sampler).map_err(|error| error.to_string())? {
-                Some(forced) => next = forced,
-                None => break,
-            }
-        }
-        let mut piece = Piece { text: self.answer.take_text().to_owned(), tokens: Vec::new() };
-        if let (Some(top), Some(id)) = (self.logprobs, chosen.filter(|id| !end_ids.contains(id))) {
-            piece.tokens.push(Token { id, logprobs: Logprobs::of(logits, id, top) });
-        }
+            text.extend(id.filter(|_| answer.finish_reason().is_none()));
+            piece.text.push_str(answer.take_text());
+            ControlFlow::Continue(())
+        };
+        let settled = drafts.settle(answer, sampler, sequence, logits, each);
         if !piece.text.is_empty() || !piece.tokens.is_empty() {
             self.send(Event::Piece(piece));
         }
-        let Next::Finish(reason) = next else { return Ok(false) };
-        let ending = match (self.answer.stopped_by(), reason) {
+        if settled.map_err(|error| error.to_string())?.is_continue() {
+            return Ok(false);
+        }
+        let ending = match (self.answer.stopped_by(), self.answer.finish_reason()) {
             (Some(index), _) => Ending::StopString(index),
-            (None, FinishReason::Stop) => Ending::EndToken,
+            (None, Some(FinishReason::Stop)) => Ending::EndToken,
             (None, _) => Ending::Length,
         };
         self.finish(ending);

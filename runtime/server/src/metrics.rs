@@ -57,6 +57,9 @@ pub(crate) struct Metrics {
     /// Tokens of prompts that were run.
     pub(crate) read_tokens: Number,
     pub(crate) made_tokens: Number,
+    /// Tokens that were drafted and run, and those of them that were right.
+    pub(crate) drafted: Number,
+    pub(crate) accepted: Number,
     pub(crate) steps: Number,
     /// Tokens of prompts that go along with others' answers now.
     pub(crate) piece: Number,
@@ -103,6 +106,8 @@ pub(crate) fn text(app: &App) -> String {
     page.counter("prefix_hits_total", "Answers that began with tokens that were not run again.", m.prefix_hits.get());
     page.counter("prompt_tokens_read_total", "Tokens of prompts that were run.", m.read_tokens.get());
     page.counter("completion_tokens_total", "Tokens of answers.", m.made_tokens.get());
+    page.counter("drafted_tokens_total", "Tokens that were drafted and run.", m.drafted.get());
+    page.counter("drafted_tokens_accepted_total", "Of them, tokens that are part of an answer.", m.accepted.get());
     page.counter("steps_total", "Passes through the layers.", m.steps.get());
     page.counter("busy_seconds_total", "Time in them.", m.busy.seconds());
     page.gauge("prompt_piece", "Tokens of prompts that go along with others' answers.", m.piece.get());

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use st_model::{Batch, BatchKind, Engine, ModelError, Observer, Sequence, Workspace};
+use st_model::{Batch, BatchKind, Engine, Governor, ModelError, Observer, Planned, Sequence, Workspace};
 use tokio::sync::mpsc::Sender;
 
 use crate::app::App;
@@ -29,6 +29,8 @@ const ALONE: usize = 512;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// A prompt that shares at least so many tokens with one that is being read waits for them.
 const WORTH_WAITING: usize = 32;
+/// Rows of prompts beside which answers' experts are still worth keeping.
+const FEW: usize = 8;
 /// Copies of a text under way are kept at such distances, for models that cannot be cut back anywhere.
 const COPY_EVERY: usize = 1024;
 
@@ -43,6 +45,8 @@ pub(crate) struct Scheduler<'a> {
     batch: Batch,
     active: Vec<Conversation>,
     prefixes: Prefixes,
+    /// What steps cost, and so how many tokens are worth being drafted.
+    governor: Governor,
     disk: Option<Disk>,
     /// Those whose beginning is read from disk.
     restoring: Vec<Restoring>,
@@ -89,6 +93,7 @@ impl<'a> Scheduler<'a> {
             batch,
             active,
             prefixes,
+            governor: Governor::default(),
             disk,
             restoring,
             saving: None,
@@ -103,6 +108,7 @@ impl<'a> Scheduler<'a> {
         loop {
             self.drop_gone();
             self.restored();
+            self.end_all_that_are_over();
             if self.app.is_over() {
                 while let Some(restoring) = self.restoring.pop() {
                     self.begin(restoring.waiting);
@@ -200,7 +206,7 @@ impl<'a> Scheduler<'a> {
     fn begin(&mut self, waiting: Waiting) {
         let under_way = self.active.iter().map(|conversation| &conversation.sequence);
         let hit = self.prefixes.find(&waiting.job.prompt, under_way);
-        let conversation = Conversation::new(waiting, hit, &self.engine);
+        let conversation = Conversation::new(waiting, hit, &self.engine, self.app.settings.draft);
         self.app.metrics.prompt_tokens.add(conversation.prompt().len() as u64);
         self.app.metrics.cached_tokens.add(conversation.cached() as u64);
         self.app.metrics.prefix_hits.add(u64::from(conversation.cached() > 0));
@@ -279,23 +285,39 @@ impl<'a> Scheduler<'a> {
     fn compose(&mut self) -> Vec<Share> {
         let mut shares = Vec::new();
         let piece = self.pieces.size();
+        let along = if self.active.len() == 1 { ALONE } else { piece };
+        let has_room = |conversation: &Conversation| !conversation.is_reading() && conversation.has_room();
+        let answers = self.active.iter().filter(|conversation| has_room(conversation)).count();
+        let answering = self.active.iter().any(|conversation| !conversation.is_reading());
         // What has to follow a token goes along with it, as long as nobody waits longer than for a piece of a prompt.
-        let mut along = if self.active.len() == 1 { ALONE } else { piece };
-        along = along.min(self.engine.max_rows().saturating_sub(self.active.len()));
-        let mut answering = false;
-        for (index, conversation) in self.active.iter_mut().enumerate() {
-            if conversation.is_reading() {
+        let mut planned = Planned {
+            rows: answers,
+            tokens: answers as f64,
+            most_certain: along.min(self.engine.max_rows().saturating_sub(self.active.len())),
+            takes_drafts: !self.active.iter().any(Conversation::is_reading),
+        };
+        let mut logits = self.engine.max_logits().saturating_sub(self.active.len());
+        for index in 0..self.active.len() {
+            if !has_room(&self.active[index]) {
+                if !self.active[index].is_reading() {
+                    self.active[index].stalled.get_or_insert_with(Instant::now);
+                }
                 continue;
             }
-            answering = true;
-            if conversation.has_room() {
-                conversation.stalled = None;
-                let rows = conversation.rows(1 + along);
-                along -= rows.saturating_sub(1);
-                shares.push(Share { index, rows });
-            } else {
-                conversation.stalled.get_or_insert_with(Instant::now);
+            let conversation = &mut self.active[index];
+            conversation.stalled = None;
+            let tells = conversation.tells_logprobs();
+            let most_certain = if tells { planned.most_certain.min(logits) } else { planned.most_certain };
+            if let Err(error) = conversation.plan(&self.governor, &Planned { most_certain, ..planned }) {
+                conversation.fail(failure(&error));
+                continue;
             }
+            let (ahead, expected, first) = conversation.ahead();
+            planned.rows += ahead.len();
+            planned.tokens += expected;
+            planned.most_certain = planned.most_certain.saturating_sub(ahead.len());
+            logits = logits.saturating_sub(ahead.len() - first);
+            shares.push(Share { index, rows: 1 + ahead.len() });
         }
         if std::mem::take(&mut self.gave_up) && answering {
             return shares;
@@ -365,9 +387,25 @@ impl<'a> Scheduler<'a> {
         let reads = shares.iter().filter(|share| self.active[share.index].is_reading());
         let read: usize = reads.clone().map(|share| share.rows).sum();
         let readers = reads.map(|share| self.active[share.index].reader()).collect();
-        self.batch.clear(if read > 8 { BatchKind::Prompt } else { BatchKind::Decode });
+        let drafted: usize = shares.iter().map(|share| self.active[share.index].drafted()).sum();
+        self.batch.clear(match (read > FEW, drafted > 0) {
+            (true, _) => BatchKind::Prompt,
+            (false, true) => BatchKind::Verify,
+            (false, false) => BatchKind::Decode,
+        });
         for share in shares {
-            let pending = self.active[share.index].pending();
+            let conversation = &self.active[share.index];
+            let pending = conversation.pending();
+            if !conversation.is_reading() {
+                let (ahead, _, first) = conversation.ahead();
+                for (row, &token) in pending.iter().chain(ahead).enumerate() {
+                    match row < first {
+                        true => self.batch.push(share.index, token),
+                        false => drop(self.batch.push_with_logits(share.index, token)),
+                    }
+                }
+                continue;
+            }
             let (rows, rest) = pending.split_at(share.rows);
             let (&last, others) = rows.split_last().ok_or(ModelError::EmptyPrompt)?;
             others.iter().for_each(|&token| self.batch.push(share.index, token));
@@ -380,7 +418,12 @@ impl<'a> Scheduler<'a> {
         loop {
             let mut sequences: Vec<&mut Sequence> =
                 self.active.iter_mut().map(|conversation| &mut conversation.sequence).collect();
+            let started = Instant::now();
             match self.engine.forward(&self.batch, &mut sequences, &mut self.workspace, &mut watch) {
+                Ok(()) if read == 0 => {
+                    self.governor.ran(self.batch.len(), drafted, started.elapsed());
+                    return Ok(());
+                }
                 // Texts that are only kept make room for those that are under way.
                 Err(ModelError::KvFull { .. }) if self.prefixes.forget_one() || self.saved(Duration::MAX) => {}
                 outcome => return outcome,
@@ -392,9 +435,9 @@ impl<'a> Scheduler<'a> {
     fn advance(&mut self, shares: &[Share]) {
         let mut logits = 0;
         for share in shares {
-            let wants = self.active[share.index].pending().is_empty();
+            let wanted = self.active[share.index].wanted_logits();
             self.advance_one(logits, *share);
-            logits += usize::from(wants);
+            logits += wanted;
         }
         self.end_all_that_are_over();
     }
@@ -412,9 +455,12 @@ impl<'a> Scheduler<'a> {
             self.prefixes.keep(conversation.sequence.fork());
         }
         if conversation.pending().is_empty() {
-            let made = conversation.made();
-            conversation.advance(self.workspace.logits(logits), self.engine.end_ids());
+            let (made, drafts) = (conversation.made(), conversation.draft_stats());
+            conversation.advance(|row| self.workspace.logits(logits + row), self.engine.end_ids());
+            let drafts = conversation.draft_stats().since(&drafts);
             self.app.metrics.made_tokens.add((conversation.made() - made) as u64);
+            self.app.metrics.drafted.add(drafts.drafted);
+            self.app.metrics.accepted.add(drafts.accepted);
         }
         self.give_back_pages();
     }

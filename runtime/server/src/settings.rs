@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use st_grammar::Grammars;
+use st_model::DraftLimit;
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
@@ -19,6 +20,8 @@ pub struct Settings {
     /// Tokens of prompts that are read between the tokens of others' answers, at most; none where they are to be as many as keep those
     /// tokens close to each other.
     pub prompt_piece: Option<usize>,
+    /// How far answers are drafted.
+    pub draft: DraftLimit,
     /// Time that answers under way get when the server ends.
     pub grace: Duration,
     /// Keys of which a request must have one; none where everybody may ask.
@@ -40,6 +43,7 @@ impl Settings {
             queue: 64,
             max_body: 8 << 20,
             prompt_piece: None,
+            draft: DraftLimit::Auto,
             grace: Duration::from_secs(10),
             keys: Vec::new(),
             cors: Vec::new(),

@@ -33,7 +33,7 @@ const DOT: Table = Table {
     improve_q4_0: scalar::TABLE.improve_q4_0,
     pack_r16: scalar::TABLE.pack_r16,
     pack_up: scalar::TABLE.pack_up,
-    pack_down_group: scalar::TABLE.pack_down_group,
+    pack_down: scalar::TABLE.pack_down,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,
     q8_rows: gemv::q8_rows,

@@ -211,6 +211,16 @@ impl KvPage {
         &self.data
     }
 
+    /// What its memory is where only the first `positions` positions were ever written.
+    pub fn bytes_of_first(&self, positions: usize) -> Vec<u8> {
+        let KvFormat { ty, n_heads: _, head_dim } = self.format;
+        let (mut bytes, zeros) = (self.data.to_vec(), vec![0.0; head_dim]);
+        for head in bytes.chunks_exact_mut(self.format.head_bytes()) {
+            (positions..KV_CHUNK).for_each(|p| write_head(ty, head, p, &zeros, &zeros));
+        }
+        bytes
+    }
+
     /// Its memory, to be filled with what [`KvPage::as_bytes`] gave. Any bytes are numbers, if not any that make sense.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         &mut self.data

@@ -27,7 +27,7 @@ const AVX2: Table = Table {
     improve_q4_0: quantize::improve_q4_0,
     pack_r16: pack::pack_r16,
     pack_up: pack::pack_up,
-    pack_down_group: crate::expert_format::pack_down_group,
+    pack_down: pack::pack_down,
     gemv_r16: gemv::gemv_r16,
     up_rows: experts::up_rows,
     q8_rows: gemv::q8_rows,

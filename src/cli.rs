@@ -388,8 +388,7 @@ pub(crate) struct ServeArgs {
     /// The largest request.
     #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size)]
     pub(crate) max_body: u64,
-    /// Tokens of a prompt that are read between the tokens of other answers, at most [default: few enough that those wait a tenth of a
-    /// second, where that can be].
+    /// Tokens of a prompt that are read at once while others are answered, at most [default: as many as leave a layer short].
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) prompt_piece: Option<usize>,
     /// Time that answers under way get when the server is told to end.

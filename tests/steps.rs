@@ -70,9 +70,9 @@ fn a_long_prompt_is_read_between_the_tokens_of_others() {
         let after = numbers(&server, names);
         let [steps, made, read] = std::array::from_fn(|i| after[i] - before[i]);
         assert_eq!(read, 900.0);
+        // Each piece is a pass, and in each the other has a token at least.
         assert!(steps >= 900.0 / piece, "{steps} steps");
-        // A step that is under way has told of its tokens before it counts.
-        assert!(made >= steps - 1.0, "{made} tokens in {steps} steps");
+        assert!(made >= (900.0_f64 / piece).floor(), "{made} tokens in {steps} steps");
     }
 }
 

@@ -60,7 +60,7 @@ impl Grammars {
 
     /// Memory of the tokens' tree for a vocabulary of `n_vocab`, and of `answers` grammars at once, in bytes; at most, about.
     pub fn memory(n_vocab: usize, answers: usize) -> u64 {
-        n_vocab as u64 * 160 + answers as u64 * GRAMMAR_BYTES
+        n_vocab as u64 * 208 + answers as u64 * GRAMMAR_BYTES
     }
 
     /// Compiles `source`.

@@ -61,7 +61,7 @@ pub(crate) struct Metrics {
     pub(crate) drafted: Number,
     pub(crate) accepted: Number,
     pub(crate) steps: Number,
-    /// Tokens of prompts that go along with others' answers now.
+    /// Tokens of prompts that are read at once while others are answered.now.
     pub(crate) piece: Number,
     /// Time in steps.
     pub(crate) busy: Number,
@@ -110,7 +110,7 @@ pub(crate) fn text(app: &App) -> String {
     page.counter("drafted_tokens_accepted_total", "Of them, tokens that are part of an answer.", m.accepted.get());
     page.counter("steps_total", "Passes through the layers.", m.steps.get());
     page.counter("busy_seconds_total", "Time in them.", m.busy.seconds());
-    page.gauge("prompt_piece", "Tokens of prompts that go along with others' answers.", m.piece.get());
+    page.gauge("prompt_piece", "Tokens of prompts that are read at once while others are answered.", m.piece.get());
     page.gauge("connections", "Connections that are open.", m.connections.get());
     page.gauge("queue_length", "Jobs that wait.", app.queue.len());
     page.gauge("conversations", "Answers under way.", app.slots.busy());

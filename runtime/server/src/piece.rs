@@ -1,7 +1,7 @@
-//! How many tokens of prompts go along with others' answers: so many that nobody waits long for his next token, by what steps have
-//! taken so far. What a row computes does not depend on it.
+//! How many tokens of prompts are read at once while others are answered: so many that nobody waits long for a layer of them to end, by
+//! what layers have taken so far. What a row computes does not depend on it.
 //!
-//! A smaller piece is taken where it makes steps shorter. Where it does not (experts are read from the disk for a few tokens as for
+//! A smaller piece is taken where it makes layers shorter. Where it does not (experts are read from the disk for a few tokens as for
 //! many), reading would only take longer, for everybody.
 
 use std::time::Duration;
@@ -10,24 +10,24 @@ use std::time::Duration;
 const SIZES: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// The one to begin with.
 const FIRST: usize = 2;
-/// A step of this many seconds is short enough.
-const SHORT: f64 = 0.12;
-/// The next smaller piece is worth it where its step takes this share of the time, at most. A half is all that can be had.
+/// A layer of this many seconds is short enough.
+const SHORT: f64 = 0.05;
+/// The next smaller piece is worth it where its layer takes this share of the time, at most. A half is all that can be had.
 const WORTH: f64 = 0.7;
-/// Steps of one size differ by this factor without a reason.
+/// Pieces of one size differ by this factor without a reason.
 const CHANCE: f64 = 1.2;
 /// One piece of so many may be larger than is known to be well.
 const TRY: usize = 8;
-/// What the latest step counts for beside those before it.
+/// What the latest piece counts for beside those before it.
 const LATEST: f64 = 0.3;
 
 /// The size of pieces.
 pub(crate) struct Pieces {
     /// As the operator wants it.
     fixed: Option<usize>,
-    /// Seconds of a step with a piece of each size; none where it was not tried.
+    /// Seconds of a layer of a piece of each size; none where it was not tried.
     seconds: [Option<f64>; SIZES.len()],
-    /// Steps so far.
+    /// Pieces so far.
     tried: usize,
 }
 
@@ -54,7 +54,7 @@ impl Pieces {
         SIZES[at]
     }
 
-    /// A step with answers and so many tokens of prompts took so long.
+    /// A layer of a piece of so many tokens took so long.
     pub(crate) fn took(&mut self, tokens: usize, time: Duration) {
         let Some(at) = SIZES.iter().position(|&size| size == tokens) else { return };
         self.tried += 1;
@@ -69,7 +69,7 @@ impl Pieces {
         }
     }
 
-    /// Seconds that a step with a piece of a size takes: as was found; on the line through what was found for others; below all of
+    /// Seconds that a layer of a piece of a size takes: as was found; on the line through what was found for others; below all of
     /// those, by the number of tokens.
     fn expected(&self, at: usize) -> f64 {
         let found = |at: usize| self.seconds[at].map(|seconds| (SIZES[at] as f64, seconds));
@@ -107,14 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn steps_become_short_where_they_can() {
+    fn layers_become_short_where_they_can() {
         let mut pieces = Pieces::new(None);
         assert_eq!(pieces.size(), 32);
-        // Seconds of the answers' rows, and of a token of a prompt.
-        for (answers, token) in [(0.03, 0.0025), (0.06, 0.0025), (0.02, 0.0004), (0.1, 0.02), (0.03, 0.0025)] {
-            let (size, longest) = settles(&mut pieces, |n| answers + token * n);
-            assert!(longest <= (SHORT / WORTH).max(answers + token * 8.0), "{answers} {token}: {size} {longest}");
-            assert!(size == 256 || 2.0 * (answers + token * size as f64) > SHORT, "{answers} {token}: {size}");
+        // Seconds that any piece takes, and those of a token.
+        for (fixed, token) in [(0.01, 0.001), (0.02, 0.001), (0.005, 0.0001), (0.04, 0.008), (0.01, 0.001)] {
+            let (size, longest) = settles(&mut pieces, |n| fixed + token * n);
+            assert!(longest <= (SHORT / WORTH).max(fixed + token * 8.0), "{fixed} {token}: {size} {longest}");
+            assert!(size == 256 || 2.0 * (fixed + token * size as f64) > SHORT, "{fixed} {token}: {size}");
         }
     }
 
@@ -122,10 +122,10 @@ mod tests {
     fn pieces_stay_large_where_their_size_costs_nothing() {
         let mut pieces = Pieces::new(None);
         // The same experts are read for every piece.
-        assert_eq!(settles(&mut pieces, |n| 2.0 + 0.0025 * n).0, 256);
+        assert_eq!(settles(&mut pieces, |n| 1.0 + 0.001 * n).0, 256);
         // They are in memory from now on.
-        assert!(settles(&mut pieces, |n| 0.03 + 0.0025 * n).0 <= 32);
-        assert_eq!(settles(&mut pieces, |n| 2.0 + 0.0025 * n).0, 256);
+        assert!(settles(&mut pieces, |n| 0.01 + 0.001 * n).0 <= 32);
+        assert_eq!(settles(&mut pieces, |n| 1.0 + 0.001 * n).0, 256);
     }
 
     #[test]

@@ -1,13 +1,17 @@
 //! The engine's thread: one step after the other, each with rows of all conversations.
 //!
-//! A step is the next token of every answer and a piece of the prompts that are read, in turn: nobody who is being answered waits
-//! for more than one piece. What a row computes does not depend on the rows beside it, so neither does any answer.
+//! A step is the next token of every answer, or a piece of the prompts that are read, in turn: nobody who is being answered waits
+//! for more than one piece, and where that takes long, not for its end (`between`). What a row computes does not depend on the rows
+//! beside it, so neither does any answer.
+
+mod between;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub(crate) use between::memory;
 use st_model::{Batch, BatchKind, Engine, Governor, ModelError, Observer, Planned, Sequence, Workspace};
 use tokio::sync::mpsc::Sender;
 
@@ -42,6 +46,8 @@ pub(crate) struct Scheduler<'a> {
     app: &'a App,
     engine: Arc<Engine>,
     workspace: Workspace,
+    /// For answers between the layers of a prompt; in the place of the other meanwhile.
+    small: Option<Workspace>,
     batch: Batch,
     active: Vec<Conversation>,
     prefixes: Prefixes,
@@ -80,7 +86,7 @@ impl<'a> Scheduler<'a> {
     /// # Errors
     /// Where buffers cannot be allocated, or the folder of snapshots cannot be read.
     pub(crate) fn new<E>(app: &'a App, engine: Arc<Engine>) -> Result<Self, ServeError<E>> {
-        let workspace = engine.workspace()?;
+        let (workspace, small) = (engine.workspace()?, Some(engine.workspace()?));
         let prefixes = Prefixes::new(2 * app.settings.parallel * engine.ctx());
         let (batch, active) = (Batch::default(), Vec::new());
         let open = |(folder, most): &(PathBuf, u64)| Disk::open(folder, *most, &engine).map_err(ServeError::Cache);
@@ -90,6 +96,7 @@ impl<'a> Scheduler<'a> {
             app,
             engine,
             workspace,
+            small,
             batch,
             active,
             prefixes,
@@ -131,12 +138,7 @@ impl<'a> Scheduler<'a> {
                 }
                 continue;
             }
-            let step = self.compose();
-            match step.is_empty() {
-                // All readers are slow.
-                true => std::thread::sleep(Duration::from_millis(5)),
-                false => self.step(&step),
-            }
+            self.next_step();
         }
     }
 
@@ -281,21 +283,13 @@ impl<'a> Scheduler<'a> {
         metrics.piece.set(self.pieces.size() as u64);
     }
 
-    /// Who gets how many rows of the next step: a token of every answer, and of prompts what there is room for.
-    fn compose(&mut self) -> Vec<Share> {
+    /// The next token of every answer whose reader has room for it, and what is run after it: what has to follow, `along` tokens of that
+    /// for all at most, or drafts where those may be.
+    fn answers(&mut self, along: usize, takes_drafts: bool) -> Vec<Share> {
         let mut shares = Vec::new();
-        let piece = self.pieces.size();
-        let along = if self.active.len() == 1 { ALONE } else { piece };
         let has_room = |conversation: &Conversation| !conversation.is_reading() && conversation.has_room();
         let answers = self.active.iter().filter(|conversation| has_room(conversation)).count();
-        let answering = self.active.iter().any(|conversation| !conversation.is_reading());
-        // What has to follow a token goes along with it, as long as nobody waits longer than for a piece of a prompt.
-        let mut planned = Planned {
-            rows: answers,
-            tokens: answers as f64,
-            most_certain: along.min(self.engine.max_rows().saturating_sub(self.active.len())),
-            takes_drafts: !self.active.iter().any(Conversation::is_reading),
-        };
+        let mut planned = Planned { rows: answers, tokens: answers as f64, most_certain: along, takes_drafts };
         let mut logits = self.engine.max_logits().saturating_sub(self.active.len());
         for index in 0..self.active.len() {
             if !has_room(&self.active[index]) {
@@ -319,14 +313,13 @@ impl<'a> Scheduler<'a> {
             logits = logits.saturating_sub(ahead.len() - first);
             shares.push(Share { index, rows: 1 + ahead.len() });
         }
-        if std::mem::take(&mut self.gave_up) && answering {
-            return shares;
-        }
-        let taken: usize = shares.iter().map(|share| share.rows).sum();
-        let most = self.engine.max_rows().saturating_sub(taken);
-        let mut room = if answering { piece } else { piece.max(ALONE) }.min(most);
-        let n = self.active.len();
-        let turn = self.turn;
+        shares
+    }
+
+    /// Pieces of the prompts that are read, in turn, of `room` tokens together at most.
+    fn prompts(&mut self, mut room: usize) -> Vec<Share> {
+        let mut shares = Vec::new();
+        let (n, turn) = (self.active.len(), self.turn);
         for index in (0..n).map(|i| (turn + i) % n) {
             let conversation = &self.active[index];
             let rows = if conversation.is_reading() { conversation.rows(room) } else { 0 };
@@ -339,11 +332,41 @@ impl<'a> Scheduler<'a> {
         shares
     }
 
-    /// Runs one step. Where it fails, each conversation is run alone, so that nobody fails for another.
+    /// Runs the next step: a token of every answer, and of prompts what there is room for.
+    fn next_step(&mut self) {
+        let n = self.active.len();
+        let answers = self.active.iter().filter(|conversation| !conversation.is_reading()).count();
+        let room = self.engine.max_rows().saturating_sub(answers);
+        let piece = if answers > 0 { self.pieces.size() } else { self.pieces.size().max(ALONE) };
+        let given_up = std::mem::take(&mut self.gave_up) && answers > 0;
+        let prompts = if given_up { Vec::new() } else { self.prompts(piece.min(room)) };
+        let read: usize = prompts.iter().map(|share| share.rows).sum();
+        if answers > 0 && read > FEW {
+            return self.read_between(&prompts);
+        }
+        // What has to follow a token goes along with it, as long as nobody waits longer than for a piece of a prompt.
+        let along = if n == 1 { ALONE } else { piece }.min(room.saturating_sub(read));
+        let mut shares = self.answers(along, answers == n);
+        shares.extend(prompts);
+        if shares.is_empty() {
+            self.end_all_that_are_over();
+            // All readers are slow.
+            return std::thread::sleep(Duration::from_millis(5));
+        }
+        self.step(&shares);
+    }
+
+    /// Runs one step.
     fn step(&mut self, shares: &[Share]) {
         let started = Instant::now();
-        let (read, is_mixed) = self.pieces_of(shares);
         let outcome = self.forward(shares);
+        self.settle(shares, outcome);
+        self.app.metrics.steps.add(1);
+        self.app.metrics.busy.add_time(started.elapsed());
+    }
+
+    /// What follows from a step. Where it failed, each conversation is run alone, so that nobody fails for another.
+    fn settle(&mut self, shares: &[Share], outcome: Result<(), ModelError>) {
         if let Err(error) = &outcome
             && !matches!(error, ModelError::Cancelled)
         {
@@ -367,19 +390,6 @@ impl<'a> Scheduler<'a> {
                 self.end_all_that_are_over();
             }
         }
-        let took = started.elapsed();
-        if is_mixed {
-            self.pieces.took(read, took);
-        }
-        self.app.metrics.steps.add(1);
-        self.app.metrics.busy.add_time(took);
-    }
-
-    /// Tokens of prompts in a step, and whether there are answers in it, too.
-    fn pieces_of(&self, shares: &[Share]) -> (usize, bool) {
-        let read = shares.iter().filter(|share| self.active[share.index].is_reading());
-        let (n, read) = (read.clone().count(), read.map(|share| share.rows).sum());
-        (read, n > 0 && n < shares.len())
     }
 
     /// Runs the rows of some conversations.
@@ -406,13 +416,7 @@ impl<'a> Scheduler<'a> {
                 }
                 continue;
             }
-            let (rows, rest) = pending.split_at(share.rows);
-            let (&last, others) = rows.split_last().ok_or(ModelError::EmptyPrompt)?;
-            others.iter().for_each(|&token| self.batch.push(share.index, token));
-            match rest.is_empty() {
-                true => drop(self.batch.push_with_logits(share.index, last)),
-                false => self.batch.push(share.index, last),
-            }
+            add_piece(&mut self.batch, share.index, conversation, share.rows);
         }
         let mut watch = Watch { readers, app: self.app };
         loop {
@@ -424,11 +428,15 @@ impl<'a> Scheduler<'a> {
                     self.governor.ran(self.batch.len(), drafted, started.elapsed());
                     return Ok(());
                 }
-                // Texts that are only kept make room for those that are under way.
-                Err(ModelError::KvFull { .. }) if self.prefixes.forget_one() || self.saved(Duration::MAX) => {}
+                Err(ModelError::KvFull { .. }) if self.make_room() => {}
                 outcome => return outcome,
             }
         }
+    }
+
+    /// Texts that are only kept make room for those that are under way; whether there is more of it now.
+    fn make_room(&mut self) -> bool {
+        self.prefixes.forget_one() || self.saved(Duration::MAX)
     }
 
     /// What follows from a step: copies, tokens, ends.
@@ -476,6 +484,17 @@ impl<'a> Scheduler<'a> {
     /// Texts that are kept take no pages beyond those that were planned.
     fn give_back_pages(&mut self) {
         while self.engine.kv_pages().0 > self.engine.planned_pages() && self.prefixes.forget_one() {}
+    }
+}
+
+/// Adds the next rows of a prompt to a batch in which its text has that index.
+fn add_piece(batch: &mut Batch, sequence: usize, conversation: &Conversation, rows: usize) {
+    let (rows, rest) = conversation.pending().split_at(rows);
+    for (i, &token) in rows.iter().enumerate() {
+        match rest.is_empty() && i + 1 == rows.len() {
+            true => drop(batch.push_with_logits(sequence, token)),
+            false => batch.push(sequence, token),
+        }
     }
 }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 use st_grammar::Grammars;
 use st_model::DraftLimit;
 
+use crate::scheduler;
+
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -59,7 +61,7 @@ impl Settings {
         let bodies = BODIES as u64 * self.max_body as u64 + self.max_body as u64 * 2;
         let connections = CONNECTIONS as u64 * CONNECTION_BYTES;
         let grammars = Grammars::memory(n_vocab, self.parallel);
-        bodies + connections + grammars + (self.parallel as u64) * (256 << 10) + (2 << 20)
+        bodies + connections + grammars + scheduler::memory(n_vocab) + (self.parallel as u64) * (256 << 10) + (2 << 20)
     }
 }
 

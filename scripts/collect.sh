@@ -11,4 +11,4 @@ find "$parts" -type f ! -name SHA256SUMS -exec cp {} "$dist" \;
 find "$parts" -type f -name SHA256SUMS -exec cat {} + | LC_ALL=C sort -u -k 2 > "$dist/SHA256SUMS"
 (cd "$dist" && sha256sum --check --strict SHA256SUMS)
 # The newest section that is not empty: the version's own where there is one.
-awk '/^## \[/ { if (body) exit; next } { if (NF) body = 1; if (body) print }' CHANGELOG.md > "$dist/NOTES.md"
+awk '/^## \[/ { if (body) exit; seen = 1; next } seen && NF { body = 1 } body' CHANGELOG.md > "$dist/NOTES.md"

@@ -27,6 +27,7 @@ fail() { printf 'error: %s\n' "$1" >&2; exit 1; }
 build() {
     local target=$1 suffix=${2:-}
     use_target "$target" || return 1
+    export CARGO_PROFILE_RELEASE_STRIP=symbols
     cargo build --locked --release --package st-tool "${cargo_flags[@]}" --target-dir target/cross || exit 1
     binary=target/cross/$target/release/st-tool$suffix
 }
@@ -62,7 +63,7 @@ teller=${ST_TOOL:-$binary}
 "$teller" --version >/dev/null 2>&1 || fail "this machine cannot run $teller; ST_TOOL=PATH names a program of the same commit that it can"
 
 stem=st-tool-$version-$name
-root=target/package/$stem
+root=target/unpacked/$stem
 rm -rf "$root"
 mkdir -p "$root/man" "$root/completions" "$dist"
 install -m 755 "$binary" "$root/st-tool$suffix"
@@ -110,7 +111,7 @@ archive() {
 
 # A package of Debian: the binary depends on nothing.
 deb() {
-    local arch=$1 tree=target/package/deb-$1 shell
+    local arch=$1 tree=target/unpacked/deb-$1 shell
     rm -rf "$tree"
     mkdir -p "$tree/DEBIAN"
     install -D -m 755 "$binary" "$tree/usr/bin/st-tool"
@@ -126,7 +127,7 @@ deb() {
     find "$tree/usr" -type d -exec chmod 755 {} +
     cat > "$tree/DEBIAN/control" <<EOF
 Package: st-tool
-Version: $version-1
+Version: $version
 Architecture: $arch
 Maintainer: The st-tool authors <st-tool@users.noreply.github.com>
 Installed-Size: $(du -k -s "$tree/usr" | cut -f1)
@@ -141,8 +142,8 @@ Description: SmallThinker models on a CPU, with little memory and a disk
 EOF
     (cd "$tree" && find usr -type f | LC_ALL=C sort | xargs md5sum > DEBIAN/md5sums)
     stamp "$tree"
-    dpkg-deb --root-owner-group -Zxz --build "$tree" "$dist/st-tool_$version-1_$arch.deb" >/dev/null
-    checksum "st-tool_$version-1_$arch.deb"
+    dpkg-deb --root-owner-group -Zxz --build "$tree" "$dist/st-tool_$version_$arch.deb" >/dev/null
+    checksum "st-tool_$version_$arch.deb"
 }
 
 archive

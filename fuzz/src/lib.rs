@@ -7,6 +7,15 @@
 //! RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir fuzz/libfuzzer gguf_header fuzz/corpus/gguf_header -- -max_total_time=600
 //! ```
 //!
+//! Each of them takes any bytes, a model's too:
+//!
+//! ```
+//! let model = std::fs::read("../models/tiny/tiny-q4_0.gguf").expect("the bundled model");
+//! for (_, read) in st_fuzz::TARGETS {
+//!     read(&model);
+//! }
+//! ```
+//!
 //! What a search finds goes into `corpus/` under the name of its kind, and is an ordinary test from then on.
 
 use std::path::Path;

@@ -27,9 +27,7 @@
 //!         assert_eq!(engine.ctx(), 2048);
 //!     }
 //!
-//!     fn should_end(&self) -> bool {
-//!         true
-//!     }
+//!     fn should_end(&self) -> bool { true }
 //! }
 //!
 //! # fn main() -> Result<(), ServeError<ModelError>> {

@@ -1,9 +1,10 @@
 //! Alone or in company: a row's logits do not depend on the rows that it is computed with, bit for bit.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use st_convert::{Layout, WeightType};
-use st_model::{Batch, BatchKind, Engine, LoadOptions, ModelError, Sequence, Session};
+use st_model::{Batch, BatchKind, Engine, LoadOptions, ModelError, Observer, Sequence, Session, Workspace};
 
 use crate::common::{self, Dice};
 
@@ -111,6 +112,58 @@ fn a_row_gives_what_it_gives_alone() {
                 company.mixed(&engine, &mut Dice(seed));
                 assert!(slots.is_none() || engine.store_stats().evictions > 0, "{seed}: no eviction");
             }
+        }
+    }
+}
+
+/// Runs the next token of a text after each layer of somebody else's pass.
+struct Within<'a> {
+    engine: &'a Engine,
+    text: &'a [u32],
+    expected: &'a [Vec<f32>],
+    sequence: Sequence,
+    workspace: Workspace,
+}
+
+impl Observer for Within<'_> {
+    fn progress(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        let at = self.sequence.len();
+        if let Some(&token) = self.text.get(at) {
+            let mut batch = Batch::new(BatchKind::Decode);
+            batch.push_with_logits(0, token);
+            let ran = self.engine.forward(&batch, &mut [&mut self.sequence], &mut self.workspace, &mut ());
+            ran.expect("a forward pass");
+            assert!(self.workspace.logits(0) == self.expected[at], "token {at}");
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+/// Between the layers of one text's pass another text goes through all layers: each has the bits that it has alone.
+#[test]
+fn a_pass_within_a_pass_changes_neither() {
+    for golden in common::goldens().iter().filter(|golden| ["long_mixed", "mini-21b_golden_0"].contains(&&*golden.name))
+    {
+        let resident = common::engine(golden.gguf(WeightType::Q4_0, Layout::Gguf), &LoadOptions::default());
+        let company = Company::new(&resident, &golden.ids);
+        let (outer, inner) = (&company.texts[3], &company.texts[0]);
+        let top = resident.config().n_experts_used;
+        for slots in [None, Some(2 * top), Some(4 * top)] {
+            let options = LoadOptions { threads: 2, slots, ..LoadOptions::default() };
+            let engine = common::engine(golden.gguf(WeightType::Q4_0, Layout::Offload), &options);
+            let (sequence, workspace) = (engine.sequence(), engine.workspace().expect("a workspace"));
+            let (text, expected) = (inner.as_slice(), company.expected[0].as_slice());
+            let mut within = Within { engine: &engine, text, expected, sequence, workspace };
+            let (mut sequence, mut workspace) = (engine.sequence(), engine.workspace().expect("a workspace"));
+            for piece in outer.chunks(30) {
+                let mut batch = Batch::new(BatchKind::Prompt);
+                let (&last, others) = piece.split_last().expect("tokens");
+                others.iter().for_each(|&token| batch.push(0, token));
+                batch.push_with_logits(0, last);
+                engine.forward(&batch, &mut [&mut sequence], &mut workspace, &mut within).expect("a forward pass");
+                assert!(workspace.logits(0) == company.expected[3][sequence.len() - 1], "{slots:?}");
+            }
+            assert!(within.sequence.len() > 8, "{slots:?}");
         }
     }
 }

@@ -130,7 +130,7 @@ class Soak:
                 time.sleep(0.05)
 
     def metric(self, name):
-        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        connection = http.client.HTTPConnection(*self.address, timeout=600)
         connection.request("GET", "/metrics")
         return float(re.search(rf"^{name} (\S+)$", connection.getresponse().read().decode(), re.M).group(1))
 

@@ -255,6 +255,9 @@ pub(crate) struct EngineArgs {
     /// Do not guess which experts the next layer will want (for measuring).
     #[arg(long)]
     pub(crate) no_guess: bool,
+    /// Do not fill the cache with the experts that were used most (for measuring).
+    #[arg(long)]
+    pub(crate) no_hot: bool,
     /// Expert reads in flight at once, from 1 to 8; by default 4 (for measuring).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub(crate) reads: Option<u8>,
@@ -335,6 +338,10 @@ pub(crate) struct RunArgs {
     /// Draft from what was said and run several tokens in one pass: as many as pay, `off`, or at most N. Changes no token.
     #[arg(long, value_name = "auto|off|N", default_value = "auto", value_parser = draft)]
     pub(crate) draft: DraftLimit,
+    /// A smaller model with the same tokens drafts where the text itself does not, such as 4b for 21b. It stays in memory, and that is
+    /// part of --memory.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) draft_model: Option<OsString>,
     /// One JSON object per answer on stdout.
     #[arg(long)]
     pub(crate) json: bool,

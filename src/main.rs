@@ -6,6 +6,7 @@ mod commands;
 mod context;
 mod env;
 mod get;
+mod hot;
 mod input;
 mod machine;
 mod memory;

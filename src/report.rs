@@ -260,6 +260,7 @@ fn model_hint(error: &ModelError) -> Option<String> {
         ModelError::Budget { minimum, .. } => {
             format!("--memory {}MiB is the least that works", minimum.div_ceil(1 << 20))
         }
+        ModelError::Vocabulary => "--draft-model takes a model of the same family, such as 4b for 21b".into(),
         ModelError::BudgetUnknown => "without --memory the model runs unbounded".into(),
         ModelError::BudgetBeyondContainer { limit, .. } => {
             format!("--memory {}MiB at most, or a container with more memory", limit >> 20)

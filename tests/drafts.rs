@@ -211,6 +211,28 @@ fn two_hundred_prompts_are_answered_as_without_drafts() {
     assert!(accepted > 200, "{accepted}");
 }
 
+/// A model that drafts for itself is always right, at any temperature; one with other tokens is refused.
+#[test]
+fn a_smaller_model_drafts_and_changes_no_token() {
+    let ask = |with: &[&str]| -> Value {
+        let args = ["run", "tiny", "-p", "Tell me a story.", "-n", "30", "--seed", "4", "--json"];
+        serde_json::from_str(&run(args.iter().chain(with)).ok()).expect("JSON")
+    };
+    let plain = ask(&["--draft", "off"]);
+    for with in [&["--draft", "3", "--draft-model", "tiny"][..], &["--draft-model", "tiny", "--memory", "512MiB"]] {
+        let drafted = ask(with);
+        assert_eq!((&drafted["ids"], &drafted["text"]), (&plain["ids"], &plain["text"]), "{with:?}");
+    }
+    let drafted = ask(&["--draft", "3", "--draft-model", "tiny"]);
+    let stats = &drafted["stats"];
+    assert!(stats["drafted_tokens"].as_u64() > Some(15), "{stats}");
+    assert_eq!(stats["accepted_tokens"], stats["drafted_tokens"], "{stats}");
+    let mini = common::converted(&common::repo("tests/golden/mini-4b"), WeightType::Q4_0, Layout::Gguf);
+    let mini = mini.to_str().expect("UTF-8");
+    run(["run", "tiny", "-p", "x", "--draft-model", mini]).fails(&["other tokens"]);
+    run(["run", "tiny", "-p", "x", "--draft-model", "/no/such.gguf"]).fails(&["/no/such.gguf"]);
+}
+
 /// In company, over HTTP: the same texts and the same logprobs.
 #[test]
 fn conversations_that_are_drafted_together_say_what_each_says_alone() {

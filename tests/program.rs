@@ -14,6 +14,8 @@ pub(crate) fn program() -> Command {
     for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
         command.env_remove(name).env_remove(name.to_uppercase());
     }
+    // No folder can be made there.
+    command.env("ST_TOOL_HOME", "/dev/null/st-tool");
     command.env("HF_HOME", "/nonexistent/hf").env("HF_HUB_OFFLINE", "1").stdin(Stdio::null());
     command
 }

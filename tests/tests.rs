@@ -15,6 +15,7 @@ mod faults;
 mod getting;
 mod golden;
 mod grammars;
+mod hot;
 mod http;
 mod hub;
 mod identity;

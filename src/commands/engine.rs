@@ -5,11 +5,16 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use st_gguf::{GgufFile, Header};
-use st_model::{Engine, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan, PREDICTOR_TENSOR, SparseHead};
+use st_model::sampler::SamplerOptions;
+use st_model::{
+    Draft, Engine, Hot, IoMode, KvType, LoadOptions, LoadProgress, MemoryPlan, PREDICTOR_TENSOR, SmallerModel,
+    SparseHead,
+};
 
 use super::predictor;
 use crate::cli::{EngineArgs, HeadArgs, IoName, KvName};
 use crate::context::Context;
+use crate::hot;
 use crate::models::Model;
 use crate::size::show_size;
 use st_sys::physical_cores;
@@ -51,13 +56,18 @@ pub(crate) fn load_for(
     context: &Context,
 ) -> anyhow::Result<Arc<Engine>> {
     let sparse_head = sparse_head(head, &file, context)?;
-    let options = LoadOptions { sequences, sparse_head, ..options(args, ctx, kv_type) };
+    let options = LoadOptions { sequences, sparse_head, hot: hot(&file, args, context), ..options(args, ctx, kv_type) };
     load_with(file, options, &Loading(context), context)
 }
 
 /// Tokens of a file's vocabulary; 0 where it has no tokenizer.
 pub(crate) fn vocabulary(file: &GgufFile) -> usize {
     file.header.metadata.strings("tokenizer.ggml.tokens").ok().flatten().map_or(0, |tokens| tokens.len())
+}
+
+/// What the cache of a model is filled with at its start.
+pub(crate) fn hot(file: &GgufFile, args: &EngineArgs, context: &Context) -> Option<Arc<Hot>> {
+    args.memory.filter(|_| !args.no_hot).and_then(|_| hot::find(file, context))
 }
 
 /// How a model is loaded, by the options of a command.
@@ -87,6 +97,40 @@ pub(crate) fn load_with(
     let engine = Engine::load_with(file, &options, progress)?;
     context.interrupt.check()?;
     Ok(engine)
+}
+
+/// A model that drafts for another, before it is loaded.
+pub(crate) struct Smaller {
+    file: GgufFile,
+    options: LoadOptions,
+    /// What it will take, in bytes.
+    pub(crate) bytes: u64,
+}
+
+/// Tokens that a model which drafts reads, where nobody says how many and memory is counted.
+const DRAFTED_CTX: usize = 4096;
+
+impl Smaller {
+    /// Opens it; all its experts stay in memory.
+    pub(crate) fn open(name: &OsStr, args: &EngineArgs, ctx: Option<usize>, context: &Context) -> anyhow::Result<Self> {
+        let file = Model::resolve(name)?.open_gguf(context)?;
+        let longest = file.header.model_shape()?.context_length;
+        let ctx = ctx.or(args.memory.map(|_| DRAFTED_CTX)).map(|ctx| ctx.min(longest));
+        let options = LoadOptions { memory: None, ..options(args, ctx, None) };
+        let plan = Engine::plan_for(&file, &options)?;
+        Ok(Self { file, options, bytes: plan.total() - plan.process })
+    }
+
+    /// Loads it to draft for `larger`.
+    pub(crate) fn load(
+        self,
+        larger: &Engine,
+        sampling: SamplerOptions,
+        context: &Context,
+    ) -> anyhow::Result<Box<dyn Draft>> {
+        let engine = load_with(self.file, self.options, &Loading(context), context)?;
+        Ok(Box::new(SmallerModel::new(&engine, larger, sampling)?))
+    }
 }
 
 /// Says what a file holds besides its model; what makes no model is refused by whoever needs one.

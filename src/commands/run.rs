@@ -16,9 +16,9 @@ use super::routing::RoutingFile;
 use super::{engine, fit, session, tokens};
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::context::Context;
-use crate::input;
 use crate::report::Advice;
 use crate::signals::Interrupt;
+use crate::{hot, input};
 
 /// What there is to answer.
 enum Input {
@@ -38,15 +38,22 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let input = read_input(args, &context.interrupt)?;
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
     let file = engine::open(args.model.as_deref(), context)?;
-    let beside = source.as_ref().map_or(0, |_| Grammars::memory(engine::vocabulary(&file), 1));
+    let smaller = |name| engine::Smaller::open(name, &args.engine, args.ctx, context);
+    let smaller = args.draft_model.as_deref().map(smaller).transpose()?;
+    let beside = source.as_ref().map_or(0, |_| Grammars::memory(engine::vocabulary(&file), 1))
+        + smaller.as_ref().map_or(0, |smaller| smaller.bytes);
     let sparse_head = engine::sparse_head(&args.head, &file, context)?;
-    let load = LoadOptions { beside, sparse_head, ..engine::options(&args.engine, args.ctx, args.kv_type) };
+    let hot = engine::hot(&file, &args.engine, context);
+    let load = LoadOptions { beside, sparse_head, hot, ..engine::options(&args.engine, args.ctx, args.kv_type) };
     let engine = engine::load_with(file, load, &engine::Loading(context), context)?;
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
     let style = Style { json: args.json, stats: args.stats, seed: options.seed };
     let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
 
     let mut session = Session::new(&engine)?.drafted(args.draft);
+    if let Some(smaller) = smaller {
+        session = session.drafted_by(smaller.load(&engine, options, context)?);
+    }
     if let Some(path) = &args.session {
         session::load(path, &mut session, context)?;
     }
@@ -59,6 +66,7 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
         Input::Ids(ids) => out.answer_once(&mut chat, Prompt::Ids(ids)),
         Input::Text(text) => prompt(&engine, text, args, context).and_then(|prompt| out.answer_once(&mut chat, prompt)),
     };
+    hot::keep(&engine, context);
     // An answer that was stopped, or failed, was computed as far as it is there.
     let outcome = match &args.session {
         Some(path) => session::save(path, chat.session()).and(outcome),

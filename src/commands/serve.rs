@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -18,7 +18,7 @@ use crate::cli::ServeArgs;
 use crate::context::Context;
 use crate::models::Model;
 use crate::report::Advice;
-use crate::{input, ui};
+use crate::{hot, input, ui};
 
 /// A file of keys is not longer.
 const MAX_KEYS: u64 = 64 << 10;
@@ -44,11 +44,17 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
     let options = LoadOptions {
         sequences: args.parallel,
         beside: settings.memory(engine::vocabulary(&file)),
+        hot: engine::hot(&file, &args.engine, context),
         ..engine::options(&args.engine, args.ctx, args.kv_type)
     };
     context.ui.note(format_args!("note: the model is loading; http://{address}/health tells how far it is"));
-    let here = Here { context, address, options, log_json: args.log_json, file: Mutex::new(Some(file)) };
-    match serve(listener, settings, &here) {
+    let (file, loaded) = (Mutex::new(Some(file)), OnceLock::new());
+    let here = Here { context, address, options, log_json: args.log_json, file, loaded };
+    let served = serve(listener, settings, &here);
+    if let Some(engine) = here.loaded.get() {
+        hot::keep(engine, context);
+    }
+    match served {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(ServeError::Load(error)) => Err(error),
         Err(error) => Err(error.into()),
@@ -112,6 +118,7 @@ struct Here<'a> {
     log_json: bool,
     /// Taken when it is loaded.
     file: Mutex<Option<GgufFile>>,
+    loaded: OnceLock<Arc<Engine>>,
 }
 
 impl Operator for Here<'_> {
@@ -120,7 +127,9 @@ impl Operator for Here<'_> {
     fn load(&self, follow: &Loading<'_>) -> anyhow::Result<Arc<Engine>> {
         let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
         let file = file.context("the model was loaded already")?;
-        engine::load_with(file, self.options.clone(), &Progress { context: self.context, follow }, self.context)
+        let engine =
+            engine::load_with(file, self.options.clone(), &Progress { context: self.context, follow }, self.context)?;
+        Ok(Arc::clone(self.loaded.get_or_init(|| engine)))
     }
 
     fn ready(&self, _: &Engine) {

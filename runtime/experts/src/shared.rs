@@ -10,6 +10,7 @@ use crate::inflight::Job;
 use crate::place::{Finish, Held};
 use crate::reader::{Cost, Reader};
 use crate::table::Table;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,9 @@ use std::time::{Duration, Instant};
 /// microseconds to come back, in a virtual machine more, and that for every layer of every token; threads that have work
 /// get the processor meanwhile.
 const PATIENCE: Duration = Duration::from_millis(2);
+
+/// Memory that is taken from the system in one go: a large page.
+const TAKEN_AT_ONCE: usize = 2 << 20;
 
 /// What I/O threads and computing threads share.
 #[derive(Debug)]
@@ -52,11 +56,16 @@ pub(crate) struct State {
     pub(crate) reading_since: Option<Instant>,
     /// Emptied pin lists, to be used again.
     pub(crate) spare: Vec<Vec<Held>>,
+    /// What of the slots has no memory yet, and whether a thread is taking some.
+    untaken: Range<usize>,
+    taking: bool,
 }
 
 impl Shared {
     /// Around a table of which nothing is known yet.
-    pub(crate) fn new(reader: Reader, table: Table, gate: GuessGate) -> Self {
+    pub(crate) fn new(reader: Reader, table: Table, gate: GuessGate, resident: bool) -> Self {
+        // Where every expert has a slot, memory is taken for those alone that are used.
+        let untaken = if resident { 0..0 } else { 0..reader.slab.bytes() };
         let state = State {
             table,
             gate,
@@ -68,6 +77,8 @@ impl Shared {
             reading: 0,
             reading_since: None,
             spare: Vec::new(),
+            untaken,
+            taking: false,
         };
         Self {
             reader,
@@ -148,6 +159,16 @@ impl Shared {
         let mut state = self.lock();
         while !state.closing {
             let Some(job) = state.table.next_job() else {
+                if let Some(part) = state.next_untaken() {
+                    drop(state);
+                    let taken = self.reader.slab.take(part);
+                    state = self.lock();
+                    state.taking = false;
+                    if taken.is_err() {
+                        state.untaken = 0..0;
+                    }
+                    continue;
+                }
                 state.idle += 1;
                 state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
                 state.idle -= 1;
@@ -198,6 +219,17 @@ impl Shared {
 }
 
 impl State {
+    /// A part of the slots that a thread which has nothing to read takes memory for, so that no read has to wait until the system has
+    /// zeroed it. One thread does so at a time: the others wait for reads.
+    fn next_untaken(&mut self) -> Option<Range<usize>> {
+        if self.taking || self.untaken.is_empty() {
+            return None;
+        }
+        let end = (self.untaken.start + TAKEN_AT_ONCE).min(self.untaken.end);
+        self.taking = true;
+        Some(std::mem::replace(&mut self.untaken.start, end)..end)
+    }
+
     fn count(&mut self, cost: &Cost) {
         let stats = &mut self.table.stats;
         stats.bytes_read += cost.bytes;

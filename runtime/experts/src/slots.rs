@@ -33,6 +33,14 @@ impl Slab {
         self.pages.len()
     }
 
+    /// Has the system give the memory of the bytes `part`, whole pages, before somebody writes to them.
+    ///
+    /// # Errors
+    /// As [`Pages::take`].
+    pub(crate) fn take(&self, part: Range<usize>) -> io::Result<()> {
+        self.pages.take(part.start, part.len())
+    }
+
     fn ptr(&self, slot: u32, range: &Range<usize>) -> *mut u8 {
         let slot = slot as usize;
         assert!(

@@ -94,7 +94,7 @@ impl ExpertStore {
             reader.pieces.clone(),
             checksums,
         );
-        let shared = Arc::new(Shared::new(reader, table, gate));
+        let shared = Arc::new(Shared::new(reader, table, gate, resident));
         let prefetch = options.prefetch;
         let mut store = Self { shared, threads: Vec::new(), n_slots, resident, capacity, prefetch, guesses, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
@@ -133,6 +133,18 @@ impl ExpertStore {
         }
     }
 
+    /// Begins to fill the cache with experts that are likely to be asked for, as (layer, expert), the likeliest first: as many as have a
+    /// slot, in the order of the file. Advisory, as [`ExpertStore::prefetch`], and without effect where each has a slot of its own.
+    pub fn warm(&self, experts: impl Iterator<Item = (usize, u32)>) {
+        if self.resident {
+            return;
+        }
+        let keys = experts.filter_map(|(layer, expert)| self.prefetchable(layer, &[expert])?.next());
+        let mut state = self.shared.lock();
+        let queued = state.table.warm(keys);
+        self.shared.wake_readers(state, queued);
+    }
+
     /// As [`ExpertStore::prefetch`] for experts that are only guessed: read after everything that is certain, into the
     /// slots set aside for guesses, and only in layers where guesses were mostly right lately. A guess replaces the one
     /// before it, as far as nothing was read for that.
@@ -154,7 +166,7 @@ impl ExpertStore {
     }
 
     /// The keys of those of `ids` that exist, where prefetching is on.
-    fn prefetchable(&self, layer: usize, ids: &[u32]) -> Option<impl Iterator<Item = u32> + Clone> {
+    fn prefetchable<'i>(&self, layer: usize, ids: &'i [u32]) -> Option<impl Iterator<Item = u32> + Clone + use<'i>> {
         let (n_layers, n_experts) = (self.index().n_layers(), self.index().n_experts());
         let known = ids.iter().filter(move |&&id| (id as usize) < n_experts);
         (self.prefetch && layer < n_layers).then(|| known.map(move |&id| (layer * n_experts) as u32 + id))

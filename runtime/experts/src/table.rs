@@ -25,6 +25,8 @@ use crate::stats::StoreStats;
 
 /// A prefetched expert that nobody came for is given up first after this many further requests.
 const PROMISE_LASTS: u64 = 64;
+/// Slots that stay free when a cache is warmed: three waves of a prompt.
+const KEPT_FREE: usize = 24;
 
 /// What becomes of a slot when it is whole and nobody holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,8 @@ struct Slot {
     warmth: Warmth,
     /// Whether a lease has had this expert since it was loaded.
     used: bool,
+    /// Whether its pieces stand in the slow lane.
+    is_slow: bool,
     /// Whether a prefetch (not a guess) had it read; cleared once that is counted as useful.
     prefetched: bool,
     /// The matrices that may be used, as a mask.
@@ -110,6 +114,7 @@ impl<E: Eviction> Table<E> {
             intent: Intent::Used,
             warmth: Warmth::Warm,
             used: false,
+            is_slow: false,
             prefetched: false,
             ready: 0,
             load: Load::default(),
@@ -202,11 +207,11 @@ impl<E: Eviction> Table<E> {
         match certainty {
             Certainty::Chosen => {
                 self.stats.prefetch_issued += 1;
-                self.begin(slot, key, Intent::Promise)
+                self.begin(slot, key, Intent::Promise, true)
             }
             Certainty::Guess => {
                 self.stats.guess_issued += 1;
-                self.begin(slot, key, Intent::Guess)
+                self.begin(slot, key, Intent::Guess, false)
             }
         }
     }
@@ -229,12 +234,18 @@ impl<E: Eviction> Table<E> {
             }
             (Place::Loading, Intent::Guess) => {
                 self.confirm_guess(at);
-                let slot = &mut self.slots[at as usize];
-                slot.intent = Intent::Promise;
-                self.queue.push(at, slot.key, &slot.load, true)
+                self.slots[at as usize].intent = Intent::Promise;
+                self.hurry(at)
             }
+            (Place::Loading, _) => self.hurry(at),
             _ => 0,
         }
+    }
+
+    /// Puts what is left to be read of a slot in the slow lane into the fast one; returns how many pieces were queued.
+    fn hurry(&mut self, at: u32) -> usize {
+        let slot = &mut self.slots[at as usize];
+        if std::mem::take(&mut slot.is_slow) { self.queue.push(at, slot.key, &slot.load, true) } else { 0 }
     }
 
     fn promise(&mut self, at: u32) {
@@ -288,7 +299,7 @@ impl<E: Eviction> Table<E> {
                     return Err(Blocked::OnPins { needed: missing, free });
                 };
                 at = vacated;
-                queued += self.begin(at, key, Intent::Used);
+                queued += self.begin(at, key, Intent::Used, true);
                 let slot = &mut self.slots[at as usize];
                 slot.warmth = if how == Use::Keep { Warmth::Warm } else { Warmth::Cold };
                 slot.pins = 1;
@@ -334,10 +345,7 @@ impl<E: Eviction> Table<E> {
         let slot = &mut self.slots[at as usize];
         slot.intent = Intent::Used;
         if place == Place::Loading {
-            // A guess's pieces may stand in the slow lane.
-            if intent == Intent::Guess {
-                self.queue.push(at, key, &slot.load, true);
-            }
+            self.hurry(at);
         } else {
             slot.place = Place::Pinned;
         }
@@ -455,8 +463,26 @@ impl<E: Eviction> Table<E> {
         self.free.push(at);
     }
 
-    /// Begins to load `key` into a vacated slot; returns how many pieces were queued.
-    fn begin(&mut self, at: u32, key: u32, intent: Intent) -> usize {
+    /// Begins to read experts that nobody has asked for yet: of `keys`, the most wanted first, as many as there are free slots for
+    /// beside those that prompts go through. They are read as they lie in the file, after everything that somebody asks for.
+    /// Returns how many pieces were queued.
+    pub(crate) fn warm(&mut self, keys: impl Iterator<Item = u32>) -> usize {
+        let room = self.free.len().saturating_sub(KEPT_FREE.min(self.slots.len() / 4));
+        let mut keys: Vec<u32> = keys.filter(|&key| !self.is_cached(key)).take(room).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let mut queued = 0;
+        for key in keys {
+            let Some(at) = self.free.pop() else { break };
+            queued += self.begin(at, key, Intent::Used, false);
+            // Whoever finds it here has not had it read.
+            self.slots[at as usize].used = true;
+        }
+        queued
+    }
+
+    /// Begins to load `key` into a vacated slot, in the fast lane or in the slow one; returns how many pieces were queued.
+    fn begin(&mut self, at: u32, key: u32, intent: Intent, fast: bool) -> usize {
         let verify = !self.checksums.is_empty() && !self.verified[key as usize];
         self.stats.loads += 1;
         self.stats.rereads += u64::from(std::mem::replace(&mut self.seen[key as usize], true));
@@ -473,7 +499,8 @@ impl<E: Eviction> Table<E> {
         slot.prefetched = intent == Intent::Promise;
         slot.ready = 0;
         slot.error = None;
-        self.queue.push(at, key, &slot.load, intent != Intent::Guess)
+        slot.is_slow = !fast;
+        self.queue.push(at, key, &slot.load, fast)
     }
 }
 

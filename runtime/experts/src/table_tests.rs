@@ -503,3 +503,25 @@ fn counters_tell_hits_from_prefetched_misses() {
     assert_eq!((stats.lookups, stats.hits, stats.loads, stats.rereads), (5, 1, 4, 1));
     assert_eq!((stats.prefetch_issued, stats.prefetch_useful, stats.evictions), (1, 1, 2));
 }
+
+#[test]
+fn a_warmed_cache_is_read_in_the_order_of_the_file_after_what_somebody_wants() {
+    let mut table = small_table(16, 0);
+    // A quarter of the slots stays free; what is wanted least has none.
+    let most_wanted = [150, 3, 77, 20, 90, 100, 8, 60, 61, 62, 63, 64, 199, 198];
+    table.warm(most_wanted.into_iter());
+    assert!(table.is_cached(64) && !table.is_cached(199) && table.free.len() == 4);
+    let mut held = Vec::new();
+    table.acquire(&[120, 77], Use::Keep, &mut held).unwrap();
+    let mut order: Vec<u32> = Vec::new();
+    while let Some(job) = table.next_job() {
+        table.finish(&job, 0);
+        order.push(job.key);
+    }
+    order.dedup();
+    assert_eq!(order, [120, 77, 3, 8, 20, 60, 61, 62, 63, 64, 90, 100, 150]);
+    table.release_all(&mut held);
+    assert!(use_once(&mut table, 3, Use::Keep) && !use_once(&mut table, 199, Use::Keep));
+    // Twice does nothing more, and names that come twice are read once.
+    assert_eq!(table.warm([3, 3, 8].into_iter()), 0);
+}

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use st_experts::{ExpertStore, StoreOptions, StoreStats};
+use st_experts::{ExpertStore, Hot, StoreOptions, StoreStats};
 use st_format::ModelShape;
 use st_gguf::GgufFile;
 use st_kernels::{Isa, KvFormat, KvPool, KvType};
@@ -126,6 +126,12 @@ impl Engine {
             Some(io) => ExpertStore::with_io(Box::new(Arc::clone(io)), index, format, store_options),
             None => ExpertStore::new(Arc::clone(&file.source), index, format, store_options),
         }?;
+        if let Some(hot) = &options.hot
+            && hot.is_of(&fingerprint(&identity), config.n_layers, config.n_experts)
+        {
+            // They are read while the other weights are.
+            store.warm(hot.order().into_iter());
+        }
         let kv_format = kv_cache::format(&config, options.kv_type_for(source.is_quantized()));
         let planned = pages(&plan, kv_format);
         let kv = KvPool::new(kv_format, if plan.budget.is_some() { planned } else { usize::MAX });
@@ -357,7 +363,25 @@ impl Engine {
 
     /// What tells the model and its settings from all others, for people: the same for the same weights, on every machine.
     pub fn fingerprint(&self) -> String {
-        self.identity[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+        fingerprint(&self.identity)
+    }
+
+    /// [`Engine::fingerprint`] of a file that is not loaded yet.
+    ///
+    /// # Errors
+    /// Where it holds no model.
+    pub fn fingerprint_of(file: &GgufFile) -> Result<String, ModelError> {
+        Ok(fingerprint(&snapshot::identity(file, &file.header.model_shape()?)?))
+    }
+
+    /// How often each expert was used since the model was loaded, for [`LoadOptions::hot`]; `None` where every expert has a slot, or none
+    /// was used.
+    pub fn hot(&self) -> Option<Hot> {
+        let uses = self.expert_activity().0;
+        let used = self.plan.residency.reads_again() && uses.iter().any(|&n| n > 0);
+        let layers = uses.chunks(self.config().n_experts.max(1));
+        let layers = layers.map(|layer| layer.iter().map(|&n| u64::from(n)).collect()).collect();
+        used.then(|| Hot::new(self.fingerprint(), layers))
     }
 
     /// Rows that one pass takes, at most.
@@ -384,6 +408,11 @@ impl Engine {
     pub fn store_stats(&self) -> StoreStats {
         self.model.store().stats()
     }
+}
+
+/// A few bytes of what tells a model from others, as text.
+fn fingerprint(identity: &[u8; 32]) -> String {
+    identity[..6].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Pages that a plan counts.

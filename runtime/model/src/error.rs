@@ -189,6 +189,9 @@ pub enum ModelError {
         /// Pages that there are.
         pages: usize,
     },
+    /// A model that should draft for one with other tokens.
+    #[error("the model that drafts has other tokens than the model that it drafts for")]
+    Vocabulary,
     /// Something that another engine has made.
     #[error("the {what} belongs to another engine")]
     Foreign {

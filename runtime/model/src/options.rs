@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use st_experts::io::ExpertIo;
-use st_experts::{ALL_EXPERTS, IoMode, StoreOptions};
+use st_experts::{ALL_EXPERTS, Hot, IoMode, StoreOptions};
 use st_kernels::{Isa, Kernels, KvType};
 
 use crate::error::ModelError;
@@ -36,6 +36,8 @@ pub struct LoadOptions {
     pub prefetch: bool,
     /// Whether the next layer's experts are guessed and read ahead, where guesses prove right.
     pub guess: bool,
+    /// What the cache is filled with before anybody asks, where not every expert has a slot; of another model it has no effect.
+    pub hot: Option<Arc<Hot>>,
     /// Expert reads in flight at once; `None` lets the store choose.
     pub io_threads: Option<usize>,
     /// Kernels to use; `None` takes the best that the CPU has.
@@ -69,6 +71,7 @@ impl Default for LoadOptions {
             expert_io: None,
             prefetch: true,
             guess: true,
+            hot: None,
             io_threads: None,
             isa: None,
             sparse_head: None,

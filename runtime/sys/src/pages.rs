@@ -72,6 +72,21 @@ impl Pages {
         self.base.as_ptr()
     }
 
+    /// Has the system give the memory of `len` bytes from `at` on now, which it would give when they are first written to. That takes
+    /// as long as zeroing it does, and changes nothing that is there.
+    ///
+    /// # Errors
+    /// What the system reports, `Unsupported` where it gives memory no earlier.
+    ///
+    /// # Panics
+    /// If the range is no whole number of pages of this memory.
+    pub fn take(&self, at: usize, len: usize) -> io::Result<()> {
+        let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(inside, "{len} bytes at {at} of {} in memory", self.len);
+        // SAFETY: the range is part of this memory.
+        unsafe { os::take(self.as_ptr().add(at), len) }
+    }
+
     /// Puts the `len` bytes of `file` from `offset` on, as whole pages of the page cache, in the place of the memory from `at` on, and
     /// waits until they are there. From then on they can only be read.
     ///
@@ -122,6 +137,21 @@ mod tests {
         let exact = Pages::exact((5 << 20) + 3).unwrap();
         assert_eq!((exact.as_ptr().align_offset(LARGE_PAGE), exact.len()), (0, (5 << 20) + 3));
         touch(&exact);
+    }
+
+    #[test]
+    fn memory_can_be_had_before_it_is_used() {
+        let pages = Pages::new(4 << 20, true).unwrap();
+        // SAFETY: the page is this test's alone.
+        unsafe { *pages.as_ptr().add(3) = 7 };
+        let taken = pages.take(0, 4 << 20);
+        assert!(taken.is_ok() || cfg!(not(target_os = "linux")), "{taken:?}");
+        // SAFETY: as above.
+        unsafe {
+            assert_eq!([*pages.as_ptr().add(3), *pages.as_ptr().add(4)], [7, 0]);
+            *pages.as_ptr().add(3) = 0;
+        }
+        touch(&pages);
     }
 
     #[test]

@@ -242,6 +242,22 @@ unsafe fn populate(start: *mut libc::c_void, len: usize) -> io::Result<()> {
     if refused == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Takes memory from the system for pages that nobody has written to yet.
+///
+/// # Safety
+/// The range is mapped.
+#[cfg(target_os = "linux")]
+pub(crate) unsafe fn take(at: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: the caller's promise; this brings pages in as a write would, and changes no byte.
+    let refused = unsafe { libc::madvise(at.cast(), len, libc::MADV_POPULATE_WRITE) };
+    if refused == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) unsafe fn take(_at: *mut u8, _len: usize) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 #[cfg(not(target_os = "linux"))]
 unsafe fn populate(_start: *mut libc::c_void, _len: usize) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())

@@ -280,6 +280,14 @@ impl Drop for Reserved {
     }
 }
 
+/// Always refused: memory is there when it is first written to.
+///
+/// # Safety
+/// None is needed: nothing is touched.
+pub(crate) unsafe fn take(_at: *mut u8, _len: usize) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Always refused: here a file's pages cannot take the place of others.
 ///
 /// # Safety

@@ -71,6 +71,12 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
+    /// Say what a model would take and how fast it would be here, before it is fetched.
+    Plan(PlanArgs),
+    /// Run texts, and show which experts they use, how sparse neurons are, and what caches would do.
+    Profile(ProfileArgs),
+    /// Prove an answer by its receipt: make it again, here, and compare each token and its logits.
+    Verify(VerifyArgs),
     /// Turn text into token ids, or back.
     Tokenize(TokenizeArgs),
     /// Show which models are here, in the hub's cache and in the store of converted files.
@@ -189,6 +195,9 @@ pub(crate) struct QuantizeArgs {
     /// For Q4_0: choose each block's scale for the least squared error, and tell what that gains. Takes about twice the time.
     #[arg(long)]
     pub(crate) search: bool,
+    /// Weigh the errors of that search by this importance matrix: one of `st-tool profile`, or of llama.cpp. Implies --search.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) imatrix: Option<PathBuf>,
     /// Quantize again what is below 8 bits already, which loses more than quantizing the original.
     #[arg(long)]
     pub(crate) allow_requantize: bool,
@@ -345,15 +354,76 @@ pub(crate) struct RunArgs {
     /// One JSON object per answer on stdout.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Speed and memory on stderr at the end.
-    #[arg(long)]
-    pub(crate) stats: bool,
+    /// Speed and memory on stderr at the end; with `=live` also in a line that moves while the answer is made, at a terminal.
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "end")]
+    pub(crate) stats: Option<StatsName>,
     /// Write which experts each token is sent to, for `st-tool cache-sim`; replaces an earlier trace.
     #[arg(long, value_name = "FILE")]
     pub(crate) record_routing: Option<PathBuf>,
     /// Keep what is computed of the conversation in FILE, and go on from it; saves time and changes no token.
     #[arg(long, value_name = "FILE")]
     pub(crate) session: Option<PathBuf>,
+    /// Write what proves the answer, for `st-tool verify`; replaces an earlier receipt.
+    #[arg(long, value_name = "FILE", conflicts_with = "sparse_head")]
+    pub(crate) receipt: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// The model; of one on the hub, only a header is fetched.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: OsString,
+    /// Memory that the process may use, all told; several to compare. By default a ladder of sizes.
+    #[arg(long, value_name = "SIZE", num_args = 1.., value_delimiter = ',', value_parser = parse_size)]
+    pub(crate) memory: Vec<u64>,
+    /// Context length; by default the model's own, or what the memory allows.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) ctx: Option<usize>,
+    /// Conversations at once, as `serve` has them.
+    #[arg(long, value_name = "N", value_parser = conversations)]
+    pub(crate) parallel: Option<usize>,
+    /// A trace that `run --record-routing` wrote; by default the routing of the bundled model.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) routing: Option<PathBuf>,
+    /// Compute threads; by default the physical cores.
+    #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
+    pub(crate) threads: Unless<usize>,
+    /// One JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProfileArgs {
+    /// The model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: OsString,
+    /// A text; several are set side by side. `-` reads stdin.
+    #[arg(short, long, value_name = "TEXT", num_args = 1.., required = true)]
+    pub(crate) file: Vec<PathBuf>,
+    /// The folder for profile.json, report.html and its pictures; it is made where it is missing.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// Tokens of each text, at most.
+    #[arg(long, value_name = "N", default_value = "4096", value_parser = positive)]
+    pub(crate) tokens: usize,
+    /// The profile on stdout, too.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// A file that `run --receipt` wrote; `-` reads stdin.
+    #[arg(value_name = "RECEIPT")]
+    pub(crate) receipt: PathBuf,
+    /// The model; by default the one that the receipt names.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<OsString>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
 }
 
 #[derive(Debug, Args)]
@@ -413,6 +483,9 @@ pub(crate) struct ServeArgs {
     /// One JSON object for each request and answer on stderr, without texts or keys.
     #[arg(long)]
     pub(crate) log_json: bool,
+    /// Give receipts with answers that ask for them, for `st-tool verify`; the model is read and hashed first.
+    #[arg(long)]
+    pub(crate) receipts: bool,
     /// Names that requests may call the model by; it is listed by the first.
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) alias: Vec<String>,
@@ -573,6 +646,9 @@ pub(crate) struct PerplexityArgs {
     /// The text; `-` reads stdin.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) file: PathBuf,
+    /// Compare with this model, such as the same in F32: the KL divergence, and how much perplexity changes, each with its error.
+    #[arg(long, value_name = "MODEL", conflicts_with = "memory")]
+    pub(crate) against: Option<OsString>,
     /// Tokens per window; by default 512, or the model's context where that is shorter.
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) ctx: Option<usize>,
@@ -625,6 +701,14 @@ pub(crate) enum IoName {
     Direct,
     /// Through the page cache.
     Buffered,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StatsName {
+    /// When the answer is there.
+    End,
+    /// While it is made, too.
+    Live,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

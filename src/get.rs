@@ -12,6 +12,7 @@ use st_hub::{DownloadRequest, Hub, HubError, Listing, Published, RepoId, TypeTag
 
 use crate::arriving;
 use crate::context::Context;
+use crate::planned::Planned;
 use crate::report::Advice;
 use crate::repos::{hub, short_name};
 use crate::size::show_size;
@@ -126,10 +127,19 @@ impl Wanted {
                 let free = found.listing.free_bytes;
                 let what = format!("{} of {}", found.model.files[0].path, found.listing.repo);
                 let missing = found.model.missing_bytes();
-                self.ask(context, &what, [missing, missing, found.model.bytes()], free, &found.listing.target)?;
+                let planned =
+                    |hub: &Hub| Planned::of_published(self.to_string(), &found.listing, &found.model, hub.clone());
+                let speed = || planned(&hub)?.speed(context);
+                self.ask(
+                    context,
+                    &what,
+                    [missing, missing, found.model.bytes()],
+                    (&found.listing.target, free),
+                    &speed,
+                )?;
                 found.fetch(&hub, None, context)
             }
-            Offer::Checkpoint(listing) => self.convert(listing, context),
+            Offer::Checkpoint(listing) => self.convert(listing, &hub, context),
         }
     }
 
@@ -220,7 +230,7 @@ impl Wanted {
     }
 
     /// Fetches the checkpoint and converts it into the store.
-    fn convert(&self, listing: Listing, context: &Context) -> anyhow::Result<PathBuf> {
+    fn convert(&self, listing: Listing, hub: &Hub, context: &Context) -> anyhow::Result<PathBuf> {
         let shards = || listing.files.iter().filter(|file| file.path.ends_with(".safetensors")).map(|file| file.size);
         // 16 bits become 4.5 of them.
         let (output, shard) = (shards().sum::<u64>() / 64 * 18, shards().max().unwrap_or(0));
@@ -229,7 +239,11 @@ impl Wanted {
         let target = store.place(&self.repo, USUAL)?;
         let folder = target.parent().unwrap_or(Path::new("."));
         let free = st_sys::free_space(folder).ok().flatten();
-        let asked = self.ask(context, &what, [listing.missing_bytes(), output + shard, output], free, folder);
+        let speed = || {
+            let planned = Planned::of_checkpoint(self.to_string(), &listing, hub, &context.env.store)?;
+            planned.speed(context)
+        };
+        let asked = self.ask(context, &what, [listing.missing_bytes(), output + shard, output], (folder, free), &speed);
         if asked.is_err() {
             store.tidy(&self.repo);
         }
@@ -246,14 +260,17 @@ impl Wanted {
         context: &Context,
         what: &str,
         [fetched, disk, memory]: [u64; 3],
-        free: Option<u64>,
-        folder: &Path,
+        (folder, free): (&Path, Option<u64>),
+        speed: &dyn Fn() -> anyhow::Result<Option<String>>,
     ) -> anyhow::Result<()> {
         let free = free.map_or_else(String::new, |free| format!(" of {} free", show_size(free)));
         let (fetched, disk) = (show_size(fetched), show_size(disk));
+        // Who has agreed already need not wait for a measurement.
+        let speed = if context.yes { None } else { speed().unwrap_or_default() };
+        let speed = speed.map_or_else(String::new, |speed| format!("\n  speed     {speed}"));
         let lines = format!(
             "{self} is not here; there is {what}\n  to fetch  {fetched}\n  disk      {disk}{free} in {}\n  memory    {} and \
-             some for the context; --memory makes it less",
+             some for the context; --memory makes it less{speed}",
             folder.display(),
             show_size(memory),
         );

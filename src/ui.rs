@@ -92,6 +92,11 @@ pub(crate) fn count_bar(ui: Ui, title: &'static str, total: u64) -> ProgressBar 
         .with_message(title)
 }
 
+/// A bar for so many bytes.
+pub(crate) fn bytes_bar(ui: Ui, title: &'static str, total: u64) -> ProgressBar {
+    ProgressBar::with_draw_target(Some(total), target(ui)).with_style(bar_style()).with_message(title)
+}
+
 fn target(ui: Ui) -> ProgressDrawTarget {
     if ui.bars { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() }
 }

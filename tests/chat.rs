@@ -398,3 +398,22 @@ fn a_process_that_is_told_to_end_gives_the_terminal_back() {
         assert_eq!(chat.end(), status, "{signal}");
     }
 }
+
+#[test]
+fn a_line_moves_while_an_answer_is_made_and_gives_its_row_back() {
+    let mut chat = Chat::begin(&["tiny", "--stats=live"]);
+    chat.terminal.resize(pty_process::Size::new(24, 100)).expect("resized");
+    let told = chat.say("What is 27 + 45?");
+    assert!(told.contains("tokens/s") && told.contains("memory"), "{told:?}");
+    // The answer stands above the line, which is drawn between saved and restored places of the cursor.
+    let mut above = String::new();
+    for (i, part) in told.split("\u{1b}7").enumerate() {
+        above += if i == 0 { part } else { part.split_once("\u{1b}8").map_or("", |(_, after)| after) };
+    }
+    assert!(above.contains("27 + 45 = 72"), "{above:?}");
+    assert!(told.contains("\u{1b}[1;23r") && told.contains("\u{1b}[r"), "the rows come back: {told:?}");
+    chat.say("/stats live");
+    assert_eq!(chat.say("What is 27 + 45?").lines().next(), Some("27 + 45 = 72"));
+    chat.press(CTRL_D);
+    assert_eq!(chat.end(), 0);
+}

@@ -13,7 +13,7 @@ use crate::common::{f32s, goldens, repo};
 use crate::golden::{INT8_TRAINED, within};
 use crate::program::{Run, arg, little_memory, names, patiently, program, run};
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 17] = [
     "download",
     "quantize",
     "layout",
@@ -23,6 +23,9 @@ const VERBS: [&str; 14] = [
     "logits",
     "inspect",
     "perplexity",
+    "plan",
+    "profile",
+    "verify",
     "tokenize",
     "list",
     "rm",

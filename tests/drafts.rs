@@ -156,7 +156,11 @@ fn limits_stop_strings_and_callers_end_an_answer_where_they_would() {
     }
     let words: Vec<&str> = plain.text.split(' ').collect();
     for word in words.iter().filter(|word| word.len() > 2).take(12) {
-        let limits = GenerateOptions { max_tokens: Some(48), stop: vec![(*word).to_owned(), "never".to_owned()] };
+        let limits = GenerateOptions {
+            max_tokens: Some(48),
+            stop: vec![(*word).to_owned(), "never".to_owned()],
+            ..GenerateOptions::default()
+        };
         let how = How { limits, ..How::new(SamplerOptions::greedy(), 48) };
         how.compare(&engine, &golden.ids, &[DraftLimit::Most(2), DraftLimit::Most(7)]);
     }

@@ -76,7 +76,7 @@ impl Request {
         };
         let mut sampler = Sampler::new(options).expect("valid");
         let mut session = Session::new(engine).expect("a session");
-        let limits = GenerateOptions { max_tokens: Some(self.n), stop: Vec::new() };
+        let limits = GenerateOptions { max_tokens: Some(self.n), ..GenerateOptions::default() };
         let go_on = &mut |_: &str| std::ops::ControlFlow::Continue(());
         let grammar = self.schema.clone().map(|schema| grammars.compile(&Source::Schema(schema)).expect("a grammar"));
         let constraint = grammar.map(|grammar| Box::new(grammar.constraint()) as Box<dyn Constraint>);

@@ -26,9 +26,12 @@ mod mixed;
 mod openapi;
 #[cfg(unix)]
 mod outputs;
+mod planning;
+mod profiles;
 mod program;
 mod promises;
 mod published;
+mod receipts;
 mod regression;
 mod reject;
 mod routing;

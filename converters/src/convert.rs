@@ -6,12 +6,14 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use st_gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, WriteOptions, reserve_checksums};
 use st_kernels::{ExpertFormat, Kernels, SquaredErrors, WeightType};
 
 use crate::compare::{Comparison, Difference};
 use crate::error::ConvertError;
+use crate::imatrix::Imatrix;
 use crate::input::{Input, SourceTensor, weight_bytes};
 use crate::layout::{EXPERT_TENSORS, OutputLayout, Unit, alignment_of};
 use crate::metadata;
@@ -78,6 +80,7 @@ pub struct SearchGain {
 pub(crate) struct Job<'a> {
     input: &'a Input,
     keep_head: bool,
+    imatrix: Option<Arc<Imatrix>>,
     pub(crate) layout: OutputLayout,
     pub(crate) metadata: Metadata,
     /// Tensors start at multiples of this.
@@ -198,6 +201,7 @@ impl<'a> Job<'a> {
         let mut job = Self {
             input,
             keep_head: options.keep_head,
+            imatrix: options.imatrix.clone().filter(|_| options.search),
             layout,
             metadata,
             alignment,
@@ -206,6 +210,7 @@ impl<'a> Job<'a> {
             unit_input_bytes: 1,
         };
         job.check_losses(options.requantize)?;
+        job.check_imatrix()?;
         for unit in &job.layout.units {
             let bytes: usize = job.sources(unit)?.iter().map(|(_, range)| range.len()).sum();
             job.input_bytes += bytes as u64;
@@ -235,6 +240,29 @@ impl<'a> Job<'a> {
             output_bytes: plan.total,
             warnings,
         })
+    }
+
+    /// Refuses importance that is of no tensor of this model.
+    fn check_imatrix(&self) -> Result<(), ConvertError> {
+        let Some(imatrix) = &self.imatrix else { return Ok(()) };
+        let names = |name: &str| {
+            let layers = 0..self.input.shape().n_layers;
+            Tensor::ALL.iter().any(|tensor| layers.clone().any(|layer| tensor.name(layer) == name))
+        };
+        match imatrix.tensors().any(names) {
+            true => Ok(()),
+            false => Err(ConvertError::Options(
+                "the importance matrix is of another model: it names none of its tensors".into(),
+            )),
+        }
+    }
+
+    /// How much the columns of a matrix matter, where somebody says so.
+    fn importance(&self, (tensor, layer, expert): (Tensor, usize, usize)) -> Result<Option<&[f32]>, ConvertError> {
+        let Some(imatrix) = &self.imatrix else { return Ok(None) };
+        let shape = self.input.shape();
+        let experts = if EXPERT_TENSORS.contains(&tensor) { shape.n_experts } else { 1 };
+        imatrix.of(&tensor.name(layer), tensor.dims(shape).0, (expert, experts))
     }
 
     /// Refuses to round twice, where nobody `allowed` it.
@@ -325,7 +353,9 @@ impl<'a> Job<'a> {
             Unit::Weights { slot, first, count, target } => {
                 let (file, range) = &sources[0];
                 let source = self.input.tensor(*slot)?;
-                let errors = self.weights(worker, source, (*file, range), (*first, *count), *target, out)?;
+                let importance = self.importance(*slot)?;
+                let errors =
+                    self.weights(worker, source, (*file, range), (*first, *count), (*target, importance), out)?;
                 if target.search {
                     gains.push(SearchGain { tensor: slot.0, weights: *count as u64, errors });
                 }
@@ -356,19 +386,19 @@ impl<'a> Job<'a> {
         source: &SourceTensor,
         (file, range): (usize, &Range<usize>),
         (first, count): (usize, usize),
-        target: Target,
+        (target, importance): (Target, Option<&[f32]>),
         out: &mut [u8],
     ) -> Result<SquaredErrors, ConvertError> {
         let bytes = self.input.read(source, file, range)?;
         if !source.transposed {
-            return convert_weights(source, first, bytes, target, &mut worker.scratch, out);
+            return convert_weights(source, first, bytes, (target, importance), &mut worker.scratch, out);
         }
         // Of the experts' matrices down alone is ever stored so.
         let (columns, rows) = (self.input.shape().n_ff, self.input.shape().n_embd);
         worker.upright.resize(count * 4, 0);
         untranspose(source.ty, bytes, columns, rows, first / columns, &mut worker.upright);
         let upright = SourceTensor { ty: WeightType::F32, transposed: false, ..source.clone() };
-        convert_weights(&upright, first, &worker.upright, target, &mut worker.scratch, out)
+        convert_weights(&upright, first, &worker.upright, (target, importance), &mut worker.scratch, out)
     }
 
     /// Converts the three matrices of an expert and packs them into one record.
@@ -386,7 +416,8 @@ impl<'a> Job<'a> {
             let (tensor, (file, range)) = (EXPERT_TENSORS[matrix as usize], &sources[matrix as usize]);
             let source = self.input.tensor((tensor, layer, expert))?;
             let (target, weights) = (self.layout.expert_target, format.n_embd() * format.n_ff());
-            let errors = self.weights(worker, source, (*file, range), (0, weights), target, canonical)?;
+            let importance = self.importance((tensor, layer, expert))?;
+            let errors = self.weights(worker, source, (*file, range), (0, weights), (target, importance), canonical)?;
             if target.search {
                 gains.push(SearchGain { tensor, weights: weights as u64, errors });
             }

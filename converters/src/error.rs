@@ -25,6 +25,14 @@ pub enum ConvertError {
         /// What it is.
         what: Placeholder,
     },
+    /// An importance matrix that is none.
+    #[error("{} is no importance matrix: {problem}", path.display())]
+    Imatrix {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A JSON file is not what its name promises.
     #[error("{}: {message}", path.display())]
     Json {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use st_gguf::{Layout, TensorSpec};
 use st_kernels::WeightType;
 
+use crate::imatrix::Imatrix;
+
 /// What to make of an input.
 #[derive(Clone, Debug)]
 pub struct ConvertOptions {
@@ -18,6 +20,8 @@ pub struct ConvertOptions {
     pub threads: usize,
     /// For Q4_0: choose each block's scale for the least squared error instead of the reference's.
     pub search: bool,
+    /// How much columns matter to that search.
+    pub imatrix: Option<Arc<Imatrix>>,
     /// Whether weights below 8 bits may be quantized again as another type.
     pub requantize: bool,
     /// A tensor besides the model's own, which this crate does not look into: its name, shape and type, and its bytes.
@@ -35,6 +39,7 @@ impl ConvertOptions {
             layout,
             threads: 1,
             search: false,
+            imatrix: None,
             requantize: false,
             extra: None,
             keep_head: false,

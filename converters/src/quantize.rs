@@ -26,11 +26,17 @@ pub(crate) struct Scratch {
     kernels: Kernels,
     floats: Vec<f32>,
     halves: Vec<f16>,
+    importance: Vec<f32>,
 }
 
 impl Scratch {
     pub(crate) fn new() -> Self {
-        Self { kernels: Kernels::detect(), floats: vec![0.0; CHUNK], halves: vec![f16::ZERO; CHUNK] }
+        Self {
+            kernels: Kernels::detect(),
+            floats: vec![0.0; CHUNK],
+            halves: vec![f16::ZERO; CHUNK],
+            importance: Vec::new(),
+        }
     }
 }
 
@@ -50,12 +56,13 @@ impl Target {
 }
 
 /// Converts the weights in `bytes`, which start at weight `first` of `source`, and fills `out`.
-/// Both lengths are those of the same number of whole blocks. Returns the errors, where scales are searched for; else zeros.
+/// Both lengths are those of the same number of whole blocks. `importance` is that of each column, for a search. Returns the errors, where
+/// scales are searched for; else zeros.
 pub(crate) fn convert_weights(
     source: &SourceTensor,
     first: usize,
     bytes: &[u8],
-    target: Target,
+    (target, importance): (Target, Option<&[f32]>),
     scratch: &mut Scratch,
     out: &mut [u8],
 ) -> Result<SquaredErrors, ConvertError> {
@@ -74,7 +81,16 @@ pub(crate) fn convert_weights(
         if is_copied {
             out.copy_from_slice(bytes);
         } else {
-            errors += encode(scratch.kernels, floats, target, &mut scratch.halves[..n], out);
+            let weighed = importance.filter(|_| target.search && target.ty == WeightType::Q4_0);
+            errors += match weighed {
+                None => encode(scratch.kernels, floats, target, &mut scratch.halves[..n], out),
+                Some(columns) => {
+                    let start = (first + index * CHUNK) % columns.len();
+                    scratch.importance.clear();
+                    scratch.importance.extend(columns.iter().cycle().skip(start).take(n));
+                    scratch.kernels.quantize_row_q4_0_weighed(floats, &scratch.importance, out)
+                }
+            };
         }
     }
     Ok(errors)
@@ -215,7 +231,7 @@ mod tests {
     fn run(ty: WeightType, bytes: &[u8], n: usize, to: WeightType) -> Result<Vec<u8>, ConvertError> {
         let target = Target { ty: to, search: false };
         let mut out = vec![0; target.bytes(n)];
-        convert_weights(&source(ty), 0, bytes, target, &mut Scratch::new(), &mut out)?;
+        convert_weights(&source(ty), 0, bytes, (target, None), &mut Scratch::new(), &mut out)?;
         Ok(out)
     }
 

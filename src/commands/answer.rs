@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
@@ -10,9 +11,12 @@ use serde_json::json;
 use st_grammar::Grammar;
 use st_model::{Batch, Chat, FinishReason, GenerateOptions, Generation, Observer, Prompt, Routing, Session};
 
+use super::receipt::Begun;
 use super::routing::Recorder;
-use super::{fit, stats};
+use super::{fit, plan, stats};
 use crate::context::Context;
+use crate::forecast::Forecast;
+use crate::live::Live;
 use crate::report::{Interrupted, OutputError};
 use crate::ui;
 
@@ -26,6 +30,8 @@ pub(crate) struct Style {
     pub(crate) json: bool,
     /// Statistics on stderr at the end.
     pub(crate) stats: bool,
+    /// A line of them that moves while an answer is made.
+    pub(crate) live: bool,
     /// The seed, to be told in the object.
     pub(crate) seed: u64,
 }
@@ -38,13 +44,23 @@ pub(crate) struct Out<'a> {
     pub(crate) recorder: Option<&'a mut Recorder>,
     /// What answers have to fit.
     pub(crate) grammar: Option<Grammar>,
+    /// What the only answer is proven by.
+    pub(crate) receipt: Option<Begun>,
+    /// How fast they were to be.
+    pub(crate) forecast: Option<Forecast>,
     pub(crate) context: &'a Context,
 }
 
 impl Out<'_> {
     /// The answer to the only prompt.
     pub(crate) fn answer_once(&mut self, chat: &mut Chat, prompt: Prompt<'_>) -> anyhow::Result<ExitCode> {
-        match self.answer(chat, prompt)?.finish_reason {
+        let answer = self.answer(chat, prompt)?;
+        // An answer that was stopped is proven as far as it is there, if its prompt was read.
+        if let Some(receipt) = self.receipt.take().filter(|_| !answer.ids.is_empty()) {
+            let prompt = session_prompt(chat.session(), &answer);
+            receipt.finish(chat.session().engine(), prompt, &self.options, &answer, self.context)?;
+        }
+        match answer.finish_reason {
             FinishReason::Cancelled => Err(Interrupted.into()),
             FinishReason::Stop | FinishReason::Length | FinishReason::Error => Ok(ExitCode::SUCCESS),
         }
@@ -58,9 +74,15 @@ impl Out<'_> {
         let mut ends_line = true;
         let bar = ui::count_bar(context.ui, "reading the prompt", 0);
         let mut watch = Watch { bar: &bar, start: Instant::now(), recorder: self.recorder.as_deref_mut(), context };
+        let engine = Arc::clone(chat.session().engine());
+        let mut live = None;
         let outcome = chat.ask_within(prompt, &self.options, constraint, &mut watch, &mut |text| {
             if !bar.is_finished() {
                 bar.finish_and_clear();
+                live = style.live.then(|| Live::begin(&engine)).flatten();
+            }
+            if let Some(live) = &mut live {
+                live.token(&engine);
             }
             if !style.json && !text.is_empty() {
                 ends_line = text.ends_with('\n');
@@ -72,6 +94,7 @@ impl Out<'_> {
             context.interrupt.flow()
         });
         bar.finish_and_clear();
+        drop(live);
         if let Some(error) = failure {
             return Err(error.into());
         }
@@ -95,13 +118,17 @@ impl Out<'_> {
         let engine = session.engine();
         let ids = || answer.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         if self.style.json {
+            let mut stats = stats::json(&answer.stats, engine);
+            if let Some(forecast) = &self.forecast {
+                stats["forecast"] = plan::json(forecast);
+            }
             let object = json!({
                 "text": answer.text,
                 "prompt_ids": session_prompt(session, answer),
                 "ids": answer.ids,
                 "finish_reason": answer.finish_reason,
                 "seed": self.style.seed,
-                "stats": stats::json(&answer.stats, engine),
+                "stats": stats,
             });
             ui::print_json(&object)?;
         } else if engine.tokenizer().is_none() {
@@ -111,6 +138,9 @@ impl Out<'_> {
         }
         if self.style.stats {
             self.context.ui.say(stats::lines(&answer.stats, engine));
+            if let Some(forecast) = &self.forecast {
+                self.context.ui.say(stats::forecast_line(forecast));
+            }
         }
         Ok(())
     }

@@ -16,11 +16,12 @@ use st_model::{
     Session, StoreStats, Work, generate,
 };
 
-use super::engine;
 use super::routing::{Recorder, RoutingFile};
-use super::stats::{ExpertWork, cache_json, experts_json, experts_table, head_json, head_line};
+use super::stats::{ExpertWork, cache_json, experts_json, experts_table, forecast_line, head_json, head_line};
+use super::{engine, plan};
 use crate::cli::{BenchArgs, BenchFormat};
 use crate::context::Context;
+use crate::forecast::{self, Forecast, Weights};
 use crate::machine::read_bandwidth;
 use crate::models::Model;
 use crate::report::Advice;
@@ -99,6 +100,8 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
     let name = args.model.as_deref().unwrap_or("tiny".as_ref());
     let file = Model::resolve(name)?.open_gguf(context)?;
     let threads = engine::threads(&args.engine);
+    // What is wrong with the file is for loading to say.
+    let weights = Weights::of(&file).ok();
     // Measured before the model is loaded, with little memory: both must fit the budget.
     let bandwidth = read_bandwidth(threads, args.engine.memory);
     reset_peak_resident();
@@ -126,6 +129,10 @@ pub(crate) fn run(args: &BenchArgs, context: &Context) -> anyhow::Result<ExitCod
         routing: if engine.tokenizer().is_some() { "English text" } else { "scattered token ids" },
         cache: engine.plan().reports_cache().then(|| cache_json(&engine)),
         head: engine.head_stats(),
+        // It is one of conversations that begin, one at a time.
+        forecast: weights
+            .and_then(|weights| forecast::known(&context.env.store, &weights, &engine, threads))
+            .filter(|_| args.depth == 0 && args.parallel == 1),
     };
     match args.output {
         BenchFormat::Md => ui::print(&markdown(&rows, &facts))?,
@@ -323,6 +330,8 @@ struct Facts<'a> {
     cache: Option<Value>,
     /// What a sparse head did, warming up included.
     head: Option<HeadStats>,
+    /// How fast it was to be.
+    forecast: Option<Forecast>,
 }
 
 /// Records the routing, and stops on request.
@@ -408,6 +417,9 @@ fn markdown(rows: &[Measured], facts: &Facts<'_>) -> String {
     if let Some(head) = &facts.head {
         out.push_str(&format!("\n\n{}", head_line(head)));
     }
+    if let Some(forecast) = &facts.forecast {
+        out.push_str(&format!("\n\n{}", forecast_line(forecast)));
+    }
     if facts.cache.is_some() {
         let parts: Vec<ExpertWork> = rows.iter().map(Measured::expert_work).collect();
         out.push_str(&format!("\n\n{}", experts_table(&parts).trim_end()));
@@ -442,6 +454,7 @@ fn json(rows: &[Measured], facts: &Facts<'_>) -> Value {
         "tests": tests,
         "cache": facts.cache,
         "sparse_head": facts.head.as_ref().map(head_json),
+        "forecast": facts.forecast.as_ref().map(plan::json),
     })
 }
 

@@ -26,6 +26,7 @@ const HELP: &str = "\
 /help          this list
 /clear         forget the conversation
 /stats         speed and memory of the latest answer
+/stats live    the same in a line that moves while an answer is made; once more ends that
 /system TEXT   set the system message, for all answers from now on
 /save FILE     write the conversation to FILE
 /load FILE     go on with a conversation from FILE
@@ -47,6 +48,7 @@ enum Line<'a> {
     Help,
     Clear,
     Stats,
+    Live,
     System(&'a str),
     Save(&'a str),
     Load(&'a str),
@@ -70,6 +72,7 @@ impl<'a> Line<'a> {
             ("/help", "") => Self::Help,
             ("/clear", "") => Self::Clear,
             ("/stats", "") => Self::Stats,
+            ("/stats", "live") => Self::Live,
             ("/system", text) => Self::System(text),
             ("/save", file) if !file.is_empty() => Self::Save(file),
             ("/load", file) if !file.is_empty() => Self::Load(file),
@@ -154,6 +157,10 @@ impl<'a> Dialog<'a> {
                     Some(latest) => ui.say(stats::lines(latest, self.chat.session().engine())),
                     None => ui.say("there is no answer yet"),
                 }
+                Ok(())
+            }
+            Line::Live => {
+                self.out.style.live = !self.out.style.live;
                 Ok(())
             }
             Line::System(text) => {

@@ -13,8 +13,11 @@ mod layout;
 mod list;
 mod logits;
 mod perplexity;
+mod plan;
 mod predictor;
+mod profile;
 mod quantize;
+mod receipt;
 mod routing;
 mod run;
 mod serve;
@@ -47,6 +50,9 @@ pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCod
         Command::Logits(args) => logits::run(&args, context),
         Command::Inspect(args) => inspect::run(&args, context),
         Command::Perplexity(args) => perplexity::run(&args, context),
+        Command::Plan(args) => plan::run(&args, context),
+        Command::Profile(args) => profile::run(&args, context),
+        Command::Verify(args) => receipt::verify(&args, context),
         Command::Tokenize(args) => tokenize::run(&args, context),
         Command::List(args) => list::run(&args, context),
         Command::Rm(args) => list::rm(&args, context),

@@ -3,11 +3,13 @@
 //! The text is cut into windows of `--ctx` tokens, each run by itself; the second half of a window is scored, so that
 //! every scored token has at least half a window before it. That is llama.cpp's method and gives comparable figures.
 
+use std::ffi::OsStr;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use serde_json::json;
 use st_model::sampler::SamplerError;
-use st_model::{ModelError, Session};
+use st_model::{Engine, ModelError, Session};
 
 use super::engine;
 use crate::cli::PerplexityArgs;
@@ -39,6 +41,12 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
         return Err(Advice::new(message, "give a text of some hundred words at least").into());
     }
 
+    let against = args.against.as_deref().map(|model| against(model, args, window, context)).transpose()?;
+    if let Some(other) = against.as_ref().filter(|other| other.n_vocab() != engine.n_vocab()) {
+        let message = format!("the models have vocabularies of {} and {} tokens", engine.n_vocab(), other.n_vocab());
+        return Err(Advice::new(message, "--against takes the same model in another type").into());
+    }
+    let mut against = against.as_ref().map(Against::new).transpose()?;
     let mut session = Session::new(&engine)?;
     let bar = ui::count_bar(context.ui, "scoring", ids.len() as u64);
     let mut score = Score::default();
@@ -47,36 +55,125 @@ pub(crate) fn run(args: &PerplexityArgs, context: &Context) -> anyhow::Result<Ex
         context.interrupt.check()?;
         session.reset();
         let first = chunk.len() / 2;
-        session.run_all(chunk, &mut (), |position, logits| {
-            if context.interrupt.raised() {
-                return Err(ModelError::Cancelled);
+        if let Some(against) = &mut against {
+            against.session.reset();
+        }
+        let mut done = 0;
+        // Piece by piece, where the logits of one model wait for those of another.
+        for piece in chunk.chunks(if against.is_some() { PIECE } else { chunk.len() }) {
+            let scored = |position: usize| chunk.get(position + 1).copied().filter(|_| position + 1 >= first.max(1));
+            let mut kept = against.as_mut().map(|against| &mut against.rows);
+            if let Some(rows) = &mut kept {
+                rows.clear();
             }
-            if position + 1 >= first.max(1)
-                && let Some(&next) = chunk.get(position + 1)
-            {
-                score.add(negative_log_likelihood(logits, next)?);
+            session.run_all(piece, &mut (), |position, logits| {
+                if context.interrupt.raised() {
+                    return Err(ModelError::Cancelled);
+                }
+                if let Some(next) = scored(done + position) {
+                    score.add(negative_log_likelihood(logits, next)?);
+                    if let Some(rows) = &mut kept {
+                        rows.extend_from_slice(logits);
+                    }
+                }
+                Ok(())
+            })?;
+            if let Some(against) = &mut against {
+                against.compare(piece, |position| scored(done + position))?;
             }
-            Ok(())
-        })?;
+            done += piece.len();
+        }
         windows += 1;
         bar.inc(chunk.len() as u64);
     }
     bar.finish_and_clear();
     let (perplexity, error) = (score.perplexity(), score.standard_error());
     match args.json {
-        true => ui::print_json(&json!({
-            "perplexity": perplexity,
-            "standard_error": error,
-            "tokens_scored": score.count,
-            "windows": windows,
-            "ctx": window,
-        }))?,
-        false => ui::print(&format!(
-            "perplexity {perplexity:.4} ± {error:.4} ({} tokens scored in {windows} windows of {window})\n",
-            score.count
-        ))?,
+        true => {
+            let mut object = json!({
+                "perplexity": perplexity,
+                "standard_error": error,
+                "tokens_scored": score.count,
+                "windows": windows,
+                "ctx": window,
+            });
+            if let Some(Against { divergence, change, .. }) = &against {
+                let of = |of: &Score| json!({"mean": of.mean(), "standard_error": of.error_of_mean()});
+                object["against"] = json!({"kl_divergence": of(divergence), "log_perplexity_change": of(change)});
+            }
+            ui::print_json(&object)?;
+        }
+        false => {
+            ui::print(&format!(
+                "perplexity {perplexity:.4} ± {error:.4} ({} tokens scored in {windows} windows of {window})\n",
+                score.count
+            ))?;
+            if let Some(Against { divergence, change, .. }) = &against {
+                ui::print(&format!(
+                    "KL divergence {:.5} ± {:.5}, ln of the perplexity {:+.5} ± {:.5}\n",
+                    divergence.mean(),
+                    divergence.error_of_mean(),
+                    change.mean(),
+                    change.error_of_mean()
+                ))?;
+            }
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Loads the model that this one is compared with.
+fn against(name: &OsStr, args: &PerplexityArgs, window: usize, context: &Context) -> anyhow::Result<Arc<Engine>> {
+    engine::load_file(Model::resolve(name)?.open_gguf(context)?, &args.engine, Some(window), None, context)
+}
+
+/// Tokens that go through both models before their logits are compared.
+const PIECE: usize = 32;
+
+/// Another model on the same text: how far the first one's predictions are from its.
+struct Against {
+    session: Session,
+    /// Logits of the first model, of the tokens of a piece that are scored.
+    rows: Vec<f32>,
+    /// The other's distribution's divergence from that of the first.
+    divergence: Score,
+    /// How much less likely the first finds what comes, as a difference of logarithms.
+    change: Score,
+}
+
+impl Against {
+    fn new(engine: &Arc<Engine>) -> Result<Self, ModelError> {
+        let session = Session::new(engine)?;
+        Ok(Self { session, rows: Vec::new(), divergence: Score::default(), change: Score::default() })
+    }
+
+    /// Runs a piece, of which the first model's logits are there.
+    fn compare(&mut self, piece: &[u32], scored: impl Fn(usize) -> Option<u32>) -> Result<(), ModelError> {
+        let Self { session, rows, divergence, change } = self;
+        let mut rows = rows.chunks_exact(session.engine().n_vocab());
+        session.run_all(piece, &mut (), |position, logits| {
+            if let Some((next, first)) = scored(position).and_then(|next| Some((next, rows.next()?))) {
+                divergence.add(kl_divergence(logits, first));
+                change.add(negative_log_likelihood(first, next)? - negative_log_likelihood(logits, next)?);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Σ p · ln(p / q), where p and q are what softmax makes of these logits.
+fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+    let log_sum = |logits: &[f32]| {
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+        f64::from(highest) + sum.ln()
+    };
+    let (log_p, log_q) = (log_sum(p), log_sum(q));
+    let terms = p.iter().zip(q).map(|(&p, &q)| {
+        let (p, q) = (f64::from(p) - log_p, f64::from(q) - log_q);
+        p.exp() * (p - q)
+    });
+    terms.sum()
 }
 
 /// Whole windows only, unless the text is shorter than one.
@@ -112,16 +209,23 @@ impl Score {
         self.squares += nll * nll;
     }
 
+    fn mean(&self) -> f64 {
+        self.sum / self.count as f64
+    }
+
+    fn error_of_mean(&self) -> f64 {
+        let n = self.count as f64;
+        let variance = (self.squares / n - self.mean() * self.mean()).max(0.0);
+        (variance / (n - 1.0).max(1.0)).sqrt()
+    }
+
     fn perplexity(&self) -> f64 {
-        (self.sum / self.count as f64).exp()
+        self.mean().exp()
     }
 
     /// The standard error of the mean, carried through the exponential.
     fn standard_error(&self) -> f64 {
-        let n = self.count as f64;
-        let mean = self.sum / n;
-        let variance = (self.squares / n - mean * mean).max(0.0);
-        self.perplexity() * (variance / (n - 1.0).max(1.0)).sqrt()
+        self.perplexity() * self.error_of_mean()
     }
 }
 
@@ -144,6 +248,15 @@ mod tests {
         let ids: Vec<u32> = (0..10).collect();
         assert_eq!(chunks(&ids, 4).map(<[u32]>::len).collect::<Vec<_>>(), [4, 4]);
         assert_eq!(chunks(&ids, 100).map(<[u32]>::len).collect::<Vec<_>>(), [10]);
+    }
+
+    #[test]
+    fn a_distribution_diverges_from_others_alone() {
+        let (p, q) = ([1.0, 2.0, -3.0, 0.5], [1.0, 0.0, 0.0, 0.0]);
+        assert!(kl_divergence(&p, &p).abs() < 1e-12 && kl_divergence(&p, &p.map(|x| x + 7.0)).abs() < 1e-6);
+        assert!(kl_divergence(&p, &q) > 0.1);
+        let halves = kl_divergence(&[0.0, 0.0], &[0.0, -3f32.ln()]);
+        assert!((halves - (0.5 * (0.5f64 / 0.75).ln() + 0.5 * (0.5f64 / 0.25).ln())).abs() < 1e-6, "{halves}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use st_convert::{
-    ConvertOptions, ConvertPlan, Converted, SearchGain, SquaredErrors, WeightType, compare, convert, plan,
+    ConvertOptions, ConvertPlan, Converted, Imatrix, SearchGain, SquaredErrors, WeightType, compare, convert, plan,
 };
 use st_gguf::{GgmlType, Layout, TensorSpec};
 use st_model::PREDICTOR_TENSOR;
@@ -26,7 +26,8 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         output_type: args.output_type.map(Into::into),
         layout: args.layout.into(),
         threads: args.threads.0.unwrap_or_else(available_threads),
-        search: args.search,
+        search: args.search || args.imatrix.is_some(),
+        imatrix: args.imatrix.as_deref().map(Imatrix::open).transpose()?,
         requantize: args.allow_requantize,
         extra: None,
         keep_head: args.keep_head,
@@ -44,7 +45,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
     };
     let tell = |written: &Converted| {
         warn(&written.plan);
-        if args.search {
+        if args.search || args.imatrix.is_some() {
             context.ui.note(gains_table(&written.gains).trim_end());
         }
         context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));

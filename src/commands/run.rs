@@ -6,16 +6,18 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use st_grammar::Grammars;
+use st_grammar::{Grammars, Source};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Chat, Engine, GenerateOptions, LoadOptions, ModelError, Prompt, Session};
 
 use super::answer::{Out, Style};
 use super::chat::Dialog;
+use super::receipt::ReceiptFile;
 use super::routing::RoutingFile;
 use super::{engine, fit, session, tokens};
-use crate::cli::{RunArgs, SamplingArgs};
+use crate::cli::{RunArgs, SamplingArgs, StatsName};
 use crate::context::Context;
+use crate::forecast::{self, Weights};
 use crate::report::Advice;
 use crate::signals::Interrupt;
 use crate::{hot, input};
@@ -36,7 +38,12 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let sampler = Sampler::new(options)?.with_bias(args.sampling.logit_bias.clone())?;
     let source = fit::source(args, context)?;
     let input = read_input(args, &context.interrupt)?;
+    if args.receipt.is_some() && matches!(input, Input::Chat) {
+        let message = "--receipt is of one answer, and this would be a chat";
+        return Err(Advice::new(message, "-p TEXT or -f FILE gives a prompt").into());
+    }
     let routing = args.record_routing.as_deref().map(RoutingFile::create).transpose()?;
+    let receipt = args.receipt.as_deref().map(ReceiptFile::create).transpose()?;
     let file = engine::open(args.model.as_deref(), context)?;
     let smaller = |name| engine::Smaller::open(name, &args.engine, args.ctx, context);
     let smaller = args.draft_model.as_deref().map(smaller).transpose()?;
@@ -45,10 +52,24 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let sparse_head = engine::sparse_head(&args.head, &file, context)?;
     let hot = engine::hot(&file, &args.engine, context);
     let load = LoadOptions { beside, sparse_head, hot, ..engine::options(&args.engine, args.ctx, args.kv_type) };
+    // What is wrong with the file is for loading to say.
+    let weights = Weights::of(&file).ok();
+    let name = args.model.as_deref();
+    let begin = |receipt: ReceiptFile| {
+        let fit = source.as_ref().map(Source::to_json);
+        receipt.begin(name, &file, engine::threads(&args.engine), (&sampler, fit), context)
+    };
+    let receipt = receipt.map(begin).transpose()?;
     let engine = engine::load_with(file, load, &engine::Loading(context), context)?;
     let mut recorder = routing.map(|file| file.begin(&engine)).transpose()?;
-    let style = Style { json: args.json, stats: args.stats, seed: options.seed };
-    let generate_options = GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone() };
+    let style = Style {
+        json: args.json,
+        stats: args.stats.is_some(),
+        live: args.stats == Some(StatsName::Live),
+        seed: options.seed,
+    };
+    let generate_options =
+        GenerateOptions { max_tokens: args.max_tokens.0, stop: args.stop.clone(), hash_logits: receipt.is_some() };
 
     let mut session = Session::new(&engine)?.drafted(args.draft);
     if let Some(smaller) = smaller {
@@ -60,7 +81,10 @@ pub(crate) fn run(args: &RunArgs, context: &Context) -> anyhow::Result<ExitCode>
     let grammar = source.map(|source| fit::compile(&engine, &source)).transpose()?;
     let mut chat = Chat::over(session, sampler);
     chat.set_system(args.system.as_deref());
-    let mut out = Out { style, options: generate_options, recorder: recorder.as_mut(), grammar, context };
+    let known = |weights| forecast::known(&context.env.store, &weights, &engine, engine::threads(&args.engine));
+    let forecast = weights.and_then(known);
+    let mut out =
+        Out { style, options: generate_options, recorder: recorder.as_mut(), grammar, receipt, forecast, context };
     let outcome = match &input {
         Input::Chat => Dialog::new(&mut chat, args.raw, out).and_then(Dialog::run),
         Input::Ids(ids) => out.answer_once(&mut chat, Prompt::Ids(ids)),

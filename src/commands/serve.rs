@@ -1,5 +1,6 @@
 //! `st-tool serve`: the model over HTTP.
 
+use std::ffi::OsStr;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -10,10 +11,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::{Map, Value, json};
 use st_gguf::GgufFile;
-use st_model::{Engine, LoadOptions, LoadProgress, MemoryPlan};
+use st_model::{Engine, LoadOptions, LoadProgress, MemoryPlan, ModelDigest};
 use st_server::{Loading, Operator, Record, ServeError, Settings, What, serve};
 
 use super::engine::{self, show_plan};
+use super::receipt;
 use crate::cli::ServeArgs;
 use crate::context::Context;
 use crate::models::Model;
@@ -39,6 +41,7 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
         keys,
         cache: args.cache_dir.clone().map(|folder| (folder, args.cache_size)).filter(|(_, size)| *size > 0),
         cors: args.cors.iter().map(|origin| origin.trim_end_matches('/').to_owned()).collect(),
+        receipts: receipts(args, &file, context)?,
         ..named(args, &file)?
     };
     let options = LoadOptions {
@@ -63,6 +66,19 @@ pub(crate) fn run(args: &ServeArgs, context: &Context) -> anyhow::Result<ExitCod
 
 /// Larger requests than this hold more than any context.
 const MAX_BODY: usize = 1 << 30;
+
+/// What receipts say of the model, where they are given.
+fn receipts(
+    args: &ServeArgs,
+    file: &GgufFile,
+    context: &Context,
+) -> anyhow::Result<Option<Arc<(String, ModelDigest)>>> {
+    if !args.receipts {
+        return Ok(None);
+    }
+    let name = args.model.as_deref().map_or("tiny".into(), OsStr::to_string_lossy).into_owned();
+    Ok(Some(Arc::new((name, receipt::digest(file, engine::threads(&args.engine), context)?))))
+}
 
 /// The names of the model, and what it says of itself.
 fn named(args: &ServeArgs, file: &GgufFile) -> anyhow::Result<Settings> {

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use st_model::{Engine, GenerateStats, HeadStats, StoreStats};
 
+use crate::forecast::{Between, Forecast};
 use crate::size::show_size;
 use crate::table;
 use st_sys::peak_resident;
@@ -38,6 +39,18 @@ pub(crate) fn lines(stats: &GenerateStats, engine: &Engine) -> String {
         out.push_str(&format!("\n{}", experts_table(&parts(stats)).trim_end()));
     }
     out
+}
+
+/// What was forecast, on a line below what came.
+pub(crate) fn forecast_line(forecast: &Forecast) -> String {
+    let between = |b: Between| format!("{:.1} ({:.1}–{:.1})", b.expected, b.low, b.high);
+    format!(
+        "forecast:   prompt {}, generation {} tokens/s; {:.0} % of experts found in memory, {} read per token",
+        between(forecast.prompt),
+        between(forecast.generation),
+        100.0 * forecast.found,
+        show_size(forecast.bytes as u64)
+    )
 }
 
 /// What a sparse head did.

@@ -132,6 +132,17 @@ pub struct RoutingTrace {
 }
 
 impl RoutingTrace {
+    /// A trace of a model that is known, without lines.
+    pub fn new(header: TraceHeader) -> Self {
+        Self { header: Some(header), ..Self::default() }
+    }
+
+    /// Adds a line: the experts `ids`, distinct and of the model, that the router of `layer` chose for a token.
+    pub fn push(&mut self, token: u64, layer: u32, ids: &[u32], how: Use) {
+        self.ids.extend_from_slice(ids);
+        self.rows.push((token, layer, self.ids.len(), Some(how)));
+    }
+
     /// Reads a trace to its end.
     ///
     /// # Errors

@@ -62,7 +62,10 @@ pub fn plan(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) -> Resu
 }
 
 /// The header's bytes, padded to where the tensor data starts, and the plan they state.
-pub(crate) fn encode(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) -> Result<(Vec<u8>, Plan)> {
+///
+/// # Errors
+/// As [`plan`].
+pub fn encode(metadata: &Metadata, tensors: &[TensorSpec], alignment: u64) -> Result<(Vec<u8>, Plan)> {
     const FILE: &str = "GGUF to be written";
     let stored_alignment =
         u32::try_from(alignment).ok().filter(|alignment| alignment.is_power_of_two()).ok_or_else(|| {

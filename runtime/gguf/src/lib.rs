@@ -45,7 +45,7 @@ mod split;
 mod writer;
 
 pub use checksums::{CheckReport, Checksums, checksum_keys, checksum_parts, reserve_checksums};
-pub use encode::{Plan, TensorSpec, plan};
+pub use encode::{Plan, TensorSpec, encode as encode_header, plan};
 pub use error::{GgufError, Result};
 pub use expert_index::{ByteRange, ExpertIndex};
 pub use header::{Header, TensorInfo};

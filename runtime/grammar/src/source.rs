@@ -27,6 +27,27 @@ pub enum Source {
 }
 
 impl Source {
+    /// It as JSON, for [`Source::from_json`]: an object with one field.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Self::Schema(schema) => json!({"schema": schema}),
+            Self::JsonObject => json!({"schema": {"type": "object"}}),
+            Self::Lark(text) => json!({"lark": text}),
+        }
+    }
+
+    /// A source that [`Source::to_json`] wrote.
+    ///
+    /// # Errors
+    /// [`GrammarError::Source`] for anything else.
+    pub fn from_json(json: &Value) -> Result<Self, GrammarError> {
+        match json.as_object().filter(|fields| fields.len() == 1).and_then(|fields| fields.iter().next()) {
+            Some((name, schema)) if name == "schema" => Ok(Self::Schema(schema.clone())),
+            Some((name, Value::String(text))) if name == "lark" => Ok(Self::Lark(text.clone())),
+            _ => Err(GrammarError::Source("it is neither a schema nor a grammar".to_owned())),
+        }
+    }
+
     /// The source as llguidance takes it.
     ///
     /// # Errors

@@ -238,7 +238,19 @@ impl Kernels {
     pub fn quantize_row_q4_0_search(self, x: &[f32], out: &mut [u8]) -> SquaredErrors {
         self.quantize_row_q4_0(x, out);
         // SAFETY: the table is of this CPU; `out` has the 18 bytes of each 32 floats.
-        unsafe { (self.table.improve_q4_0)(x, out) }
+        unsafe { (self.table.improve_q4_0)(x, None, out) }
+    }
+
+    /// The same, where the squared error of each weight counts as often as `importance` says, numbers from 0. The errors that are returned
+    /// are so weighed.
+    ///
+    /// # Panics
+    /// As that, and where `importance` is not as long as `x`.
+    pub fn quantize_row_q4_0_weighed(self, x: &[f32], importance: &[f32], out: &mut [u8]) -> SquaredErrors {
+        assert_eq!(x.len(), importance.len(), "quantize_row_q4_0_weighed: lengths");
+        self.quantize_row_q4_0(x, out);
+        // SAFETY: the table is of this CPU; `out` has the 18 bytes of each 32 floats.
+        unsafe { (self.table.improve_q4_0)(x, Some(importance), out) }
     }
 
     /// [`crate::r16::pack`], faster: the same bytes.

@@ -3,6 +3,7 @@
 //! Owns the candidates and the order of the sums. A candidate puts the largest weight of a block at some level of either sign
 //! and rounds the others along. Given the levels `q`, the best scale is `Σxq / Σqq`, and the error it leaves is
 //! `Σxx - (Σxq)² / Σqq`: the candidate with the largest `(Σxq)² / Σqq` wins. Blocks that it does not make better stay as they are.
+//! Where weights differ in importance, every term of every sum is multiplied with that of its weight.
 //!
 //! Sixteen blocks go side by side, one in each lane, and every sum runs over the weights of a block in order. So compilers may
 //! make any vectors of the lanes without changing a bit, and there is one source for all instruction sets.
@@ -40,25 +41,39 @@ impl std::ops::AddAssign for SquaredErrors {
     }
 }
 
-/// Replaces blocks in `out`, which has the reference's blocks of `x`, where other scales serve better.
+/// Replaces blocks in `out`, which has the reference's blocks of `x`, where other scales serve better. With `importance`, as long as `x`,
+/// each squared error counts as often as that says.
 #[inline(always)]
-pub(crate) fn improve_q4_0(x: &[f32], out: &mut [u8]) -> SquaredErrors {
+pub(crate) fn improve_q4_0(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> SquaredErrors {
     let mut errors = SquaredErrors::default();
-    for (x, out) in x.chunks(LANES * BLOCK_LEN).zip(out.chunks_mut(LANES * 18)) {
-        errors += improve_group(x, out);
+    let out = out.chunks_mut(LANES * 18);
+    match importance {
+        None => x.chunks(LANES * BLOCK_LEN).zip(out).for_each(|(x, out)| errors += improve_group::<false>(x, &[], out)),
+        Some(importance) => {
+            let weighed = x.chunks(LANES * BLOCK_LEN).zip(importance.chunks(LANES * BLOCK_LEN)).zip(out);
+            weighed.for_each(|((x, importance), out)| errors += improve_group::<true>(x, importance, out));
+        }
     }
     errors
 }
 
-/// At most one block per lane.
+/// The weights of at most one block per lane, one weight of each after the other.
 #[inline(always)]
-fn improve_group(x: &[f32], out: &mut [u8]) -> SquaredErrors {
+fn transposed(x: &[f32]) -> [Lanes; BLOCK_LEN] {
     let mut columns = [[0f32; LANES]; BLOCK_LEN];
     for (lane, block) in x.chunks_exact(BLOCK_LEN).enumerate() {
         for (column, &v) in columns.iter_mut().zip(block) {
             column[lane] = v;
         }
     }
+    columns
+}
+
+/// At most one block per lane.
+#[inline(always)]
+fn improve_group<const WEIGHED: bool>(x: &[f32], importance: &[f32], out: &mut [u8]) -> SquaredErrors {
+    let columns = transposed(x);
+    let importance = if WEIGHED { transposed(importance) } else { [[1.0; LANES]; BLOCK_LEN] };
     let (mut reference, mut scales) = ([[8u8; LANES]; BLOCK_LEN], [f16::ZERO; LANES]);
     for (lane, block) in out.chunks_exact(18).enumerate() {
         scales[lane] = f16::from_le_bytes([block[0], block[1]]);
@@ -70,17 +85,21 @@ fn improve_group(x: &[f32], out: &mut [u8]) -> SquaredErrors {
     let mut reference_scale = [0.0; LANES];
     scales.convert_to_f32_slice(&mut reference_scale);
 
-    let (inverse, best_scale) = best_candidate(&columns);
+    let (inverse, best_scale) = best_candidate::<WEIGHED>(&columns, &importance);
     let mut scale = [0.0; LANES];
     scales.convert_from_f32_slice(&best_scale);
     scales.convert_to_f32_slice(&mut scale);
 
     let (mut before, mut after) = ([0.0; LANES], [0.0; LANES]);
     let mut nibbles = [[0u8; LANES]; BLOCK_LEN];
-    for ((column, reference), nibbles) in columns.iter().zip(&reference).zip(&mut nibbles) {
+    for (((column, importance), reference), nibbles) in
+        columns.iter().zip(&importance).zip(&reference).zip(&mut nibbles)
+    {
+        let counted = |l: usize, error: f32| if WEIGHED { error * importance[l] } else { error };
         let q = lanes(|l| level(column[l] * inverse[l]));
-        after = lanes(|l| after[l] + square(column[l] - q[l] * scale[l]));
-        before = lanes(|l| before[l] + square(column[l] - (f32::from(reference[l]) - 8.0) * reference_scale[l]));
+        after = lanes(|l| after[l] + counted(l, square(column[l] - q[l] * scale[l])));
+        let reference = lanes(|l| (f32::from(reference[l]) - 8.0) * reference_scale[l]);
+        before = lanes(|l| before[l] + counted(l, square(column[l] - reference[l])));
         *nibbles = std::array::from_fn(|l| (q[l] + (8.0 + ROUND)).to_bits() as u8 & 15);
     }
     let mut errors = SquaredErrors::default();
@@ -101,7 +120,10 @@ fn improve_group(x: &[f32], out: &mut [u8]) -> SquaredErrors {
 
 /// What weights are multiplied with before they are rounded, and the scale to go with the result.
 #[inline(always)]
-fn best_candidate(columns: &[Lanes; BLOCK_LEN]) -> (Lanes, Lanes) {
+fn best_candidate<const WEIGHED: bool>(
+    columns: &[Lanes; BLOCK_LEN],
+    importance: &[Lanes; BLOCK_LEN],
+) -> (Lanes, Lanes) {
     let mut max = [0f32; LANES];
     for column in columns {
         max = lanes(|l| if column[l].abs() > max[l].abs() { column[l] } else { max[l] });
@@ -110,10 +132,11 @@ fn best_candidate(columns: &[Lanes; BLOCK_LEN]) -> (Lanes, Lanes) {
     for at in LEVELS {
         let inverse = lanes(|l| at / max[l]);
         let (mut xq, mut qq) = ([0.0; LANES], [0.0; LANES]);
-        for column in columns {
+        for (column, importance) in columns.iter().zip(importance) {
             let q = lanes(|l| level(column[l] * inverse[l]));
-            xq = lanes(|l| xq[l] + column[l] * q[l]);
-            qq = lanes(|l| qq[l] + q[l] * q[l]);
+            let counted = lanes(|l| if WEIGHED { q[l] * importance[l] } else { q[l] });
+            xq = lanes(|l| xq[l] + column[l] * counted[l]);
+            qq = lanes(|l| qq[l] + q[l] * counted[l]);
         }
         // Blocks of zeros give 0 / 0 here, and no candidate for them is better than another.
         let scale = lanes(|l| xq[l] / qq[l]);

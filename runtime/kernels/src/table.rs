@@ -80,7 +80,7 @@ pub(crate) struct Table {
     /// Floats to Q4_0 bytes.
     pub quantize_q4_0: unsafe fn(x: &[f32], out: &mut [u8]),
     /// Better scales for the Q4_0 bytes that `quantize_q4_0` made of `x`.
-    pub improve_q4_0: unsafe fn(x: &[f32], out: &mut [u8]) -> SquaredErrors,
+    pub improve_q4_0: unsafe fn(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> SquaredErrors,
     /// Canonical rows (a multiple of 16) of `kb` blocks to tiles.
     pub pack_r16: unsafe fn(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]),
     /// Canonical rows to an up region of rows.

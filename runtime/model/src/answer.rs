@@ -6,10 +6,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::constraint::Constraint;
 use crate::engine::Engine;
+use crate::receipt::{self, LogitsHash};
 use crate::sampler::{Sampler, SamplerError};
 use crate::text::TextStream;
 
@@ -20,10 +21,12 @@ pub struct GenerateOptions {
     pub max_tokens: Option<usize>,
     /// Texts that end the answer and are not part of it.
     pub stop: Vec<String>,
+    /// Whether the logits that tokens are chosen by are hashed, for a [`Receipt`](crate::Receipt).
+    pub hash_logits: bool,
 }
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// An end token, or a stop string.
@@ -67,6 +70,8 @@ pub struct Answer {
     forced: VecDeque<u32>,
     /// Whether the constraint was asked for them since a token was chosen.
     asked: bool,
+    /// Hashes of the logits, where they are wanted.
+    hashes: Option<Vec<LogitsHash>>,
 }
 
 impl Answer {
@@ -87,6 +92,7 @@ impl Answer {
             constraint: None,
             forced: VecDeque::new(),
             asked: false,
+            hashes: options.hash_logits.then(Vec::new),
         }
     }
 
@@ -111,7 +117,7 @@ impl Answer {
         }
         self.ask()?;
         if let Some(id) = self.forced.pop_front() {
-            return Ok(self.take(id, sampler));
+            return Ok(self.take(id, sampler, None));
         }
         let position = self.start + self.ids.len();
         let id = match &mut self.constraint {
@@ -121,7 +127,7 @@ impl Answer {
                 sampler.sample_among(logits, position, Some(allowed))?
             }
         };
-        let next = self.take(id, sampler);
+        let next = self.take(id, sampler, Some(logits));
         if let (Next::Token(id), Some(constraint)) = (next, &mut self.constraint) {
             constraint.accept(id).map_err(SamplerError::Constraint)?;
             self.asked = false;
@@ -157,10 +163,13 @@ impl Answer {
         Ok(())
     }
 
-    /// Makes a token part of the answer.
-    fn take(&mut self, id: u32, sampler: &mut Sampler) -> Next {
+    /// Makes a token part of the answer, which `logits` left a choice of.
+    fn take(&mut self, id: u32, sampler: &mut Sampler, logits: Option<&[f32]>) -> Next {
         sampler.accept(id);
         self.ids.push(id);
+        if let Some(hashes) = &mut self.hashes {
+            hashes.push(logits.map(receipt::hash_logits));
+        }
         if self.engine.end_ids().contains(&id) {
             return Next::Finish(self.finish(FinishReason::Stop));
         }
@@ -203,6 +212,12 @@ impl Answer {
         &self.ids
     }
 
+    /// For each token a hash of the logits that it was chosen by, `None` where it was forced; nothing where
+    /// [`GenerateOptions::hash_logits`] does not ask for them.
+    pub fn logits_hashes(&self) -> &[LogitsHash] {
+        self.hashes.as_deref().unwrap_or_default()
+    }
+
     /// Why it ended; `None` while it goes on.
     pub fn finish_reason(&self) -> Option<FinishReason> {
         self.finish_reason
@@ -213,8 +228,8 @@ impl Answer {
         self.stopped_by
     }
 
-    /// Text and ids, taken out.
-    pub(crate) fn into_parts(self) -> (String, Vec<u32>) {
-        (self.text, self.ids)
+    /// Text, ids and hashes of logits, taken out.
+    pub(crate) fn into_parts(self) -> (String, Vec<u32>, Vec<LogitsHash>) {
+        (self.text, self.ids, self.hashes.unwrap_or_default())
     }
 }

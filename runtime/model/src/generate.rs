@@ -12,6 +12,7 @@ use crate::constraint::Constraint;
 use crate::draft::DraftStats;
 use crate::error::ModelError;
 use crate::observer::Observer;
+use crate::receipt::LogitsHash;
 use crate::sampler::Sampler;
 use crate::session::Session;
 use crate::work::Work;
@@ -67,6 +68,8 @@ pub struct Generation {
     pub text: String,
     /// The token ids made, an end token included.
     pub ids: Vec<u32>,
+    /// As [`Answer::logits_hashes`].
+    pub logits: Vec<LogitsHash>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Time and work.
@@ -124,6 +127,7 @@ impl From<ModelError> for GenerateError {
         let answer = Generation {
             text: String::new(),
             ids: Vec::new(),
+            logits: Vec::new(),
             finish_reason: FinishReason::Error,
             stats: GenerateStats::default(),
         };
@@ -178,8 +182,8 @@ pub fn generate_within(
         // The answer is over: a wish to stop changes nothing any more.
         let _ = on_text(rest);
     }
-    let (text, ids) = answer.into_parts();
-    let answer = Generation { text, ids, finish_reason, stats };
+    let (text, ids, logits) = answer.into_parts();
+    let answer = Generation { text, ids, logits, finish_reason, stats };
     match outcome {
         Ok(()) | Err(ModelError::Cancelled) => Ok(answer),
         Err(error) => Err(GenerateError::new(error, answer)),

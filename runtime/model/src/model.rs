@@ -11,7 +11,7 @@ use crate::activations::{Activations, Rows};
 use crate::batch::Batch;
 use crate::error::ModelError;
 use crate::moe::{ExpertLayer, Moe};
-use crate::observer::Observer;
+use crate::observer::{Inputs, Observer};
 use crate::ops::{self, ActsScratch, Attention, Compute, HeadStats, Linear, RmsNorm, SparseHead};
 use crate::options::{LoadOptions, SparseHead as SparseHeadOptions};
 use crate::router::Routing;
@@ -232,11 +232,18 @@ impl Model {
             Ok::<_, ModelError>(self.moe.prefetch(n, batch.kind(), routing, moe))
         };
         let experts = layer.qkv.forward_while(cx, &mut scratch.acts, normed, qkv, choose)??;
+        let watched = observer.watches_inputs();
+        let mut show = |tensor: &Rows, of: Inputs<'_>| match watched {
+            true => observer.inputs(n, of, tensor.values()?).map_err(shown("inputs")),
+            false => Ok(()),
+        };
+        show(normed, Inputs::Attention)?;
         if layer.uses_rope {
             rope.forward(cx, qkv)?;
         }
         let attention = Attention { config: &self.config, layer: n, runs, sequences };
         attention.forward(cx, &mut scratch.attention, qkv, attn)?;
+        show(attn, Inputs::AttentionOutput)?;
         layer.attn_output.forward(cx, &mut scratch.acts, attn, delta)?;
         ops::add(cx, x, delta)?;
 
@@ -247,6 +254,7 @@ impl Model {
         }
 
         layer.ffn_norm.forward(cx, x, normed)?;
+        show(normed, Inputs::Experts(routing))?;
         let pass = ExpertLayer { layer: n, cx, acts: &mut scratch.acts, scratch: moe, routing, observer };
         let mut work = self.moe.forward(pass, experts, normed, x)?;
         work.weight_bytes += (layer.router.bytes() + layer.qkv.bytes() + layer.attn_output.bytes()) as u64;

@@ -34,6 +34,20 @@ pub trait Observer {
         Ok(())
     }
 
+    /// Whether [`Observer::inputs`] is to be called.
+    fn watches_inputs(&self) -> bool {
+        false
+    }
+
+    /// What matrices of a layer are multiplied with: as many rows as `rows` has, one after the other.
+    ///
+    /// # Errors
+    /// What it fails with ends the pass.
+    fn inputs(&mut self, layer: usize, of: Inputs<'_>, rows: &[f32]) -> io::Result<()> {
+        let _ = (layer, of, rows);
+        Ok(())
+    }
+
     /// The residual stream after a layer; `[rows, n_embd]`.
     ///
     /// # Errors
@@ -60,4 +74,17 @@ impl Observer for () {
     fn takes_drafts(&self) -> bool {
         true
     }
+}
+
+/// The matrices that are multiplied with some rows.
+#[derive(Clone, Copy, Debug)]
+pub enum Inputs<'a> {
+    /// Queries, keys and values, for all rows of the batch.
+    Attention,
+    /// The projection of the heads back to the residual stream, for all rows of the batch.
+    AttentionOutput,
+    /// Gate and up of the experts that each row of the batch chose.
+    Experts(&'a Routing),
+    /// Down of this expert, for the rows that chose it.
+    Down(u32),
 }

@@ -45,9 +45,11 @@ impl Routing {
     fn weigh(&mut self, gating: Gating, row: &[f32], start: usize) {
         let chosen = &self.ids[start..];
         let top = row[chosen[0] as usize];
+        // In 64 bits, so that what mathematical libraries differ by is rounded away.
+        let exp = |x: f32| f64::from(x).exp() as f32;
         self.weights.extend(chosen.iter().map(|&id| match gating {
-            Gating::Softmax => (row[id as usize] - top).exp(),
-            Gating::Sigmoid => 1.0 / (1.0 + (-row[id as usize]).exp()),
+            Gating::Softmax => exp(row[id as usize] - top),
+            Gating::Sigmoid => 1.0 / (1.0 + exp(-row[id as usize])),
         }));
         let sum: f32 = self.weights[start..].iter().sum();
         for weight in &mut self.weights[start..] {

@@ -153,6 +153,11 @@ impl Sampler {
         &self.options
     }
 
+    /// What is added to logits.
+    pub fn bias(&self) -> &[(u32, f32)] {
+        &self.bias
+    }
+
     /// Begins an answer that goes on with `text`: the penalties know the end of it, and nothing of other answers.
     pub fn begin(&mut self, text: &[u32]) {
         self.counts.clear();
@@ -272,7 +277,7 @@ impl Sampler {
         let best = candidates.iter().map(|c| c.logit).fold(f32::NEG_INFINITY, f32::max);
         let mut total = 0.0f64;
         for candidate in candidates.iter_mut() {
-            candidate.weight = (candidate.logit - best).exp();
+            candidate.weight = exp(candidate.logit - best);
             total += f64::from(candidate.weight);
         }
         if self.options.top_p < 1.0 {
@@ -283,7 +288,7 @@ impl Sampler {
 
         let mut total = 0.0f64;
         for candidate in candidates.iter_mut() {
-            candidate.weight = ((candidate.logit - best) / self.options.temperature).exp();
+            candidate.weight = exp((candidate.logit - best) / self.options.temperature);
             total += f64::from(candidate.weight);
         }
         // Walking in a fixed order keeps the draw the same however the candidates were selected.
@@ -298,6 +303,11 @@ impl Sampler {
         }
         candidates.last().map(|c| c.id)
     }
+}
+
+/// e^x, computed in 64 bits, so that what mathematical libraries differ by is rounded away.
+fn exp(x: f32) -> f32 {
+    f64::from(x).exp() as f32
 }
 
 #[cfg(test)]

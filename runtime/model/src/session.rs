@@ -13,7 +13,7 @@ use crate::draft::{Draft, DraftLimit, DraftStats, Drafts, Planned};
 use crate::engine::Engine;
 use crate::error::ModelError;
 use crate::governor::{Governor, MOST_ROWS};
-use crate::observer::Observer;
+use crate::observer::{Inputs, Observer};
 use crate::router::Routing;
 use crate::sampler::Sampler;
 use crate::sequence::Sequence;
@@ -280,6 +280,14 @@ impl Observer for Offset<'_> {
 
     fn neurons(&mut self, layer: usize, expert: u32, rows: &[u32], live: &[u32]) -> io::Result<()> {
         self.observer.neurons(layer, expert, rows, live)
+    }
+
+    fn watches_inputs(&self) -> bool {
+        self.observer.watches_inputs()
+    }
+
+    fn inputs(&mut self, layer: usize, of: Inputs<'_>, rows: &[f32]) -> io::Result<()> {
+        self.observer.inputs(layer, of, rows)
     }
 
     fn residual(&mut self, layer: usize, batch: &Batch, x: &[f32]) -> io::Result<()> {

@@ -162,6 +162,16 @@ impl<'a> TensorSource<'a> {
     /// Gate and up (`n_ff × n_embd`) and down (`n_embd × n_ff`) of one expert in f32, row by row.
     pub(crate) fn expert_f32(&self, layer: usize, expert: usize) -> Result<[Vec<f32>; 3], ModelError> {
         let format = &self.formats[layer];
+        let canonical = self.expert_canonical(layer, expert)?;
+        Ok(Matrix::ALL.map(|matrix| {
+            let (rows, columns) = format.shape(matrix);
+            dequantize(format.type_of(matrix), &canonical[matrix as usize], rows, columns)
+        }))
+    }
+
+    /// Gate, up and down of one expert as a file in the default layout has them: rows of blocks.
+    pub(crate) fn expert_canonical(&self, layer: usize, expert: usize) -> Result<[Vec<u8>; 3], ModelError> {
+        let format = &self.formats[layer];
         // Whole, so that it can be compared with its checksum.
         let packed = match self.experts.record(layer, expert) {
             None => None,
@@ -184,8 +194,7 @@ impl<'a> TensorSource<'a> {
                 }
                 Some(packed) => format.unpack(matrix, &packed[format.region(matrix)], &mut canonical),
             }
-            let (rows, columns) = format.shape(matrix);
-            Ok::<_, ModelError>(dequantize(format.type_of(matrix), &canonical, rows, columns))
+            Ok::<_, ModelError>(canonical)
         };
         Ok([matrix(Matrix::Gate)?, matrix(Matrix::Up)?, matrix(Matrix::Down)?])
     }

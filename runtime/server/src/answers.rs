@@ -12,7 +12,7 @@ use hyper::body::{Bytes, Frame};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::error::ApiError;
-use crate::job::{Event, Failure, Finished, JobHandle, Token};
+use crate::job::{Event, Failure, Finished, JobHandle, Proof, Token};
 
 /// The jobs of one request. Dropped, they end.
 pub(crate) struct Answers {
@@ -59,6 +59,7 @@ impl Answers {
                     whole.text.push_str(&piece.text);
                     whole.tokens.extend(piece.tokens);
                 }
+                Event::Proven(proof) => whole.proof = Some(proof),
                 Event::Finished(finished) => whole.finished = Some(finished),
                 Event::Failed(failure) => return Err(failure.into()),
             }
@@ -73,6 +74,8 @@ pub(crate) struct Whole {
     pub(crate) text: String,
     /// Where logprobs were asked for.
     pub(crate) tokens: Vec<Token>,
+    /// Where a receipt was asked for.
+    pub(crate) proof: Option<Box<Proof>>,
     /// How it ended; there unless a job ended without a word.
     pub(crate) finished: Option<Finished>,
 }

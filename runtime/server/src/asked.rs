@@ -53,8 +53,12 @@ impl Asked {
             let mut jobs = self.sampling.jobs(&engine, &ids, self.param)?;
             let param = if self.fit.tools.tools.is_empty() { self.format_param } else { "tools" };
             let source = tools::source(&self.fit).map_err(|error| ApiError::field(param, error.to_string()))?;
+            let fit = source.as_ref().map(Source::to_json);
             let grammar = source.map(|source| tokens.compile(&engine, &source, param)).transpose()?;
             jobs.iter_mut().for_each(|job| job.grammar = grammar.clone());
+            if self.sampling.receipt {
+                jobs.iter_mut().for_each(|job| job.prove(&engine, fit.clone()));
+            }
             Ok(jobs)
         });
         let jobs = jobs.await?;

@@ -7,16 +7,16 @@ use std::time::Instant;
 use st_model::sampler::Sampler;
 use st_model::{
     Answer, Constraint, DraftLimit, DraftStats, Drafts, Engine, FinishReason, Governor, Logprobs, ModelError, Planned,
-    Sequence,
+    Proven, Sequence, Settings,
 };
 use tokio::sync::mpsc::Sender;
 
-use crate::job::{Ending, Event, Failure, Finished, Piece, Token};
+use crate::job::{Ending, Event, Failure, Finished, Piece, Proof, Token};
 use crate::prefix::Hit;
 use crate::queue::Waiting;
 
-/// Events that a conversation sends in one step, at most: its beginning, a piece, its end.
-const EVENTS_A_STEP: usize = 3;
+/// Events that a conversation sends in one step, at most: its beginning, a piece, its proof, its end.
+const EVENTS_A_STEP: usize = 4;
 
 /// An answer under way.
 pub(crate) struct Conversation {
@@ -30,6 +30,8 @@ pub(crate) struct Conversation {
     sampler: Sampler,
     drafts: Drafts,
     logprobs: Option<usize>,
+    /// How the answer is made, where it is to be proven.
+    settings: Option<Box<Settings>>,
     events: Sender<Event>,
     /// Lengths at which others will want a copy.
     copies: BTreeSet<usize>,
@@ -61,6 +63,7 @@ impl Conversation {
             sampler: job.sampler,
             drafts: Drafts::new(draft),
             logprobs: job.logprobs,
+            settings: job.settings,
             events,
             copies: BTreeSet::new(),
             submitted: since,
@@ -251,6 +254,11 @@ impl Conversation {
     fn finish(&mut self, ending: Ending) {
         let finished = self.finished(ending);
         self.ended = Some(finished);
+        if let Some(settings) = self.settings.take() {
+            let (prompt, seed) = (self.prompt().to_vec(), self.sampler.options().seed);
+            let answer = Proven::from(&self.answer);
+            self.send(Event::Proven(Box::new(Proof { prompt, settings, seed, answer })));
+        }
         self.send(Event::Finished(finished));
     }
 

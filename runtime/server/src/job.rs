@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use st_grammar::Grammar;
 use st_model::sampler::Sampler;
-use st_model::{GenerateOptions, Logprobs};
+use st_model::{Engine, GenerateOptions, Logprobs, ModelDigest, Proven, Receipt, Settings};
 use tokio::sync::mpsc;
 
 /// Events of one job that wait for their reader, at most. Whoever reads so slowly waits for himself.
@@ -26,6 +26,33 @@ pub(crate) struct Job {
     pub(crate) logprobs: Option<usize>,
     /// What its tokens must fit.
     pub(crate) grammar: Option<Grammar>,
+    /// How it is made, where a receipt is wanted.
+    pub(crate) settings: Option<Box<Settings>>,
+}
+
+impl Job {
+    /// Has it proven: `fit` is what its tokens must fit.
+    pub(crate) fn prove(&mut self, engine: &Engine, fit: Option<serde_json::Value>) {
+        self.limits.hash_logits = true;
+        self.settings = Some(Box::new(Settings::of(engine, &self.sampler, &self.limits, fit)));
+    }
+}
+
+/// What a receipt says of an answer, but for the model.
+#[derive(Debug)]
+pub(crate) struct Proof {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) settings: Box<Settings>,
+    pub(crate) seed: u64,
+    pub(crate) answer: Proven,
+}
+
+impl Proof {
+    /// The receipt, where the model is called so and has these hashes.
+    pub(crate) fn receipt(&self, (name, digest): &(String, ModelDigest)) -> Receipt {
+        let settings = Settings::clone(&self.settings);
+        Receipt::new(name, digest, &self.prompt, settings, self.seed, self.answer.clone())
+    }
 }
 
 /// What becomes of a job, in order: `Begun`, any number of `Piece`s, and `Finished`; or `Failed` anywhere.
@@ -35,6 +62,8 @@ pub(crate) enum Event {
     Begun,
     /// More of the answer.
     Piece(Piece),
+    /// What it is proven by, where that is wanted, just before it ends.
+    Proven(Box<Proof>),
     /// The answer is whole.
     Finished(Finished),
     /// There is no more of it.

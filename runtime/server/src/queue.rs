@@ -136,6 +136,7 @@ mod tests {
             limits: GenerateOptions::default(),
             logprobs: None,
             grammar: None,
+            settings: None,
         };
         (0..n).map(|_| job()).collect()
     }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, GenerateOptions};
 
-use crate::app::random;
+use crate::app::{App, random};
 use crate::error::ApiError;
 use crate::fields::{Fields, is_nothing, is_number};
 use crate::job::Job;
@@ -26,6 +26,8 @@ pub(crate) struct Sampling {
     /// Answers to each prompt.
     pub(crate) n: usize,
     pub(crate) logprobs: Option<usize>,
+    /// Whether answers are to be proven.
+    pub(crate) receipt: bool,
 }
 
 impl Sampling {
@@ -60,12 +62,28 @@ impl Sampling {
             stop: stops(fields, "stop")?,
             n: fields.whole("n", 1..=ANSWERS)?.map_or(1, |n| n as usize),
             logprobs: None,
+            receipt: false,
         })
     }
 
     /// The number of likely tokens told of beside each, where logprobs are wanted.
     pub(crate) fn top_logprobs(fields: &mut Fields, name: &str) -> Result<Option<usize>, ApiError> {
         Ok(fields.whole(name, 0..=TOP_LOGPROBS)?.map(|n| n as usize))
+    }
+
+    /// Takes the wish for receipts, which only whole answers have.
+    ///
+    /// # Errors
+    /// Where this server gives none, or answers are streamed.
+    pub(crate) fn take_receipt(&mut self, fields: &mut Fields, app: &App, streams: bool) -> Result<(), ApiError> {
+        self.receipt = fields.flag("receipt")?;
+        match (self.receipt, streams, app.settings.receipts.is_some()) {
+            (true, _, false) => {
+                Err(ApiError::field("receipt", "this server gives none: it was started without --receipts"))
+            }
+            (true, true, _) => Err(ApiError::field("receipt", "an answer that is streamed has none")),
+            _ => Ok(()),
+        }
     }
 
     /// The seed of the `index`-th answer to a prompt.
@@ -95,9 +113,14 @@ impl Sampling {
             Ok(Job {
                 prompt: prompt.to_vec(),
                 sampler: sampler.map_err(|error| ApiError::bad(error.to_string()))?,
-                limits: GenerateOptions { max_tokens: self.max_tokens, stop: self.stop.clone() },
+                limits: GenerateOptions {
+                    max_tokens: self.max_tokens,
+                    stop: self.stop.clone(),
+                    ..GenerateOptions::default()
+                },
                 logprobs: self.logprobs,
                 grammar: None,
+                settings: None,
             })
         };
         (0..self.n).map(job).collect()

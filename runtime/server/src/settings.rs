@@ -1,10 +1,11 @@
 //! What a server is told when it starts.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use st_grammar::Grammars;
-use st_model::DraftLimit;
+use st_model::{DraftLimit, ModelDigest};
 
 use crate::scheduler;
 
@@ -32,6 +33,8 @@ pub struct Settings {
     pub cors: Vec<String>,
     /// Where texts are kept for the time after the server, and in how many bytes.
     pub cache: Option<(PathBuf, u64)>,
+    /// What the model is called in receipts, and its hashes; without them none are given.
+    pub receipts: Option<Arc<(String, ModelDigest)>>,
     /// What the model says of itself under `meta` in the list of models, such as its file's name.
     pub about: serde_json::Map<String, serde_json::Value>,
 }
@@ -50,6 +53,7 @@ impl Settings {
             keys: Vec::new(),
             cors: Vec::new(),
             cache: None,
+            receipts: None,
             about: serde_json::Map::new(),
         }
     }

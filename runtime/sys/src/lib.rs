@@ -53,8 +53,8 @@ pub use file::{
     rename_new, same_file, strip_prefix, symlink, sync_folder, write_all_at,
 };
 pub use mapped::MappedFile;
-pub use memory::{memory_limit, peak_resident, reset_peak_resident, resident};
+pub use memory::{available_memory, memory_limit, peak_resident, reset_peak_resident, resident};
 pub use output::{create_claimable, inherit, is_named, may_write_into, same_path, shows_processes};
 pub use pages::{LARGE_PAGE, PAGE, Pages};
 pub use signals::{Signal, listen};
-pub use terminal::{Terminal, Utf8Output, discard_typed};
+pub use terminal::{Terminal, Utf8Output, discard_typed, terminal_size};

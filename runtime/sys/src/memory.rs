@@ -12,6 +12,12 @@ pub fn peak_resident() -> Option<u64> {
     os::peak_resident()
 }
 
+/// Memory that programs can have now without anything being pushed out, in bytes; `None` where the system does not tell.
+pub fn available_memory() -> Option<u64> {
+    let here = os::available_memory()?;
+    Some(os::memory_limit().map_or(here, |limit| limit.min(here)))
+}
+
 /// Lets [`peak_resident`] begin anew, where the system can. Without it the figure is merely too high.
 pub fn reset_peak_resident() {
     os::reset_peak_resident();

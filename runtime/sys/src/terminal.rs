@@ -21,6 +21,11 @@ impl Terminal {
     }
 }
 
+/// Rows and columns of the terminal that standard error is; `None` where it is none, or the system does not tell.
+pub fn terminal_size() -> Option<(u16, u16)> {
+    os::terminal_size()
+}
+
 /// Forgets what was typed on standard input and not read.
 pub fn discard_typed() {
     os::discard_typed();

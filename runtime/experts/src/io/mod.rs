@@ -13,6 +13,7 @@ pub use buffered::{BufferedIo, SourceIo};
 pub use direct::DirectIo;
 pub use noop::{Fault, FaultyIo};
 pub(crate) use probe::open;
+pub use probe::{ReadSpeed, read_speed};
 
 use crate::buffer::{AlignedBuf, PAGE};
 use std::fmt::Debug;

@@ -94,6 +94,53 @@ pub(crate) fn open(
     }
 }
 
+/// How fast experts would be read from a file, in bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ReadSpeed {
+    /// One read after the other, always as many at once.
+    pub sustained: f64,
+    /// A few at once and then none for a while, as layers ask for them.
+    pub burst: f64,
+}
+
+/// Measures how fast `threads` threads read from the file at `path` in pieces of `piece` bytes from all over it, past the page cache where
+/// the file system offers that; `None` for a file of too few pieces.
+///
+/// # Errors
+/// What opening and reading meet.
+pub fn read_speed(path: &Path, piece: usize, threads: usize) -> io::Result<Option<ReadSpeed>> {
+    const SUSTAINED: u64 = 96;
+    const BURSTS: u64 = 12;
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(4);
+    let piece = (piece.max(1) as u64).next_multiple_of(PAGE as u64);
+    let n = std::fs::metadata(path)?.len() / piece;
+    let in_bursts = BURSTS * threads.max(1) as u64;
+    if n < 2 * in_bursts {
+        return Ok(None);
+    }
+    // Pieces of either kind lie between those of the other.
+    let ranges = |count: u64, shift: u64| -> Vec<Range<u64>> {
+        (0..count).map(|i| (i * (n - 1) / count + shift).min(n - 1) * piece).map(|at| at..at + piece).collect()
+    };
+    let (many, few) = (ranges(SUSTAINED.min(n / 2), 0), ranges(in_bursts, 1));
+    let (direct, buffered) = (DirectIo::open(path), BufferedIo::open(path, true)?);
+    let io: &dyn ExpertIo = match &direct {
+        Ok(direct) => direct,
+        Err(_) => {
+            many.iter().chain(&few).for_each(|range| buffered.forget(range.clone()));
+            &buffered
+        }
+    };
+    let (mut bytes, mut seconds) = (0.0, 0.0);
+    for burst in few.chunks(threads.max(1)) {
+        std::thread::sleep(PAUSE);
+        let read = (burst.len() as u64 * piece) as f64;
+        (bytes, seconds) = (bytes + read, seconds + read / throughput(io, burst, threads, true)?);
+    }
+    let sustained = throughput(io, &many, threads, true)?;
+    Ok(Some(ReadSpeed { sustained, burst: (bytes / seconds).max(sustained) }))
+}
+
 fn open_buffered(source: &Arc<dyn ReadAt>, path: &Path, leave_nothing: bool) -> io::Result<BufferedIo> {
     let io = BufferedIo::open(path, leave_nothing)?;
     check_same_file(source.as_ref(), &io)?;

@@ -16,7 +16,7 @@ use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, UNIT_ROWS};
 use crate::activations::Rows;
 use crate::batch::BatchKind;
 use crate::error::ModelError;
-use crate::observer::Observer;
+use crate::observer::{Inputs, Observer};
 use crate::ops::{self, ActsScratch, Compute};
 use crate::router::Routing;
 use crate::work::Work;
@@ -174,7 +174,7 @@ impl Moe {
         let format = &self.formats[layer];
         let n_ff = format.n_ff();
         let bytes = Matrix::ALL.map(|matrix| format.canonical_bytes(matrix) as u64);
-        let watched = observer.watches_neurons();
+        let (watched, inputs) = (observer.watches_neurons(), observer.watches_inputs());
         let mut work = Work::default();
         let mut landing = lease.as_they_land(Matrix::Up);
         loop {
@@ -191,7 +191,11 @@ impl Moe {
                     work.add(&sparse.work(format, of.clone(), bytes));
                     if watched {
                         let hidden = sparse.hidden(of.clone(), n_ff);
-                        show(observer, layer, expert, &pairs.rows()[of], hidden, live)?;
+                        show(observer, layer, expert, &pairs.rows()[of.clone()], hidden, live)?;
+                    }
+                    if inputs {
+                        let hidden: Vec<f32> = sparse.hidden(of, n_ff).flatten().copied().collect();
+                        show_inputs(observer, layer, expert, &hidden)?;
                     }
                 }
                 continue;
@@ -204,6 +208,11 @@ impl Moe {
                     for (rank, of, hidden) in dense.hidden(n_ff) {
                         let hidden = hidden.chunks(n_ff).flat_map(|row| row.chunks(BLOCK_LEN));
                         show(observer, layer, lease.id(rank), &pairs.rows()[of], hidden, live)?;
+                    }
+                }
+                if inputs {
+                    for (rank, _, hidden) in dense.hidden(n_ff) {
+                        show_inputs(observer, layer, lease.id(rank), hidden)?;
                     }
                 }
             }
@@ -225,4 +234,10 @@ fn show<'h>(
     let bit = |(i, value): (usize, &f32)| u32::from(*value != 0.0) << i;
     live.extend(hidden.map(|group| group.iter().enumerate().map(bit).fold(0, |mask, bit| mask | bit)));
     observer.neurons(layer, expert, rows, live).map_err(|cause| ModelError::Observer { what: "live neurons", cause })
+}
+
+/// Shows an observer what down of one expert is multiplied with.
+fn show_inputs(observer: &mut dyn Observer, layer: usize, expert: u32, hidden: &[f32]) -> Result<(), ModelError> {
+    let shown = observer.inputs(layer, Inputs::Down(expert), hidden);
+    shown.map_err(|cause| ModelError::Observer { what: "inputs", cause })
 }

@@ -97,7 +97,7 @@ impl Rope {
             head_dim: dim,
             n_heads: config.n_heads + config.n_kv_heads,
             width: config.q_dim() + 2 * config.kv_dim(),
-            inv_freq: (0..dim / 2).map(|i| 1.0 / config.rope_theta.powf((2 * i) as f32 / dim as f32)).collect(),
+            inv_freq: (0..dim / 2).map(|i| 1.0 / power(config.rope_theta, (2 * i) as f32 / dim as f32)).collect(),
             cos: Vec::new(),
             sin: Vec::new(),
         }
@@ -109,9 +109,9 @@ impl Rope {
         self.sin.clear();
         for position in runs.iter().flat_map(|run| run.position..run.position + run.rows.len()) {
             for frequency in &self.inv_freq {
-                let (sin, cos) = (position as f32 * frequency).sin_cos();
-                self.cos.push(cos);
-                self.sin.push(sin);
+                let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
+                self.cos.push(cos as f32);
+                self.sin.push(sin as f32);
             }
         }
     }
@@ -129,4 +129,9 @@ impl Rope {
         });
         Ok(())
     }
+}
+
+/// Computed in 64 bits, as the angles' sines are, so that what mathematical libraries differ by is rounded away.
+fn power(base: f32, exponent: f32) -> f32 {
+    f64::from(base).powf(f64::from(exponent)) as f32
 }

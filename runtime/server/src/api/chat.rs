@@ -28,7 +28,8 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let mut fields = openai::fields(app, request).await?;
     let engine = Arc::clone(app.engine()?);
     let streaming = Streaming::take(&mut fields)?;
-    let sampling = sampling(&mut fields, &engine)?;
+    let mut sampling = sampling(&mut fields, &engine)?;
+    sampling.take_receipt(&mut fields, app, streaming.is_on)?;
     let tools = openai::tools(&mut fields)?;
     let format = openai::format(&mut fields, "response_format")?;
     let list = fields.list("messages")?.ok_or_else(|| ApiError::field("messages", "it is missing"))?;
@@ -50,7 +51,9 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     }
     let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion", sampling.options.seed);
     let wholes = answers.collect().await?;
-    Ok(json_response(&whole(&frame, &engine, &sampling, &calls, &wholes)))
+    let mut object = whole(&frame, &engine, &sampling, &calls, &wholes);
+    openai::prove(app, &wholes, &mut object);
+    Ok(json_response(&object))
 }
 
 fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> {
@@ -198,7 +201,7 @@ impl Encoder for Chunks {
                 let reason = reason(&finished, self.splits[index].0.called);
                 self.chunk(out, index, json!({}), Some(reason), Value::Null);
             }
-            Event::Begun | Event::Failed(_) => {}
+            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::{Value, json};
+use st_grammar::Source;
 use st_model::Engine;
 
 use super::logprobs;
@@ -35,12 +36,14 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let mut fields = openai::fields(app, request).await?;
     let engine = Arc::clone(app.engine()?);
     let streaming = Streaming::take(&mut fields)?;
-    let sampling = sampling(&mut fields, &engine)?;
+    let mut sampling = sampling(&mut fields, &engine)?;
+    sampling.take_receipt(&mut fields, app, streaming.is_on)?;
     let prompts = prompts(fields.need("prompt")?)?;
     let format = openai::format(&mut fields, "response_format")?;
     let (wanted, tokens, shared) = (sampling.clone(), Arc::clone(&app.tokens), Arc::clone(&engine));
     let jobs = prepare::apart(app, move |engine| {
         let compile = |source| tokens.compile(&shared, &source, "response_format");
+        let fit = format.as_ref().map(Source::to_json);
         let grammar = format.map(compile).transpose()?;
         let mut jobs = Vec::new();
         for prompt in prompts {
@@ -51,6 +54,9 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
             jobs.extend(wanted.jobs(engine, &ids, "prompt")?);
         }
         jobs.iter_mut().for_each(|job| job.grammar = grammar.clone());
+        if wanted.receipt {
+            jobs.iter_mut().for_each(|job| job.prove(engine, fit.clone()));
+        }
         Ok(jobs)
     });
     let jobs = jobs.await?;
@@ -62,7 +68,9 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
         return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage: streaming.with_usage, all, offsets }));
     }
     let wholes = answers.collect().await?;
-    Ok(json_response(&whole(&frame, &engine, &sampling, &wholes)))
+    let mut object = whole(&frame, &engine, &sampling, &wholes);
+    openai::prove(app, &wholes, &mut object);
+    Ok(json_response(&object))
 }
 
 fn sampling(fields: &mut Fields, engine: &Engine) -> Result<Sampling, ApiError> {
@@ -165,7 +173,7 @@ impl Encoder for Chunks {
                 self.all[index] = Some(finished);
                 self.chunk(out, index, "", Some(openai::finish_reason(&finished)), Value::Null);
             }
-            Event::Begun | Event::Failed(_) => {}
+            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
         }
     }
 

@@ -229,7 +229,7 @@ impl Encoder for Blocks {
                 self.frame.end(&mut delta, &finished, self.split.called);
                 Self::send(out, json!({"delta": delta, "usage": usage(&finished)}), "message_delta");
             }
-            Event::Begun | Event::Failed(_) => {}
+            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
         }
     }
 

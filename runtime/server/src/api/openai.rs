@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use st_grammar::Source;
 use st_model::Engine;
 
+use crate::answers::Whole;
 use crate::app::{App, now};
 use crate::body;
 use crate::error::ApiError;
@@ -22,6 +23,16 @@ pub(crate) async fn fields(app: &App, request: Request) -> Result<Fields, ApiErr
     let mut fields = Fields::of(body::json(&bytes.bytes)?, "")?;
     check_model(app, &mut fields)?;
     Ok(fields)
+}
+
+/// Puts receipts beside the answers that have a proof.
+pub(crate) fn prove(app: &App, wholes: &[Whole], object: &mut Value) {
+    let Some(model) = app.settings.receipts.as_deref() else { return };
+    for (index, whole) in wholes.iter().enumerate() {
+        if let Some(proof) = &whole.proof {
+            object["choices"][index]["receipt"] = json!(proof.receipt(model));
+        }
+    }
 }
 
 /// Refuses a request for another model.

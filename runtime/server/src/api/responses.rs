@@ -281,7 +281,7 @@ impl Encoder for Items {
                 self.close(out, if finished.ending == Ending::Length { "incomplete" } else { "completed" });
                 self.finished = Some(finished);
             }
-            Event::Begun | Event::Failed(_) => {}
+            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
         }
     }
 

@@ -328,6 +328,14 @@ pub(crate) fn memory_limit() -> Option<u64> {
     None
 }
 
+/// A line of `/proc/meminfo`, where there is one.
+pub(crate) fn available_memory() -> Option<u64> {
+    let about = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = about.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 pub(crate) fn reset_peak_resident() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
@@ -435,6 +443,11 @@ impl Utf8Output {
 
 pub(crate) fn discard_typed() {
     let _ = rustix::termios::tcflush(io::stdin(), QueueSelector::IFlush);
+}
+
+pub(crate) fn terminal_size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(std::io::stderr()).ok()?;
+    Some((size.ws_row, size.ws_col))
 }
 
 pub(crate) fn listen(act: impl Fn(Signal) + Send + 'static) -> io::Result<()> {

@@ -350,6 +350,10 @@ pub(crate) fn memory_limit() -> Option<u64> {
     limits.into_iter().filter(|(flag, _)| flags & flag != 0).map(|(_, limit)| limit as u64).min()
 }
 
+pub(crate) fn available_memory() -> Option<u64> {
+    None
+}
+
 pub(crate) fn reset_peak_resident() {}
 
 pub(crate) fn physical_cores() -> Option<usize> {
@@ -443,6 +447,10 @@ impl Drop for Utf8Output {
             unsafe { SetConsoleOutputCP(self.code_page) };
         }
     }
+}
+
+pub(crate) fn terminal_size() -> Option<(u16, u16)> {
+    None
 }
 
 pub(crate) fn discard_typed() {

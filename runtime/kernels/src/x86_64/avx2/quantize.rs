@@ -90,6 +90,6 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
 
 /// The portable source, compiled for this instruction set.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn improve_q4_0(x: &[f32], out: &mut [u8]) -> SquaredErrors {
-    search::improve_q4_0(x, out)
+pub(super) fn improve_q4_0(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> SquaredErrors {
+    search::improve_q4_0(x, importance, out)
 }

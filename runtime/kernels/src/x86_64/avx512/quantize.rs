@@ -75,6 +75,6 @@ pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
 
 /// The portable source, compiled for this instruction set.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-pub(super) fn improve_q4_0(x: &[f32], out: &mut [u8]) -> SquaredErrors {
-    search::improve_q4_0(x, out)
+pub(super) fn improve_q4_0(x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> SquaredErrors {
+    search::improve_q4_0(x, importance, out)
 }

@@ -21,14 +21,24 @@ while [ $# -gt 0 ]; do
     shift
 done
 target=x86_64-pc-windows-gnu
-wine=$(command -v wine64 || command -v wine || true)
-[ -n "$wine" ] || { [ -x /usr/lib/wine/wine64 ] && wine=/usr/lib/wine/wine64; } || skip "wine is missing"
+wine=$(PATH=$PATH:/usr/lib/wine command -v wine64 || command -v wine || true)
+[ -n "$wine" ] || skip "wine is missing"
 export WINEPREFIX=${WINEPREFIX:-$PWD/target/wine} WINEDEBUG=-all
 if [ -z "$binary" ] || [ -n "$tests" ]; then use_target "$target" || skip "$missing"; fi
 if [ -z "$binary" ]; then
     cargo build --locked --package st-tool "${cargo_flags[@]}" --target-dir target/cross
     binary=target/cross/$target/debug/st-tool.exe
 fi
+# Wine before version 9 lacks a library of one function, which Rust's standard library asks for random numbers.
+lend_random_numbers() {
+    [ -f "$1/bcryptprimitives.dll" ] && return
+    printf '%s\n' '#include <windows.h>' 'BOOLEAN NTAPI SystemFunction036(PVOID, ULONG);' \
+        '__declspec(dllexport) BOOL WINAPI ProcessPrng(PBYTE data, SIZE_T len) { return SystemFunction036(data, (ULONG)len); }' > "$1/prng.c"
+    x86_64-w64-mingw32-gcc -shared -o "$1/bcryptprimitives.dll" "$1/prng.c" -ladvapi32
+}
+"$wine" cmd /c ver >/dev/null 2>&1 || true
+[ -f "$WINEPREFIX/drive_c/windows/system32/bcryptprimitives.dll" ] || lend_random_numbers "$WINEPREFIX/drive_c/windows/system32"
+
 if [ -n "$tests" ]; then
     CARGO_TARGET_X86_64_PC_WINDOWS_GNU_RUNNER=$wine cargo test --locked --package st-sys --package st-gguf "${cargo_flags[@]}" --target-dir target/cross
 fi

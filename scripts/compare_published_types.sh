@@ -7,7 +7,8 @@
 # llama.cpp's cmake folder with llama-quantize and libllama. Each TYPE (all published ones by default) is quantized into FOLDER, unless
 # it is there; `TYPE-imatrix` uses the importance matrix IMATRIX names. For each: ten prompts are continued greedily by both programs, and
 # where they part the gap of llama.cpp's two best logits says whether it is a tie (check_llama_cpp.py); then st-tool answers once from
-# memory, once within MEMORY (default: what it says is the least), and once from the offload layout: the same tokens, or it fails.
+# memory, once within MEMORY (default: 4 MiB more than what it says is the least), and once from the offload layout: the same tokens, or it
+# fails. FOLDER/table.md has a line for each. With DELETE=1 each file is removed when it was compared.
 set -euo pipefail
 [ $# -ge 5 ] || { sed -n '2,12p' "$0"; exit 2; }
 tool=$1 source=$2 build=$3 floats=$4 folder=$5
@@ -30,6 +31,8 @@ for length in (3, 5, 8, 12, 17, 23, 30, 38, 47, 57):
 PYTHON
 
 failed=0
+table=$folder/table.md
+[ -e "$table" ] || printf '%s\n' '| file | prompts that go on alike | tokens until they part, and gap of the two best logits there | least --memory, MiB | memory, budget and offload layout |' '|---|--:|---|--:|---|' >"$table"
 for type in "${types[@]}"; do
     file=$folder/$type.gguf
     if [ ! -e "$file" ]; then
@@ -39,21 +42,31 @@ for type in "${types[@]}"; do
         mv "$file.part" "$file"
     fi
     echo "== $type: $("$tool" inspect "$file" | grep -E '^ *(layers?|[A-Z0-9_]+  +[0-9]+ tensors)' | tr -s ' ' | tr '\n' ';')"
+    compared=$folder/$type.txt
     python3 "$here/check_llama_cpp.py" --st-tool "$tool" --llama-src "$source" --llama-build "$build" "$file" \
-        --prompts "$prompts" -n "${TOKENS:-32}" --threads "${THREADS:-2}" || failed=1
+        --prompts "$prompts" -n "${TOKENS:-32}" --threads "${THREADS:-2}" >"$compared" 2>&1 || failed=1
+    cat "$compared"
     ids=$(sed -n 4p "$prompts")
     answer() { "$tool" run "$@" --token-ids "$ids" -n 24 --temp 0 --json --quiet | python3 -c 'import json, sys; print(json.load(sys.stdin)["ids"])'; }
     whole=$(answer "$file")
     least=$({ "$tool" run "$file" --token-ids "$ids" -n 1 --memory 1MiB 2>&1 || true; } | sed -n 's/.*needs at least \([0-9]*\).*/\1/p')
-    streamed=$(answer "$file" --memory "${MEMORY:-$((least + 4194304))}")
+    memory=${MEMORY:-$((least + 4194304))}
+    streamed=$(answer "$file" --memory "$memory")
     rm -f "$folder/offload.gguf"
     "$tool" layout "$file" "$folder/offload.gguf" --to offload --quiet
-    packed=$(answer "$folder/offload.gguf" --memory "${MEMORY:-$((least + 4194304))}")
+    packed=$(answer "$folder/offload.gguf" --memory "$memory")
+    rm -f "$folder/offload.gguf"
     if [ "$whole" = "$streamed" ] && [ "$whole" = "$packed" ]; then
-        echo "   the same tokens from memory, within ${MEMORY:-$((least + 4194304))} bytes, and from the offload layout"
+        same="the same tokens within $memory"
     else
-        echo "   DIFFERENT tokens: $whole / $streamed / $packed"
+        same="DIFFERENT: $whole / $streamed / $packed"
         failed=1
     fi
+    echo "   $same"
+    parted=$(sed -n 's/^prompt [0-9]*: .* tokens, \([0-9]*\) of .* logits are \([0-9.]*\) apart.*/\1: \2/p' "$compared" | paste -sd, | sed 's/,/, /g')
+    printf '| %s | %s of %s | %s | %s | %s |\n' "$type" "$(grep -c 'tokens follow$' "$compared" || true)" "$(wc -l <"$prompts")" "$parted" \
+        "$((least >> 20))" "$same" >>"$table"
+    [ -z "${DELETE:-}" ] || rm -f "$file"
 done
+cat "$table"
 exit $failed

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail, ensure};
 use st_convert::arriving::{self, Arriving};
 use st_convert::{ConvertError, ConvertOptions, Converted, Input};
+use st_gguf::ModelShape;
 use st_hub::{DownloadRequest, Hub, ListedFile, Listing, RepoId, literal};
 
 use crate::context::Context;
@@ -20,6 +21,14 @@ use crate::ui::{ConvertBar, DownloadBars};
 /// Bytes of embedding and head that are looked at before anything is fetched: two that begin alike are the same, or damaged.
 const LOOK: u64 = 64 << 10;
 
+/// What is added to a model, once its shape is known.
+pub(crate) struct Addition<'a> {
+    /// What decides its bytes.
+    pub mark: String,
+    /// The options with it.
+    pub add: &'a dyn Fn(&ModelShape) -> anyhow::Result<ConvertOptions>,
+}
+
 /// One conversion.
 struct Job<'a> {
     hub: Hub,
@@ -30,13 +39,15 @@ struct Job<'a> {
     context: &'a Context,
 }
 
-/// Converts the checkpoint of `repo` into `output`: while it is fetched, unless it is here, or is to be kept whole (`keep`).
+/// Converts the checkpoint of `repo` into `output`, with what is added to it: while it is fetched, unless it is here, or is to be kept whole
+/// (`keep`).
 pub(crate) fn convert(
     repo: &RepoId,
     options: &ConvertOptions,
     output: &Path,
     overwrite: bool,
     keep: bool,
+    addition: Option<&Addition<'_>>,
     context: &Context,
 ) -> anyhow::Result<Converted> {
     let hub = hub(context);
@@ -44,7 +55,7 @@ pub(crate) fn convert(
     let mut whole = hub.cached(repo, &request.revision)?;
     if whole.is_none()
         && !keep
-        && let Some(converted) = while_it_arrives(repo, options, output, overwrite, context)?
+        && let Some(converted) = while_it_arrives(repo, options, output, overwrite, addition, context)?
     {
         return Ok(converted);
     }
@@ -53,6 +64,8 @@ pub(crate) fn convert(
         whole = Some(hub.download(&request, &DownloadBars::new(context.ui))?);
     }
     let input = Input::open(&whole.unwrap_or_default())?;
+    let added = addition.map(|addition| (addition.add)(input.shape())).transpose()?;
+    let options = added.as_ref().unwrap_or(options);
     let bar = ConvertBar::new(context.ui, "converting");
     Ok(st_convert::convert(&input, options, output, overwrite, &bar, context.interrupt.cancel())?)
 }
@@ -63,13 +76,15 @@ fn while_it_arrives(
     options: &ConvertOptions,
     output: &Path,
     overwrite: bool,
+    addition: Option<&Addition<'_>>,
     context: &Context,
 ) -> anyhow::Result<Option<Converted>> {
     let hub = hub(context);
     let listing = hub.list(&DownloadRequest::new(repo.clone()))?;
     let folder = st_sys::beside(output, ".", ".shards");
     let job = Job { hub, listing, folder, options, context };
-    let what = format!("{} {}", job.listing.repo, job.listing.commit);
+    let mark = addition.map_or("", |addition| &addition.mark);
+    let what = format!("{} {} {mark}", job.listing.repo, job.listing.commit);
     let known = arriving::begin(&job.folder, &what, options)?;
     job.fetch_descriptions()?;
     let found = known.map_or_else(|| job.head_is_embedding(), |known| Ok(Some(known)))?;
@@ -77,6 +92,11 @@ fn while_it_arrives(
         let _ = std::fs::remove_dir_all(&job.folder);
         return Ok(None);
     };
+    let added = match addition {
+        Some(addition) => Some((addition.add)(&job.or_discard(arriving::shape(&job.folder))?)?),
+        None => None,
+    };
+    let options = added.as_ref().unwrap_or(options);
     let opened = Arriving::open(&job.folder, options, head_is_embedding, output, overwrite);
     let mut arriving = job.or_discard(opened)?;
     job.announce(&arriving)?;

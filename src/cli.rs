@@ -236,14 +236,17 @@ pub(crate) struct LayoutArgs {
     #[arg(value_name = "IN.gguf")]
     pub(crate) input: PathBuf,
     /// The GGUF file to write.
-    #[arg(value_name = "OUT.gguf")]
-    pub(crate) output: PathBuf,
+    #[arg(value_name = "OUT.gguf", required_unless_present = "compare")]
+    pub(crate) output: Option<PathBuf>,
     /// The layout to bring it to.
     #[arg(long, value_name = "LAYOUT")]
     pub(crate) to: LayoutName,
     /// Replace an existing output, of the same kind.
     #[arg(long)]
     pub(crate) force: bool,
+    /// Rearrange in memory and compare with FILE, tensor by tensor; exit status 1 where they differ.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "force"])]
+    pub(crate) compare: Option<PathBuf>,
     /// Threads; the output does not depend on it. By default all.
     #[arg(long, value_name = "N", default_value = "-1", hide_default_value = true, value_parser = threads)]
     pub(crate) threads: Unless<usize>,

@@ -250,7 +250,7 @@ impl Wanted {
         asked?;
         let usual = ConvertOptions::new(WeightType::Q4_0, Layout::Gguf);
         let options = ConvertOptions { threads: available_threads(), ..usual };
-        arriving::convert(&self.repo, &options, &target, false, false, context)?;
+        arriving::convert(&self.repo, &options, &target, false, false, None, context)?;
         Ok(target)
     }
 

@@ -208,8 +208,8 @@ const PREDICTOR: &str =
 const INCOMPLETE: &str = "the file may not be complete: fetch or convert it again";
 
 /// What to do about weights of types that are not computed with.
-const OTHER_TYPES: &str = "take the Q8_0, BF16 or F16 file of the model, or a Q4_0 one that was made with `--pure`; \
-    `st-tool quantize MODEL --q4_0` makes one, of a checkpoint, BF16, F16 or Q8_0";
+const OTHER_TYPES: &str = "of the published files of a model, those of Q2_K to Q6_K, Q4_0 to Q8_0, IQ4_XS and IQ4_NL run, and of F16 and BF16, \
+    but none of IQ1, IQ2, IQ3 or TQ: `st-tool run 4b:q4_k_s` fetches one";
 
 fn format_hint(problem: &FormatError) -> Option<String> {
     Some(match problem {

@@ -44,10 +44,20 @@ impl Store {
 
     /// Every repository that has a file here, with its files.
     pub(crate) fn all(&self) -> Vec<(RepoId, Vec<PathBuf>)> {
+        self.of_each(gguf_files)
+    }
+
+    /// Every repository with conversions that were cut off, each by the file that it would have become.
+    pub(crate) fn unfinished(&self) -> Vec<(RepoId, Vec<Unfinished>)> {
+        self.of_each(unfinished)
+    }
+
+    /// What `find` finds in the folder of each repository, where it does.
+    fn of_each<T>(&self, find: fn(&Path) -> Vec<T>) -> Vec<(RepoId, Vec<T>)> {
         let folders = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let repo = |name: &str| RepoId::parse(&name.strip_prefix("models--")?.replacen("--", "/", 1)).ok();
         let mut all: Vec<_> = folders
-            .filter_map(|entry| Some((repo(entry.file_name().to_str()?)?, gguf_files(&entry.path()))))
+            .filter_map(|entry| Some((repo(entry.file_name().to_str()?)?, find(&entry.path()))))
             .filter(|(_, files)| !files.is_empty())
             .collect();
         all.sort_by(|(a, _), (b, _)| a.as_str().cmp(b.as_str()));
@@ -58,6 +68,51 @@ impl Store {
     pub(crate) fn tidy(&self, repo: &RepoId) {
         // One that is not empty stays.
         let _ = fs::remove_dir(self.folder.join(folder_name(repo)));
+    }
+}
+
+/// A conversion that was cut off, and may be gone on with.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Unfinished {
+    /// The file that it would have become.
+    pub file: PathBuf,
+    /// What there is of it: the output so far, and what is kept of shards.
+    pub parts: Vec<PathBuf>,
+}
+
+impl Unfinished {
+    /// Bytes that it takes on the disk.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| bytes_of(part)).sum()
+    }
+
+    /// Whether a program is at it.
+    pub(crate) fn is_under_way(&self) -> bool {
+        let is_locked = |path: &PathBuf| {
+            let file = fs::File::open(path).ok().filter(|_| path.is_file());
+            file.is_some_and(|file| matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)))
+        };
+        self.parts.iter().any(is_locked)
+    }
+
+    /// Removes it.
+    pub(crate) fn remove(&self) -> anyhow::Result<()> {
+        for part in &self.parts {
+            let removed = if part.is_dir() { fs::remove_dir_all(part) } else { fs::remove_file(part) };
+            removed.with_context(|| format!("cannot remove {}", part.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that a file or a folder takes on the disk, of which placeholders have less than they seem to.
+fn bytes_of(path: &Path) -> u64 {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => {
+            fs::read_dir(path).into_iter().flatten().flatten().map(|entry| bytes_of(&entry.path())).sum()
+        }
+        Ok(metadata) => fs::File::open(path).ok().and_then(|file| st_sys::allocated(&file)).unwrap_or(metadata.len()),
+        Err(_) => 0,
     }
 }
 
@@ -98,6 +153,27 @@ fn gguf_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
+fn unfinished(folder: &Path) -> Vec<Unfinished> {
+    let mut names: Vec<String> = (fs::read_dir(folder).into_iter().flatten().flatten())
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let of = name.strip_suffix(".shards").or(name.strip_suffix(".partial"))?.strip_prefix('.')?;
+            of.ends_with(".gguf").then(|| of.to_owned())
+        })
+        .collect();
+    names.sort();
+    names.dedup();
+    let part = |file: &Path, ending| Some(st_sys::beside(file, ".", ending)).filter(|part| part.exists());
+    names
+        .into_iter()
+        .map(|name| folder.join(name))
+        .map(|file| Unfinished {
+            parts: [".partial", ".shards"].into_iter().filter_map(|ending| part(&file, ending)).collect(),
+            file,
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +201,27 @@ mod tests {
         }
         store.tidy(&repo);
         assert_eq!(store.all(), []);
+    }
+
+    #[test]
+    fn conversions_that_were_cut_off_are_found_and_removed() {
+        let home = tempfile::tempdir().expect("a folder");
+        let store = Store::new(home.path());
+        let repo = RepoId::parse("4b").expect("a name");
+        let place = store.place(&repo, "q4_0").expect("a place");
+        let [partial, shards] = [".partial", ".shards"].map(|ending| st_sys::beside(&place, ".", ending));
+        fs::create_dir(&shards).expect("a folder");
+        fs::write(shards.join("a.safetensors"), [1; 5000]).expect("written");
+        fs::write(&partial, [1; 5000]).expect("written");
+        let [(of, found)] = &store.unfinished()[..] else { panic!("one repository") };
+        let [one] = &found[..] else { panic!("{found:?}") };
+        assert!(of.is_same(&repo) && one.file == place && store.all().is_empty(), "{one:?}");
+        assert!(one.bytes() >= 10_000 && !one.is_under_way());
+        let held = fs::File::open(&partial).expect("there");
+        held.lock().expect("locked");
+        assert!(one.is_under_way());
+        one.remove().expect("removed");
+        assert_eq!(store.unfinished(), []);
     }
 
     #[test]

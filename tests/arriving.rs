@@ -98,7 +98,14 @@ fn write_shards(model: &Path, folder: &Path) {
 
 #[test]
 fn the_bytes_are_those_of_a_finished_download() {
-    for args in [&["--q4_0"][..], &["--q4_0", "--layout", "offload"], &["--q8_0", "--output-type", "f16"], &["--f16"]] {
+    let predictor = repo("models/tiny/model_lm_head.pt");
+    for args in [
+        &["--q4_0"][..],
+        &["--q4_0", "--layout", "offload"],
+        &["--q8_0", "--output-type", "f16"],
+        &["--f16"],
+        &["--q4_0", "--predictor", arg(&predictor)],
+    ] {
         let world = World::new();
         let said = world.run(&[&["quantize", "4b", "-o", "o.gguf"], args].concat());
         assert!(said.stderr.contains("3 shards") && said.stderr.contains("while they are fetched"), "{}", said.stderr);

@@ -97,6 +97,8 @@ fn wrong_arguments_are_exit_status_2() {
     run(["quantize", "x", "--q4_0", "--layout", "x"]).misused("invalid value");
     run(["quantize", "x", "--q4_0", "--compare", "y", "-o", "z"]).misused("cannot be used with");
     run(["layout", "x", "y"]).misused("--to");
+    run(["layout", "x", "--to", "gguf"]).misused("OUT.gguf");
+    run(["layout", "x", "y", "--to", "gguf", "--compare", "z"]).misused("cannot be used with");
     run(["run", "--memory", "1GB"]).misused("1GiB");
     for verb in [
         &["run", "-p", "x"][..],
@@ -319,6 +321,7 @@ fn a_dash_is_stdin_for_all_that_is_read() {
         &["inspect", "-"],
         &["quantize", "-", "--q4_0"],
         &["layout", "-", "x.gguf", "--to", "gguf"],
+        &["layout", "tiny", "--to", "offload", "--compare", "-"],
         &["quantize", &checkpoint, "--q4_0", "--compare", "-"],
     ] {
         piped(b"", command).fails(&["not read from stdin"]).hint();
@@ -600,6 +603,17 @@ fn layouts_turn_into_each_other_bit_for_bit_and_answer_alike() {
     let read = |name: &str| fs::read(folder.path().join(name)).expect("read");
     assert!(read("g.gguf") == fs::read(&tiny).expect("read"));
     assert!(read("checkpoint-q4_0-offload.gguf") == read("o.gguf"));
+    here(&["layout", "o.gguf", "--to", "gguf", "--compare", arg(&tiny)]).ok();
+    here(&["layout", "g.gguf", "--to", "offload", "--compare", "o.gguf"]).ok();
+    let mut damaged = read("o.gguf");
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    fs::write(folder.path().join("d.gguf"), damaged).expect("written");
+    let differs = here(&["layout", "g.gguf", "--to", "offload", "--compare", "d.gguf"]);
+    assert_eq!(differs.status, 1);
+    assert!(differs.stdout.starts_with("blk.7.ffn_exps.packed: 1 of "), "{}", differs.stdout);
+    let other = here(&["layout", "g.gguf", "--to", "offload", "--compare", "g.gguf"]);
+    assert!(other.stdout.contains("blk.0.ffn_exps.packed: missing from the file"), "{}", other.stdout);
     here(&["layout", arg(&tiny), "o.gguf", "--to", "offload"]).fails(&["exists"]).hint();
 
     let answer = |args: &[&str]| {

@@ -178,8 +178,12 @@ fn a_checkpoint_is_converted_into_the_store() {
     assert!(fs::read(&path).expect("read") == fs::read(expected).expect("read"));
     assert_eq!(names(path.parent().expect("a folder")).len(), 1, "only the file is left");
     assert_eq!(world.offline(&[&["run", "4b:q4_0"], &QUESTION[..]].concat()).ok(), "27 + 45 = 72\n");
+    // What was cut off is shown, and goes too.
+    let partial = path.with_file_name(".SmallThinker-4BA0.6B-Instruct-f16.gguf.partial");
+    fs::write(&partial, [1; 4096]).expect("written");
+    assert_eq!(world.list()["SmallThinker-4BA0.6B-Instruct-f16.gguf"]["type"].as_str(), Some("not whole"));
     world.offline(&["rm", "4b", "--yes"]).ok();
-    assert!(!path.exists() && world.list().is_empty());
+    assert!(!path.exists() && !partial.exists() && world.list().is_empty());
 }
 
 #[test]

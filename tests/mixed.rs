@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 use crate::common;
 use crate::golden::{INT8_TRAINED, within};
+use crate::made;
+use crate::program::{Run, arg, program};
 
 /// A way to give types to tensors, and what it is called.
 type TypeOf = Box<dyn Fn(Tensor, usize) -> GgmlType + Send + Sync>;
@@ -178,5 +180,24 @@ fn both_layouts_hold_the_same() {
             tensors
         };
         assert!(read(gguf) == read(&back), "{kind}");
+    }
+}
+
+/// Types whose values are in code books are refused by name, with the files to take instead.
+#[test]
+fn types_that_are_not_computed_are_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = made::model(folder.path(), |_, _| WeightType::Q3_K);
+    let mut bytes = std::fs::read(&path).expect("read");
+    // IQ3_S has blocks of the same size. The type follows the name, the number of dimensions and those.
+    let name = b"token_embd.weight";
+    let at = bytes.windows(name.len()).position(|window| window == name).expect("a tensor") + name.len() + 4 + 2 * 8;
+    assert_eq!(bytes[at], 11);
+    bytes[at] = 21;
+    std::fs::write(&path, bytes).expect("written");
+    for verb in [&["run", "-p", "x"][..], &["layout", "x.gguf", "--to", "offload"], &["quantize", "--q4_0"]] {
+        let args = [&verb[..1], &[arg(&path)], &verb[1..]].concat();
+        let refused = Run::of(program().current_dir(folder.path()).args(args)).fails(&["token_embd.weight", "IQ3_S"]);
+        assert!(refused.hint().contains("run 4b:q4_k_s"), "{}", refused.stderr);
     }
 }

@@ -134,6 +134,7 @@ fn broken_predictors_are_refused() {
     for len in (0..whole.len()).step_by(whole.len() / 40) {
         assert!(open(&whole[..len]).is_err(), "{len} bytes");
     }
+    let mut damaged = None;
     // The pickle comes first and is what can go wrong in more ways than one.
     let pickle = whole.windows(4).position(|bytes| bytes == b"PK\x03\x04" as &[u8]).expect("an entry");
     let mut state = 1u64;
@@ -143,9 +144,17 @@ fn broken_predictors_are_refused() {
         bytes[pickle + i % 420] ^= (state >> 56) as u8 | 1;
         match open(&bytes) {
             Ok(predictor) => assert_eq!(predictor.hidden(), 32),
-            Err(error) => assert!(matches!(error, ModelError::Predictor { .. }), "{error}"),
+            Err(error) => {
+                assert!(matches!(error, ModelError::Predictor { .. }), "{error}");
+                if error.to_string().ends_with("it is damaged") {
+                    damaged.get_or_insert(bytes);
+                }
+            }
         }
     }
+    // What the reader of pickles panics on is an error like others.
+    open(&damaged.expect("one on which the reader panics")).expect_err("damaged");
+    run(["run", "tiny", "-p", "x", "--sparse-head", "--predictor", arg(&path)]).fails(&["it is damaged"]);
     let other = st_gguf::ModelShape { n_embd: 256, ..shape.clone() };
     let error = Predictor::open(Path::new(&trained()), &other).expect_err("another model's");
     assert!(error.to_string().contains("expected [N, 256]"), "{error}");

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use st_format::ModelShape;
 use st_gguf::{PlacedWriter, WriteOptions, checksum_parts, crc32c};
 use st_kernels::SquaredErrors;
 
@@ -74,7 +75,8 @@ struct Place {
 /// Where a matrix lies: the name of its shard, and its bytes there.
 pub type InShard = (String, Range<u64>);
 
-/// Makes `folder` ready for the conversion of `what` with `options`. What another conversion left there is removed; what the
+/// Makes `folder` ready for the conversion of `what` with `options`; `what` names everything that decides the bytes beside them, a tensor
+/// that is added among it. What another conversion left there is removed; what the
 /// same one left stays: then whether it found the LM head to be the embedding. Call it before anything is put there.
 ///
 /// # Errors
@@ -114,6 +116,14 @@ pub fn is_placed(folder: &Path, name: &str) -> bool {
 /// [`ConvertError::Io`].
 pub fn place_header(folder: &Path, name: &str, header: &[u8], size: u64) -> Result<(), ConvertError> {
     keep(&folder.join(name), size, |file| file.write_all(header))
+}
+
+/// The shape of the model whose checkpoint arrives in `folder`: what describes it is there, and the headers of its shards.
+///
+/// # Errors
+/// Everything that is wrong with the checkpoint.
+pub fn shape(folder: &Path) -> Result<ModelShape, ConvertError> {
+    Ok(Input::open_unread(folder, false)?.shape().clone())
 }
 
 /// Where embedding and LM head lie, of a checkpoint in `folder` that stores both in one type; `None` where it does not. Whether
@@ -402,8 +412,8 @@ fn shard_name(path: &Path) -> String {
 }
 
 fn identity(what: &str, options: &ConvertOptions) -> String {
-    // The bytes do not depend on the number of threads.
-    let options = ConvertOptions { threads: 1, ..options.clone() };
+    // The bytes do not depend on the number of threads. What is added is part of `what`.
+    let options = ConvertOptions { threads: 1, extra: None, ..options.clone() };
     format!("{what} {options:?} {}", env!("CARGO_PKG_VERSION"))
 }
 

@@ -57,6 +57,6 @@ pub use imatrix::Imatrix;
 pub use input::Input;
 pub use options::ConvertOptions;
 pub use progress::{Cancel, NoProgress, Progress};
-pub use relayout::{RelayoutOptions, relayout};
+pub use relayout::{RelayoutOptions, compare_relayout, relayout};
 pub use st_gguf::Layout;
 pub use st_kernels::{SquaredErrors, WeightType};

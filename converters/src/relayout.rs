@@ -12,6 +12,7 @@ use st_gguf::{
 };
 use st_kernels::{ExpertFormat, Kernels, UnsupportedType, WeightType};
 
+use crate::compare::{Comparison, Difference};
 use crate::convert::{ConvertPlan, OFFLOAD_NOTE, PlannedTensor};
 use crate::error::ConvertError;
 use crate::layout::alignment_of;
@@ -57,7 +58,8 @@ struct Job<'a> {
     kernels: Kernels,
     metadata: Metadata,
     tensors: Vec<TensorSpec>,
-    pieces: Vec<Piece>,
+    /// With the number of the output's tensor that each is a part of.
+    pieces: Vec<(usize, Piece)>,
 }
 
 /// Writes the experts of the GGUF file `input` to `out` in the layout `options.to`; returns what was written. The
@@ -79,29 +81,27 @@ pub fn relayout(
     cancel.check()?;
     let write_options = WriteOptions { alignment: job.alignment(options.to), overwrite: options.overwrite };
     let mut writer = GgufWriter::create(out, &job.metadata, &job.tensors, write_options)?;
-    progress.start(plan.input_bytes);
-    let threads = options.threads.max(1);
-    let largest = job.pieces.iter().map(|piece| job.piece_bytes(piece)).max().unwrap_or(1);
-    let window = (IN_FLIGHT_BYTES / largest.max(1)).clamp(1, 4 * threads);
-    run_ordered(
-        job.pieces.len(),
-        threads,
-        window,
-        Vec::new,
-        |scratch, piece, bytes| {
-            cancel.check()?;
-            job.produce(&job.pieces[piece], scratch, bytes)
-        },
-        |piece, bytes, ()| {
-            writer.write(bytes)?;
-            progress.advance(job.input_bytes(&job.pieces[piece]));
-            Ok(())
-        },
-    )?;
+    job.run(options.threads, progress, cancel, |_, bytes| Ok(writer.write(bytes)?))?;
     writer.state_checksums(job.metadata)?;
     writer.finish()?;
-    progress.finish();
     Ok(plan)
+}
+
+/// Compares what [`relayout`] would write with the GGUF file `with`, tensor by tensor: names, shapes, types and bytes. Writes nothing.
+///
+/// # Errors
+/// As [`relayout`]; those of `with`.
+pub fn compare_relayout(
+    input: &Path,
+    options: &RelayoutOptions,
+    with: &Path,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Vec<Difference>, ConvertError> {
+    let job = Job::new(input, options.to)?;
+    let mut comparison = Comparison::new(GgufFile::open(with)?, &job.tensors);
+    job.run(options.threads, progress, cancel, |tensor, bytes| comparison.add(tensor, bytes))?;
+    Ok(comparison.finish())
 }
 
 impl<'a> Job<'a> {
@@ -137,6 +137,38 @@ impl<'a> Job<'a> {
         Ok(job)
     }
 
+    /// Makes the bytes of the output in order, for `take(tensor, bytes)`.
+    fn run(
+        &self,
+        threads: usize,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+        mut take: impl FnMut(usize, &[u8]) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        progress.start(self.pieces.iter().map(|(_, piece)| self.input_bytes(piece)).sum());
+        let threads = threads.max(1);
+        let largest = self.pieces.iter().map(|(_, piece)| self.piece_bytes(piece)).max().unwrap_or(1);
+        let window = (IN_FLIGHT_BYTES / largest.max(1)).clamp(1, 4 * threads);
+        run_ordered(
+            self.pieces.len(),
+            threads,
+            window,
+            Vec::new,
+            |scratch, piece, bytes| {
+                cancel.check()?;
+                self.produce(&self.pieces[piece].1, scratch, bytes)
+            },
+            |piece, bytes, ()| {
+                let (tensor, piece) = &self.pieces[piece];
+                take(*tensor, bytes)?;
+                progress.advance(self.input_bytes(piece));
+                Ok(())
+            },
+        )?;
+        progress.finish();
+        Ok(())
+    }
+
     /// Adds the tensors that hold no experts.
     fn push_resident(&mut self) -> Result<(), ConvertError> {
         let layers = 0..self.index.n_layers();
@@ -161,7 +193,7 @@ impl<'a> Job<'a> {
             self.tensors.push(TensorSpec { name, shape, ty: tensor.ty });
             for start in (0..tensor.n_bytes).step_by(COPY_BYTES as usize) {
                 let len = COPY_BYTES.min(tensor.n_bytes - start);
-                self.pieces.push(Piece::Copy { tensor: i, start, len });
+                self.pieces.push((self.tensors.len() - 1, Piece::Copy { tensor: i, start, len }));
             }
         }
         Ok(())
@@ -170,7 +202,8 @@ impl<'a> Job<'a> {
     fn push_packed(&mut self, layer: usize) {
         let shape = vec![self.formats[layer].record_bytes() as u64, self.index.n_experts() as u64];
         self.tensors.push(TensorSpec { name: tensor_names::packed(layer), shape, ty: GgmlType::I8 });
-        self.pieces.extend((0..self.index.n_experts()).map(|expert| Piece::Pack { layer, expert }));
+        let tensor = self.tensors.len() - 1;
+        self.pieces.extend((0..self.index.n_experts()).map(|expert| (tensor, Piece::Pack { layer, expert })));
     }
 
     fn push_stacked(&mut self, layer: usize) {
@@ -182,7 +215,8 @@ impl<'a> Job<'a> {
                 shape: [columns, rows, index.n_experts()].map(|n| n as u64).to_vec(),
                 ty: format.type_of(matrix).ggml(),
             });
-            self.pieces.extend((0..index.n_experts()).map(|expert| Piece::Unpack { layer, expert, matrix }));
+            let tensor = self.tensors.len() - 1;
+            self.pieces.extend((0..index.n_experts()).map(|expert| (tensor, Piece::Unpack { layer, expert, matrix })));
         }
     }
 
@@ -194,7 +228,7 @@ impl<'a> Job<'a> {
             tensors: tensors
                 .map(|(spec, (&offset, &bytes))| PlannedTensor { spec: spec.clone(), offset, bytes })
                 .collect(),
-            input_bytes: self.pieces.iter().map(|piece| self.input_bytes(piece)).sum(),
+            input_bytes: self.pieces.iter().map(|(_, piece)| self.input_bytes(piece)).sum(),
             output_bytes: plan.total,
             warnings: (to == Layout::Offload).then(|| OFFLOAD_NOTE.to_owned()).into_iter().collect(),
         })

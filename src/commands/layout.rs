@@ -1,10 +1,10 @@
-//! `st-tool layout`: rearranges the experts of a converted file.
+//! `st-tool layout`: rearranges the experts of a converted file, or compares with what that would give.
 
 use std::process::ExitCode;
 
-use st_convert::{RelayoutOptions, relayout};
+use st_convert::{RelayoutOptions, compare_relayout, relayout};
 
-use super::check_converted;
+use super::{check_converted, show_differences};
 use crate::cli::LayoutArgs;
 use crate::context::Context;
 use crate::models::not_stdin;
@@ -19,16 +19,25 @@ pub(crate) fn run(args: &LayoutArgs, context: &Context) -> anyhow::Result<ExitCo
         overwrite: args.force,
     };
     not_stdin(&args.input)?;
-    check_converted(&args.output, args.force, Some(&args.input))?;
+    if let Some(with) = &args.compare {
+        not_stdin(with)?;
+        let bar = ConvertBar::new(context.ui, "comparing");
+        let differences = compare_relayout(&args.input, &options, with, &bar, context.interrupt.cancel())?;
+        drop(bar);
+        return show_differences(with, &differences, context);
+    }
+    // One of the two is there.
+    let Some(output) = &args.output else { return Ok(ExitCode::FAILURE) };
+    check_converted(output, args.force, Some(&args.input))?;
     let bar = ConvertBar::new(context.ui, "rearranging");
-    let written = relayout(&args.input, &options, &args.output, &bar, context.interrupt.cancel())?;
+    let written = relayout(&args.input, &options, output, &bar, context.interrupt.cancel())?;
     drop(bar);
     for warning in &written.warnings {
         context.ui.note(format_args!("note: {warning}"));
     }
     context.ui.note(format_args!(
         "{}: {}; every weight is bit for bit what it was",
-        args.output.display(),
+        output.display(),
         show_size(written.output_bytes)
     ));
     Ok(ExitCode::SUCCESS)

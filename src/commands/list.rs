@@ -19,8 +19,11 @@ use crate::report::Advice;
 use crate::repos::{hub, short_name};
 use crate::shown::escaped;
 use crate::size::show_size;
-use crate::store::Store;
+use crate::store::{Store, Unfinished};
 use crate::{table, ui};
+
+/// The type of what was cut off while it was fetched or made.
+const NOT_WHOLE: &str = "not whole";
 
 /// Where a model is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,8 @@ struct Row {
     ty: String,
     bytes: u64,
     last_used: Option<SystemTime>,
+    /// What there is of a file that is not whole.
+    unfinished: Option<Unfinished>,
 }
 
 pub(crate) fn run(args: &ListArgs, context: &Context) -> anyhow::Result<ExitCode> {
@@ -106,6 +111,9 @@ fn rows(hub: &Hub, store: &Store) -> anyhow::Result<Vec<Row>> {
     for (repo, files) in store.all() {
         rows.extend(files.into_iter().filter_map(|path| of_store(&repo, path)));
     }
+    for (repo, conversions) in store.unfinished() {
+        rows.extend(conversions.into_iter().map(|unfinished| of_unfinished(&repo, unfinished)));
+    }
     rows.sort_by(|a, b| (a.repo.as_str(), &a.file, &a.path).cmp(&(b.repo.as_str(), &b.file, &b.path)));
     Ok(rows)
 }
@@ -121,7 +129,23 @@ fn of_store(repo: &RepoId, path: PathBuf) -> Option<Row> {
         bytes: metadata.len(),
         last_used: metadata.accessed().ok(),
         path,
+        unfinished: None,
     })
+}
+
+fn of_unfinished(repo: &RepoId, unfinished: Unfinished) -> Row {
+    let modified = |part: &PathBuf| fs::metadata(part).and_then(|metadata| metadata.modified()).ok();
+    Row {
+        repo: repo.clone(),
+        place: Place::Store,
+        file: unfinished.file.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        names: Vec::new(),
+        ty: NOT_WHOLE.to_owned(),
+        bytes: unfinished.bytes(),
+        last_used: unfinished.parts.iter().filter_map(modified).max(),
+        path: unfinished.file.clone(),
+        unfinished: Some(unfinished),
+    }
 }
 
 /// The SmallThinker models of a repository in the hub's cache.
@@ -137,6 +161,7 @@ fn of_hub(held: &HeldRepo) -> Vec<Row> {
             bytes: of.clone().map(|file| file.bytes).sum(),
             last_used: of.filter_map(|file| file.last_used).max(),
             names,
+            unfinished: None,
         }
     };
     let mut rows = Vec::new();
@@ -155,7 +180,7 @@ fn of_hub(held: &HeldRepo) -> Vec<Row> {
         rows.push(row("", config.path.parent().unwrap_or(Path::new("")), names, "checkpoint".to_owned()));
     }
     if rows.is_empty() && held.files.is_empty() && held.repo.as_str().contains("SmallThinker") {
-        rows.push(Row { bytes: held.bytes, ..row("", Path::new(""), Vec::new(), "not whole".to_owned()) });
+        rows.push(Row { bytes: held.bytes, ..row("", Path::new(""), Vec::new(), NOT_WHOLE.to_owned()) });
     }
     rows
 }
@@ -182,6 +207,10 @@ pub(crate) fn rm(args: &RmArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let rows: Vec<Row> = rows(&hub, &store)?.into_iter().filter(|row| is_of(row, &wanted)).collect();
     if rows.is_empty() {
         return Err(Advice::new(format!("nothing of {wanted} is here"), "st-tool list shows what is here").into());
+    }
+    if let Some(row) = rows.iter().find(|row| row.unfinished.as_ref().is_some_and(Unfinished::is_under_way)) {
+        let message = format!("{} is being made by another program", row.path.display());
+        return Err(Advice::new(message, "stop that one first, or let it end").into());
     }
     let bytes: u64 = rows.iter().map(|row| row.bytes).sum();
     if !context.yes && !can_ask() {
@@ -224,7 +253,10 @@ fn is_small(name: &str) -> bool {
 fn remove(row: &Row, hub: &Hub, store: &Store) -> anyhow::Result<()> {
     match row.place {
         Place::Store => {
-            fs::remove_file(&row.path).with_context(|| format!("cannot remove {}", row.path.display()))?;
+            match &row.unfinished {
+                Some(unfinished) => unfinished.remove()?,
+                None => fs::remove_file(&row.path).with_context(|| format!("cannot remove {}", row.path.display()))?,
+            }
             store.tidy(&row.repo);
         }
         Place::Hub => {

@@ -30,12 +30,13 @@ mod tokens;
 use std::path::Path;
 use std::process::ExitCode;
 
-use st_convert::WeightType;
+use st_convert::{Difference, WeightType};
 use st_gguf::{Kind, Layout, check_output};
 
 use crate::cli::{Command, LayoutName, TypeName};
 use crate::context::Context;
 use crate::report::Advice;
+use crate::ui;
 
 /// Runs one command; the exit status is its own where it distinguishes outcomes.
 pub(crate) fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {
@@ -69,6 +70,17 @@ fn check_converted(output: &Path, force: bool, input: Option<&Path>) -> anyhow::
         return Err(Advice::new(message + &also, "name another file for the output").into());
     }
     Ok(check_output(output, Kind::GGUF, force)?)
+}
+
+/// Tells how the file `with` differs from what would be written; a status of its own where it does.
+fn show_differences(with: &Path, differences: &[Difference], context: &Context) -> anyhow::Result<ExitCode> {
+    if differences.is_empty() {
+        context.ui.note(format_args!("{}: every tensor is equal", with.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let lines: String = differences.iter().map(|difference| format!("{difference}\n")).collect();
+    ui::print(&lines)?;
+    Ok(ExitCode::FAILURE)
 }
 
 impl From<TypeName> for WeightType {

@@ -6,11 +6,10 @@ use std::process::ExitCode;
 use st_convert::{
     ConvertOptions, ConvertPlan, Converted, Imatrix, SearchGain, SquaredErrors, WeightType, compare, convert, plan,
 };
-use st_gguf::{GgmlType, Layout, TensorSpec};
-use st_model::PREDICTOR_TENSOR;
+use st_gguf::{Layout, ModelShape};
 
-use super::{check_converted, predictor};
-use crate::arriving;
+use super::{check_converted, predictor, show_differences};
+use crate::arriving::{self, Addition};
 use crate::cli::QuantizeArgs;
 use crate::context::Context;
 use crate::get::Wanted;
@@ -21,7 +20,7 @@ use st_sys::available_threads;
 
 pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<ExitCode> {
     let model = Model::resolve(&args.model)?;
-    let mut options = ConvertOptions {
+    let options = ConvertOptions {
         ty: args.type_name().into(),
         output_type: args.output_type.map(Into::into),
         layout: args.layout.into(),
@@ -50,19 +49,19 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         }
         context.ui.note(format_args!("{}: {}", output.display(), show_size(written.plan.output_bytes)));
     };
-    // A predictor is fitted to the model's shape, which is known when all of it is here.
-    if let (Model::Hub(Wanted { repo, ty: None }), true, None) = (&model, writes, &args.predictor) {
-        tell(&arriving::convert(repo, &options, &output, args.force, args.keep, context)?);
+    let with_predictor = |shape: &ModelShape| -> anyhow::Result<ConvertOptions> {
+        let extra = args.predictor.as_ref().map(|path| predictor::tensor(path, shape)).transpose()?;
+        Ok(ConvertOptions { extra, ..options.clone() })
+    };
+    if let (Model::Hub(Wanted { repo, ty: None }), true) = (&model, writes) {
+        let mark = args.predictor.as_ref().map(|path| predictor::mark(path)).transpose()?;
+        let addition = mark.map(|mark| Addition { mark, add: &with_predictor });
+        tell(&arriving::convert(repo, &options, &output, args.force, args.keep, addition.as_ref(), context)?);
         return Ok(ExitCode::SUCCESS);
     }
     let fetch = if args.dry_run { Fetch::Never } else { Fetch::Allowed };
     let input = model.open_source(context, fetch)?;
-    if let Some(path) = &args.predictor {
-        let predictor = predictor::open(path, input.shape())?;
-        let weights = predictor.hidden() * (input.shape().n_embd + input.shape().n_vocab);
-        let spec = TensorSpec { name: PREDICTOR_TENSOR.into(), shape: vec![weights as u64], ty: GgmlType::Q4_0 };
-        options.extra = Some((spec, predictor.bytes().into()));
-    }
+    let options = with_predictor(input.shape())?;
     if args.dry_run {
         let plan = plan(&input, &options)?;
         warn(&plan);
@@ -74,13 +73,7 @@ pub(crate) fn run(args: &QuantizeArgs, context: &Context) -> anyhow::Result<Exit
         let bar = ConvertBar::new(context.ui, "comparing");
         let differences = compare(&input, &options, with, &bar, context.interrupt.cancel())?;
         drop(bar);
-        if differences.is_empty() {
-            context.ui.note(format_args!("{}: every tensor is equal", with.display()));
-            return Ok(ExitCode::SUCCESS);
-        }
-        let lines: String = differences.iter().map(|difference| format!("{difference}\n")).collect();
-        ui::print(&lines)?;
-        return Ok(ExitCode::FAILURE);
+        return show_differences(with, &differences, context);
     }
     let bar = ConvertBar::new(context.ui, "converting");
     let written = convert(&input, &options, &output, args.force, &bar, context.interrupt.cancel())?;

@@ -46,6 +46,8 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => x86_64::has_avx512_bf16().then_some(&x86_64::avx512::BF16_TABLE),
             #[cfg(target_arch = "aarch64")]
+            Isa::Neon => aarch64::has_neon().then_some(&aarch64::BASE_TABLE),
+            #[cfg(target_arch = "aarch64")]
             Isa::NeonDot => aarch64::has_neon_dot().then_some(&aarch64::TABLE),
             #[cfg(target_arch = "aarch64")]
             Isa::NeonI8mm => aarch64::has_neon_i8mm().then_some(&aarch64::MATRIX_TABLE),

@@ -10,19 +10,19 @@
 //! - **down**, transposed by position: with `E` = `n_embd` rounded up to a multiple of 128, for each block `b` of 32 neurons
 //!   `E` f16 scales (one for each output), then 32 rows of `E / 2` bytes, row `n` holding the nibbles of neuron `32b + n` for
 //!   all outputs. Each 64 bytes of such a row are 128 outputs: byte `16L + 4v + e` (`L, v, e` in 0..4) holds output
-//!   `16v + 4L + e` in its low nibble and output `64 + 16v + 4L + e` in its high one. So interleaving the bytes of four rows
-//!   (`unpack epi8`, then `epi16`, lane by lane) gives in vector `v`, lane `i`, the four neurons' nibbles of outputs `16v + i`
-//!   and `64 + 16v + i`, in natural order for vectors of 16, 32 and 64 bytes alike. Outputs that pad have scale 0 and nibble 8.
+//!   `16v + 4L + e` in its low nibble and output `64 + 16v + 4L + e` in its high one. Outputs that pad have scale 0 and nibble 8.
 //!
-//! A matrix of Q8_0 or of floats is canonical: row-major blocks. Those of other types are permutations of the canonical bits, as
-//! `planes.rs` has them: tiles for gate and down, rows for up. Regions start at multiples of 64 bytes, in this order, and
-//! the record is padded with zeros to a multiple of 4096 bytes.
+//! A matrix of Q8_0 or of floats is canonical: row-major blocks. Those of other types are permutations of the canonical bits, arranged
+//! alike: tiles for gate, rows for up (`planes.rs`), columns for down (`columns.rs`). Regions start at multiples of 64 bytes, in this
+//! order, and the record is padded with zeros to a multiple of 4096 bytes.
 
 use std::ops::Range;
 
 pub use st_format::Matrix;
 use thiserror::Error;
 
+use crate::columns;
+use crate::down_layout::{DownLayout, line_byte};
 use crate::planes;
 use crate::r16;
 use crate::up_layout::{REGION_ALIGN, UpLayout};
@@ -65,11 +65,11 @@ pub enum FormatError {
 pub enum Arrangement {
     /// Row-major blocks, as in a GGUF file.
     Canonical,
-    /// 16 rows interleaved: gate, and down of types that have codes.
+    /// 16 rows interleaved: gate.
     Tiles,
     /// All scales, then one run of bytes for each row: up.
     Rows,
-    /// For each group of 32 columns the scales of all rows, then one run of bytes for each column: down.
+    /// For each block of 32 or 256 columns the scales of all rows, then one run of bytes for each column: down.
     Columns,
 }
 
@@ -86,12 +86,10 @@ impl MatrixFormat {
     /// How a matrix of this type lies in a record.
     pub fn of(matrix: Matrix, ty: WeightType) -> Self {
         let arrangement = match (ty, matrix) {
-            (WeightType::Q4_0, Matrix::Gate) => Arrangement::Tiles,
-            (WeightType::Q4_0, Matrix::Up) => Arrangement::Rows,
-            (WeightType::Q4_0, Matrix::Down) => Arrangement::Columns,
             (WeightType::Q8_0 | WeightType::F32 | WeightType::F16 | WeightType::BF16, _) => Arrangement::Canonical,
-            (_, Matrix::Gate | Matrix::Down) => Arrangement::Tiles,
+            (_, Matrix::Gate) => Arrangement::Tiles,
             (_, Matrix::Up) => Arrangement::Rows,
+            (_, Matrix::Down) => Arrangement::Columns,
         };
         Self { ty, arrangement }
     }
@@ -104,10 +102,7 @@ impl MatrixFormat {
                 let up = UpLayout::new(self.ty, rows, columns)?;
                 rows.checked_mul(up.row_bytes)?.checked_add(up.scales_bytes)
             }
-            Arrangement::Columns => {
-                let padded = rows.checked_next_multiple_of(OUTPUT_CHUNK)?;
-                (columns / BLOCK_LEN).checked_mul(padded.checked_mul(18)?)
-            }
+            Arrangement::Columns => DownLayout::new(self.ty, rows, columns)?.region_bytes(),
         }
     }
 }
@@ -263,14 +258,15 @@ impl ExpertFormat {
                     }
                 }
             }
+            Arrangement::Columns if ty.has_codes() => columns::unpack(&self.down(), region, canonical),
             Arrangement::Columns => {
                 let down = self.down();
                 for (i, block) in canonical.chunks_exact_mut(18).enumerate() {
                     let (o, b) = (i / down.fb, i % down.fb);
-                    let (scales, rows) = region[b * down.group_bytes..][..down.group_bytes].split_at(down.padded * 2);
-                    block[..2].copy_from_slice(&scales[o * 2..o * 2 + 2]);
+                    let group = down.group(region, b);
+                    block[..2].copy_from_slice(&group.heads[o * 2..o * 2 + 2]);
                     for (j, byte) in block[2..].iter_mut().enumerate() {
-                        let nibble = |n: usize| down_nibble(&rows[n * down.row_bytes..], o);
+                        let nibble = |n: usize| down_nibble(&group.rows[n * down.row_bytes..], o);
                         *byte = nibble(j) | nibble(j + 16) << 4;
                     }
                 }
@@ -304,32 +300,41 @@ impl ExpertFormat {
         UpLayout::new(self.type_of(Matrix::Up), self.n_ff, self.n_embd).expect("checked on construction")
     }
 
-    /// Sizes inside the down region of Q4_0.
+    /// Sizes inside a down region of columns.
     pub(crate) fn down(&self) -> DownLayout {
-        let padded = self.n_embd.next_multiple_of(OUTPUT_CHUNK);
-        DownLayout { fb: self.n_ff / BLOCK_LEN, padded, row_bytes: padded / 2, group_bytes: padded * 18 }
+        DownLayout::new(self.type_of(Matrix::Down), self.n_embd, self.n_ff).expect("checked on construction")
+    }
+
+    /// What a product with the live neurons of down reads: the scales of each block of neurons of which one lives, and the run of each
+    /// that does. `None` where it reads down whole.
+    pub fn down_parts(&self) -> Option<DownParts> {
+        (self.matrix(Matrix::Down).arrangement == Arrangement::Columns).then(|| {
+            let down = self.down();
+            let bits: usize = down.planes.iter().map(|plane| plane.width).sum();
+            DownParts {
+                block_groups: down.steps,
+                scales: self.n_embd * down.head_bytes,
+                neuron: self.n_embd * bits / 8,
+            }
+        })
     }
 }
 
-/// Sizes inside the down region of Q4_0.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct DownLayout {
-    /// Groups of 32 neurons.
-    pub fb: usize,
-    /// Outputs, padding included.
-    pub padded: usize,
-    /// Bytes of the nibbles of a neuron.
-    pub row_bytes: usize,
-    /// Bytes of a group: `padded` scales and 32 rows.
-    pub group_bytes: usize,
+/// Bytes of the parts of down; padding does not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DownParts {
+    /// Groups of 32 neurons that share scales.
+    pub block_groups: usize,
+    /// Scales of such a block.
+    pub scales: usize,
+    /// The run of a neuron.
+    pub neuron: usize,
 }
 
-/// Byte of a down row that holds output `o`, and whether in its high nibble.
+/// Byte of a down row of Q4_0 that holds output `o`, and whether in its high nibble.
 #[inline]
 pub(crate) fn down_position(o: usize) -> (usize, bool) {
-    let (chunk, i) = (o / OUTPUT_CHUNK, o % 64);
-    let (v, l, e) = (i / 16, i / 4 % 4, i % 4);
-    (chunk * 64 + 16 * l + 4 * v + e, o % OUTPUT_CHUNK >= 64)
+    (o / OUTPUT_CHUNK * 64 + line_byte(o % 64), o % OUTPUT_CHUNK >= 64)
 }
 
 /// Nibble of output `o` in a down row.
@@ -357,14 +362,17 @@ pub(crate) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
     }
 }
 
-/// A canonical matrix of `n_embd` rows to the down region of Q4_0.
+/// A canonical matrix of `n_embd` rows to a down region.
 pub(crate) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
-    for (b, group) in region.chunks_exact_mut(down.group_bytes).enumerate() {
-        pack_down_group(down, n_embd, canonical, b, group);
+    for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
+        match down.ty.has_codes() {
+            true => columns::pack_block(down, n_embd, canonical, b, block),
+            false => pack_down_group(down, n_embd, canonical, b, block),
+        }
     }
 }
 
-/// Fills group `b` of the down region; `canonical` is the whole matrix of `n_embd` rows.
+/// Fills group `b` of the down region of Q4_0; `canonical` is the whole matrix of `n_embd` rows.
 fn pack_down_group(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, group: &mut [u8]) {
     let (scales, rows) = group.split_at_mut(down.padded * 2);
     let block = |o: usize| -> [u8; 18] {

@@ -217,8 +217,8 @@ impl Kernels {
     }
 
     /// Outputs of one expert for a few tokens (at most [`FEW_ROWS`], one row of `out` for each) from their hidden values (`rows × groups`,
-    /// [`Self::expert_hidden_rows`]): the columns of `out` are outputs (`rows × n_embd` in all). Of Q4_0 only the neurons are read that
-    /// live in some row, each once. A row's bits are those it has alone.
+    /// [`Self::expert_hidden_rows`]): the columns of `out` are outputs (`rows × n_embd` in all). Only the neurons are read that
+    /// live in some row, each once, but of Q8_0 and floats all. A row's bits are those it has alone.
     ///
     /// # Panics
     /// If a size is wrong, or the columns do not start at a multiple of [`OUTPUT_CHUNK`] and end at one or at `n_embd`.
@@ -265,13 +265,6 @@ impl Kernels {
                         tail.copy_from_slice(&last[..tail.len()]);
                     }
                 }
-            }
-            Arrangement::Tiles => {
-                let fb = n_ff / BLOCK_LEN;
-                let group = group_bytes(ty, fb);
-                // n_embd is a multiple of 32, so these are whole row groups.
-                let tiles = &down[outputs.start / R16_ROWS * group..outputs.end / R16_ROWS * group];
-                with_hidden_rows(hidden, fb, padded_blocks(n_ff), |rows| self.gemv(ty, fb, tiles, rows, out));
             }
             _ if ty.is_quantized() => {
                 let fb = n_ff / BLOCK_LEN;
@@ -469,7 +462,6 @@ impl Kernels {
                 let columns = (start..outputs.end.min(start + OUTPUT_CHUNK)).step_by(R16_ROWS);
                 for (column, panel) in columns.zip(panels.chunks_exact_mut(panel_bytes)) {
                     match arrangement {
-                        Arrangement::Tiles => self.tile_panel(ty, fb, down, column, panel),
                         Arrangement::Columns => (),
                         _ => self.canonical_panel(ty, n_ff, down, column, panel),
                     }

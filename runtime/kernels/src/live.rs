@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use crate::activations::{ActRow, FEW_ROWS, HiddenGroup, start};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
+use crate::activations::{ActRow, FEW_ROWS, HiddenGroup, Sums};
+use crate::down_layout::{DownGroup, DownLayout};
+use crate::expert_format::OUTPUT_CHUNK;
 use crate::r16::R16_ROWS;
 use crate::up_layout::UpLayout;
 
@@ -71,63 +72,93 @@ impl Offsets {
 pub(crate) struct LiveToken {
     /// Scale of the hidden values.
     pub d: f32,
-    /// -8 times their sum.
-    pub bias: i32,
+    /// Their sums.
+    pub sums: Sums,
     offsets: Offsets,
-    /// Four hidden values each.
-    quads: [i32; 8],
+    /// Rows and hidden values of four neurons each: those of the first part of the group that has scales of its own, then the others.
+    fours: [([u32; 4], i32); 8],
+    /// Where the fours of each part end.
+    ends: [usize; 2],
 }
 
 impl LiveToken {
-    const NONE: Self = Self { d: 0.0, bias: 0, offsets: Offsets::NONE, quads: [0; 8] };
+    const NONE: Self = Self { d: 0.0, sums: [0; 2], offsets: Offsets::NONE, fours: [([0; 4], 0); 8], ends: [0; 2] };
 
-    fn set(&mut self, row_bytes: usize, hidden: &HiddenGroup) {
-        (self.d, self.bias) = (hidden.d, start(8, hidden.sums));
-        self.offsets.set(hidden.live, row_bytes);
-        let n = self.offsets.n;
-        let mut acts = [0i8; 32];
-        let mut mask = hidden.live;
-        for act in &mut acts[..n] {
-            *act = hidden.q[mask.trailing_zeros() as usize];
-            mask &= mask - 1;
-        }
-        // What fills the last four has activation 0 and a row that is read anyway.
-        let last = self.offsets.at[n.saturating_sub(1)];
-        self.offsets.at[n..n.next_multiple_of(4)].fill(last);
-        for (quad, acts) in self.quads.iter_mut().zip(acts.as_chunks::<4>().0) {
-            *quad = i32::from_ne_bytes(acts.map(|q| q as u8));
+    fn set(&mut self, down: &DownLayout, hidden: &HiddenGroup) {
+        (self.d, self.sums) = (hidden.d, hidden.sums);
+        self.offsets.set(hidden.live, down.row_bytes);
+        let mut n = 0;
+        for (part, end) in self.ends.iter_mut().enumerate().take(down.subs) {
+            let mut mask = if down.subs == 1 { hidden.live } else { hidden.live & 0xffff << (16 * part) };
+            while mask != 0 {
+                // What fills the last four has activation 0 and a row that is read anyway.
+                let mut neuron = mask.trailing_zeros();
+                let (mut rows, mut acts) = ([0; 4], [0; 4]);
+                for (row, act) in rows.iter_mut().zip(&mut acts) {
+                    if mask != 0 {
+                        neuron = mask.trailing_zeros();
+                        *act = hidden.q[neuron as usize] as u8;
+                        mask &= mask - 1;
+                    }
+                    *row = neuron * down.row_bytes as u32;
+                }
+                self.fours[n] = (rows, i32::from_ne_bytes(acts));
+                n += 1;
+            }
+            *end = n;
         }
     }
 
-    /// Four rows and their hidden values at a time.
+    /// Four rows and their hidden values at a time, of the part of the group that has the scales `sub`.
     #[inline]
-    pub(crate) fn quads(&self) -> impl Iterator<Item = (&[u32; 4], &i32)> {
-        let rows = &self.offsets.at[..self.offsets.n.next_multiple_of(4)];
-        rows.as_chunks::<4>().0.iter().zip(&self.quads)
+    pub(crate) fn fours(&self, sub: usize) -> &[([u32; 4], i32)] {
+        let start = if sub == 0 { 0 } else { self.ends[sub - 1] };
+        &self.fours[start..self.ends[sub]]
+    }
+
+    /// Sum of the hidden values of the part that has the scales `sub` of `subs`.
+    #[inline]
+    pub(crate) fn sum(&self, sub: usize, subs: usize) -> i32 {
+        let [first, last] = self.sums.map(i32::from);
+        if subs == 1 { first + last } else { [first, last][sub] }
     }
 }
 
 /// A group of 32 neurons of down that some of the tokens need.
 struct LiveGroup<const N: usize> {
-    /// The group's f16 scales, one per output.
-    scales: *const u8,
-    /// The group's 32 rows of nibbles.
-    rows: *const u8,
+    /// Where it lies.
+    place: LivePlace,
+    /// Whether it is the first one of its block that anybody needs, and requests the heads.
+    is_first: bool,
     /// The rows that any token needs, where there are several.
     union: Offsets,
     tokens: [LiveToken; N],
 }
 
-impl<const N: usize> LiveGroup<N> {
-    const NONE: Self =
-        Self { scales: std::ptr::null(), rows: std::ptr::null(), union: Offsets::NONE, tokens: [LiveToken::NONE; N] };
+/// Where a group of 32 neurons of down lies: [`DownGroup`] without its lengths.
+#[derive(Clone, Copy)]
+pub(crate) struct LivePlace {
+    /// The heads of its block.
+    pub heads: *const u8,
+    /// Its 32 runs.
+    pub rows: *const u8,
+    /// Which of the groups of its block it is.
+    pub step: usize,
+}
 
-    fn set<'a>(&mut self, down: &DownLayout, group: &[u8], hidden: impl Iterator<Item = &'a HiddenGroup>) {
-        let (scales, rows) = group.split_at(down.padded * 2);
-        (self.scales, self.rows) = (scales.as_ptr(), rows.as_ptr());
+impl<const N: usize> LiveGroup<N> {
+    const NONE: Self = Self {
+        place: LivePlace { heads: std::ptr::null(), rows: std::ptr::null(), step: 0 },
+        is_first: false,
+        union: Offsets::NONE,
+        tokens: [LiveToken::NONE; N],
+    };
+
+    fn set<'a>(&mut self, down: &DownLayout, group: DownGroup<'_>, hidden: impl Iterator<Item = &'a HiddenGroup>) {
+        self.place = LivePlace { heads: group.heads.as_ptr(), rows: group.rows.as_ptr(), step: group.step };
         let mut union = 0;
         for (token, hidden) in self.tokens.iter_mut().zip(hidden) {
-            token.set(down.row_bytes, hidden);
+            token.set(down, hidden);
             union |= hidden.live;
         }
         if N > 1 {
@@ -135,16 +166,21 @@ impl<const N: usize> LiveGroup<N> {
         }
     }
 
-    /// Requests, by `prefetch`, what chunk `chunk` needs of this group, while another group's is computed. Line by line across the
-    /// rows is faster than row by row: 1.1 to 1.3 x on Zen 4.
+    /// Requests, by `prefetch`, what chunk `chunk` needs of this group, while another group's is computed; `is_start` where the one before
+    /// it is not asked for. Line by line across the rows is faster than row by row: 1.1 to 1.3 x on Zen 4.
     #[inline(always)]
-    fn request(&self, chunk: usize, prefetch: impl Fn(*const u8)) {
+    fn request(&self, down: &DownLayout, chunk: usize, is_start: bool, prefetch: impl Fn(*const u8)) {
         let needed = if N > 1 { &self.union } else { &self.tokens[0].offsets };
-        for row in &needed.at[..needed.n] {
-            prefetch(self.rows.wrapping_add(*row as usize + chunk * 64));
+        for plane in down.planes.iter().filter(|plane| plane.width > 0 && (is_start || plane.begins_line(chunk))) {
+            let line = plane.line(chunk);
+            for row in &needed.at[..needed.n] {
+                prefetch(self.place.rows.wrapping_add(*row as usize + line));
+            }
         }
-        for line in 0..4 {
-            prefetch(self.scales.wrapping_add(chunk * OUTPUT_CHUNK * 2 + line * 64));
+        if self.is_first {
+            for line in 0..2 * down.head_bytes {
+                prefetch(self.place.heads.wrapping_add(chunk * OUTPUT_CHUNK * down.head_bytes + line * 64));
+            }
         }
     }
 }
@@ -153,12 +189,13 @@ impl<const N: usize> LiveGroup<N> {
 /// last bytes of one are waited for, those of the next are on their way.
 struct LiveGroups<'a, const N: usize> {
     down: &'a DownLayout,
-    /// What is left of the region.
     region: &'a [u8],
     /// Hidden values of all tokens, `fb` groups each.
     hidden: &'a [HiddenGroup],
-    /// The group that `region` begins with.
+    /// The group to look at.
     next: usize,
+    /// The block that the last group that was drawn is of.
+    block: Option<usize>,
     /// The last three that were drawn, in turn: the one to compute, the one after it, and the one to request meanwhile.
     drawn: [LiveGroup<N>; 3],
     n_drawn: usize,
@@ -176,11 +213,11 @@ impl<'a, const N: usize> LiveGroups<'a, N> {
         prefetch: impl Fn(*const u8),
     ) -> Self {
         let drawn = [LiveGroup::NONE; 3];
-        let mut groups = Self { down, region, hidden, next: 0, drawn, n_drawn: 0, n_computed: 0 };
+        let mut groups = Self { down, region, hidden, next: 0, block: None, drawn, n_drawn: 0, n_computed: 0 };
         groups.draw();
         groups.draw();
         for first in &groups.drawn[..groups.n_drawn] {
-            chunks.clone().for_each(|chunk| first.request(chunk, &prefetch));
+            chunks.clone().for_each(|chunk| first.request(down, chunk, chunk == chunks.start, &prefetch));
         }
         groups
     }
@@ -199,12 +236,15 @@ impl<'a, const N: usize> LiveGroups<'a, N> {
 
     fn draw(&mut self) {
         while self.next < self.down.fb {
-            let (group, region) = self.region.split_at(self.down.group_bytes);
-            self.region = region;
-            let hidden = self.hidden[self.next..].iter().step_by(self.down.fb);
+            let at = self.next;
+            let hidden = self.hidden[at..].iter().step_by(self.down.fb);
             self.next += 1;
             if hidden.clone().any(|hidden| hidden.live != 0) {
-                self.drawn[self.n_drawn % 3].set(self.down, group, hidden);
+                let block = Some(at / self.down.steps);
+                let group = &mut self.drawn[self.n_drawn % 3];
+                group.set(self.down, self.down.group(self.region, at), hidden);
+                group.is_first = self.block != block;
+                self.block = block;
                 self.n_drawn += 1;
                 return;
             }
@@ -212,8 +252,8 @@ impl<'a, const N: usize> LiveGroups<'a, N> {
     }
 }
 
-/// Runs `compute(rows, scales, token, chunk, 128 sums so far)` for every group that has live neurons (its 32 rows of nibbles, and f16
-/// scales for all outputs), every chunk of outputs and every token that the group lives for.
+/// Runs `compute(group, token, chunk, 128 sums so far)` for every group that has live neurons, every chunk of outputs and every token that
+/// the group lives for.
 #[inline(always)]
 pub(crate) fn each_down_chunk(
     down: &DownLayout,
@@ -222,7 +262,7 @@ pub(crate) fn each_down_chunk(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
     prefetch: impl Fn(*const u8),
-    compute: impl Fn(*const u8, *const u8, &LiveToken, usize, &mut [f32; OUTPUT_CHUNK]),
+    compute: impl Fn(LivePlace, &LiveToken, usize, &mut [f32; OUTPUT_CHUNK]),
 ) {
     match out.len() {
         1 => down_chunks_of::<1>(down, region, hidden, chunks, out, prefetch, compute),
@@ -239,9 +279,10 @@ fn down_chunks_of<const N: usize>(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
     prefetch: impl Fn(*const u8),
-    compute: impl Fn(*const u8, *const u8, &LiveToken, usize, &mut [f32; OUTPUT_CHUNK]),
+    compute: impl Fn(LivePlace, &LiveToken, usize, &mut [f32; OUTPUT_CHUNK]),
 ) {
     assert!(chunks.end * OUTPUT_CHUNK <= down.padded && hidden.len() == out.len() * down.fb && out.len() <= N);
+    assert!(down.region_bytes() == Some(region.len()));
     for out in out.iter_mut() {
         assert_eq!(out.len(), chunks.len() * OUTPUT_CHUNK);
         out.fill(0.0);
@@ -250,11 +291,11 @@ fn down_chunks_of<const N: usize>(
     while let Some((group, ahead)) = groups.advance() {
         for (i, chunk) in chunks.clone().enumerate() {
             if let Some(ahead) = ahead {
-                ahead.request(chunk, &prefetch);
+                ahead.request(down, chunk, i == 0, &prefetch);
             }
             for (token, out) in group.tokens.iter().zip(out.iter_mut()) {
                 if token.offsets.n != 0 {
-                    compute(group.rows, group.scales, token, chunk, &mut out.as_chunks_mut().0[i]);
+                    compute(group.place, token, chunk, &mut out.as_chunks_mut().0[i]);
                 }
             }
         }

@@ -70,7 +70,8 @@ impl PanelKind {
         Self { sub_blocks: 1, has_minima: false, values }
     }
 
-    /// One scale for 32 columns and no minimum: what every instruction set has code for.
+    /// One scale for 32 columns and no minimum.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn is_plain(self) -> bool {
         self.sub_blocks == 1 && !self.has_minima
     }

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::activations::{ActRow, HiddenGroup, Sums};
-use crate::expert_format::DownLayout;
+use crate::down_layout::DownLayout;
 use crate::kv::KvType;
 use crate::live::LiveRows;
 use crate::panel::{PanelKind, PanelLayout};
@@ -26,7 +26,9 @@ pub enum Isa {
     Avx512Vnni,
     /// [`Self::Avx512Vnni`] with products of BF16 pairs.
     Avx512Bf16,
-    /// AArch64 with the dot product instructions.
+    /// Any AArch64.
+    Neon,
+    /// [`Self::Neon`] with the dot product instructions.
     NeonDot,
     /// [`Self::NeonDot`] with products of int8 matrices.
     NeonI8mm,
@@ -34,8 +36,16 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best last.
-    pub const ALL: [Isa; 7] =
-        [Self::Scalar, Self::NeonDot, Self::NeonI8mm, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Avx512Bf16];
+    pub const ALL: [Isa; 8] = [
+        Self::Scalar,
+        Self::Neon,
+        Self::NeonDot,
+        Self::NeonI8mm,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+    ];
 
     /// A short name.
     pub fn name(self) -> &'static str {
@@ -45,6 +55,7 @@ impl Isa {
             Self::AvxVnni => "avx-vnni",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Neon => "neon",
             Self::NeonDot => "neon-dotprod",
             Self::NeonI8mm => "neon-i8mm",
         }
@@ -107,7 +118,7 @@ pub(crate) struct Table {
     pub panel_r16: unsafe fn(ty: WeightType, kb: usize, tiles: &[u8], panel: &mut [u8]),
     /// Rows `first..first + 16` of an up region to a weight panel.
     pub panel_up: unsafe fn(up: &UpLayout, region: &[u8], first: usize, panel: &mut [u8]),
-    /// Chunk `chunk` (128 outputs) of a down region to 8 weight panels of `fb * PANEL_BLOCK` bytes each.
+    /// Chunk `chunk` (128 outputs) of a down region to 8 weight panels of `fb` blocks each.
     pub panel_down: unsafe fn(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]),
     /// How this instruction set has the bytes of a panel.
     pub panel: PanelLayout,

@@ -3,8 +3,10 @@
 //! Owns where it is read from: the `model_lm_head.pt` of the published checkpoints, or a GGUF file that holds the two as one tensor. It is
 //! kept as Q4_0, as the authors' engine computes with it. What does not fit the model is refused.
 
+use std::cell::Cell;
+use std::panic::{UnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use candle_core::{DType, pickle};
 use st_format::same_shape;
@@ -48,8 +50,8 @@ impl Predictor {
             }
             b"PK\x03\x04" if len <= MAX_FILE_BYTES => {
                 // The reader of pickles panics on some that are damaged.
-                let read = std::panic::catch_unwind(|| Self::in_pickle(path, shape));
-                read.unwrap_or_else(|_| Err("it is damaged".into())).map_err(refuse)
+                let read = without_panics(|| Self::in_pickle(path, shape));
+                read.unwrap_or_else(|| Err("it is damaged".into())).map_err(refuse)
             }
             _ => Err(refuse("it is neither a GGUF file nor one of PyTorch's".into())),
         }
@@ -134,13 +136,32 @@ fn check_hidden(hidden: usize, shape: &ModelShape) -> Result<(), String> {
 
 /// Refuses what is more than a state dict of plain tensors: the ways to build other objects, some of which the reader takes on trust.
 fn check_pickle(path: &Path) -> Result<(), String> {
+    const NAMES: [&[u8]; 3] = [b"_rebuild_from_type_v2", b"_rebuild_parameter", b"__torch__"];
     let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
-    for name in [&b"_rebuild_from_type_v2"[..], b"_rebuild_parameter", b"__torch__"] {
-        if bytes.windows(name.len()).any(|window| window == name) {
+    for at in (0..bytes.len()).filter(|&at| bytes[at] == b'_') {
+        if let Some(name) = NAMES.into_iter().find(|name| bytes[at..].starts_with(name)) {
             return Err(format!("it holds more than a state dict of tensors: `{}`", name.escape_ascii()));
         }
     }
     Ok(())
+}
+
+/// What `read` gives, or `None` where it panics; nothing is printed of that. Panics of other threads are none of its business.
+fn without_panics<T>(read: impl FnOnce() -> T + UnwindSafe) -> Option<T> {
+    thread_local!(static IS_QUIET: Cell<bool> = const { Cell::new(false) });
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !IS_QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    IS_QUIET.set(true);
+    let result = catch_unwind(read);
+    IS_QUIET.set(false);
+    result.ok()
 }
 
 fn finite(floats: &[f32]) -> Result<(), String> {

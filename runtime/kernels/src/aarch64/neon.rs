@@ -78,3 +78,29 @@ pub(super) fn add_block(acc: float32x4_t, isum: int32x4_t, d_w: float32x4_t, d_a
 pub(super) fn nibbles(w: uint8x16_t) -> (int8x16_t, int8x16_t) {
     (vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8::<4>(w)))
 }
+
+/// Byte by byte those of all rows.
+#[inline(always)]
+pub(super) fn transpose16(rows: &[[u8; 16]; 16]) -> [[u8; 16]; 16] {
+    let mut out = [[0; 16]; 16];
+    // SAFETY: 16 bytes each; NEON is part of AArch64.
+    unsafe {
+        let mut v = [vdupq_n_u8(0); 16];
+        for (v, row) in v.iter_mut().zip(rows) {
+            *v = vld1q_u8(row.as_ptr());
+        }
+        // With the row number as the upper and the byte number as the lower four bits of an index, each round rotates it by one bit.
+        for _ in 0..4 {
+            let mut t = v;
+            for i in 0..8 {
+                t[2 * i] = vzip1q_u8(v[i], v[i + 8]);
+                t[2 * i + 1] = vzip2q_u8(v[i], v[i + 8]);
+            }
+            v = t;
+        }
+        for (v, out) in v.into_iter().zip(&mut out) {
+            vst1q_u8(out.as_mut_ptr(), v);
+        }
+    }
+    out
+}

@@ -4,9 +4,10 @@ mod float;
 pub(crate) mod planes;
 mod quantized;
 
-pub(crate) use float::{merge, softmax};
-#[cfg(target_arch = "aarch64")]
-pub(crate) use quantized::gemm_of;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use float::merge;
+pub(crate) use float::softmax;
+#[cfg(target_arch = "x86_64")]
 pub(crate) use quantized::pack_r16;
 
 use crate::table::{Isa, Table};

@@ -1,8 +1,14 @@
-//! Products with the types of `planes`, for the instruction sets that have none of their own: 16 rows become a panel, rows of up codes.
+//! Products with the types of `planes`, for the instruction sets that have none of their own: 16 rows become a panel, rows of up and columns
+//! of down codes.
+
+use std::ops::Range;
 
 use super::quantized::{LAYOUT, add_block, add_panel_block};
-use crate::activations::ActRow;
+use crate::activations::{ActRow, HiddenGroup};
 use crate::codes::Coding;
+use crate::columns::{block_scales, group_codes};
+use crate::down_layout::DownLayout;
+use crate::expert_format::OUTPUT_CHUNK;
 use crate::live::{self, LiveRows};
 use crate::panel::PanelKind;
 use crate::planes::{panel_of_tiles, row_codes, row_scales};
@@ -50,4 +56,33 @@ pub(crate) fn up_rows(up: &UpLayout, region: &[u8], rows: LiveRows<'_>, acts: &[
             }
         }
     });
+}
+
+pub(crate) fn down(
+    down: &DownLayout,
+    region: &[u8],
+    hidden: &[HiddenGroup],
+    chunks: Range<usize>,
+    out: &mut [&mut [f32]],
+) {
+    let coding = Coding::of(down.ty);
+    let first = chunks.start * OUTPUT_CHUNK;
+    for (hidden, out) in hidden.chunks_exact(down.fb).zip(out) {
+        out.fill(0.0);
+        for (b, hidden) in hidden.iter().enumerate().filter(|(_, hidden)| hidden.live != 0) {
+            let group = down.group(region, b);
+            for (i, acc) in out.iter_mut().enumerate() {
+                let (scales, codes) = (block_scales(down, group.heads, first + i), group_codes(down, group, first + i));
+                let parts = codes.chunks(coding.sub_len).zip(hidden.q.chunks(coding.sub_len)).enumerate();
+                for (sub, (codes, q)) in parts {
+                    let (scale, minimum) = scales[group.step * down.subs + sub];
+                    let isum = codes.iter().zip(q).map(|(&code, &q)| coding.value(code) * i32::from(q)).sum();
+                    *acc = add_block(*acc, isum, scale, hidden.d);
+                    if coding.has_minima {
+                        *acc = add_block(*acc, q.iter().map(|&q| i32::from(q)).sum(), minimum, hidden.d);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -6,7 +6,9 @@ use half::f16;
 
 use crate::activations::{ActRow, HiddenGroup, Sums, UNIT_BLOCK, UNIT_ROWS};
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK, down_nibble};
+use crate::columns;
+use crate::down_layout::DownLayout;
+use crate::expert_format::{OUTPUT_CHUNK, down_nibble};
 use crate::live::{self, LiveRows};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
 use crate::planes;
@@ -100,12 +102,15 @@ pub(crate) fn down(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
 ) {
+    if down.ty.has_codes() {
+        return super::planes::down(down, region, hidden, chunks, out);
+    }
     let first = chunks.start * OUTPUT_CHUNK;
     for (hidden, out) in hidden.chunks_exact(down.fb).zip(out) {
         out.fill(0.0);
-        for (group, hidden) in region.chunks_exact(down.group_bytes).zip(hidden).filter(|(_, hidden)| hidden.live != 0)
-        {
-            let (scales, rows) = group.split_at(down.padded * 2);
+        for (b, hidden) in hidden.iter().enumerate().filter(|(_, hidden)| hidden.live != 0) {
+            let group = down.group(region, b);
+            let (scales, rows) = (group.heads, group.rows);
             for (i, acc) in out.iter_mut().enumerate() {
                 let o = first + i;
                 let mut isum = 0;
@@ -160,10 +165,14 @@ pub(crate) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [
 }
 
 pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    if down.ty.has_codes() {
+        return columns::panels_of_chunk(LAYOUT, down, region, chunk, panels);
+    }
     for (v, panel) in panels.chunks_exact_mut(down.fb * PANEL_BLOCK).enumerate() {
         let first = chunk * OUTPUT_CHUNK + v * R16_ROWS;
-        for (group, out) in region.chunks_exact(down.group_bytes).zip(panel.chunks_exact_mut(PANEL_BLOCK)) {
-            let (scales, rows) = group.split_at(down.padded * 2);
+        for (b, out) in panel.chunks_exact_mut(PANEL_BLOCK).enumerate() {
+            let group = down.group(region, b);
+            let (scales, rows) = (group.heads, group.rows);
             fill_panel_block(
                 WeightType::Q4_0,
                 out,

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use st_experts::Lease;
 use st_gguf::Matrix;
-use st_kernels::{Arrangement, BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, RowSplit};
+use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, HiddenGroup, OUTPUT_CHUNK, RowSplit};
 
 use super::pairs::Pairs;
 use crate::error::ModelError;
@@ -99,26 +99,28 @@ impl SparseScratch {
     }
 
     /// What one expert's pairs `of` touched together: the gate whole, up and down only where a neuron lives for one of the
-    /// rows (the scales of down always). `bytes` are those of the three matrices.
+    /// rows (and the scales of down). `bytes` are those of the three matrices.
     pub(super) fn work(&self, format: &ExpertFormat, of: Range<usize>, [gate, up, down]: [u64; 3]) -> Work {
-        let (n_embd, n_ff, n_groups) =
-            (format.n_embd() as u64, format.n_ff() as u64, HiddenGroup::groups(format.n_ff()));
+        let (n_ff, n_groups) = (format.n_ff() as u64, HiddenGroup::groups(format.n_ff()));
         let groups = &self.groups[of.start * n_groups..of.end * n_groups];
         let count = |mask: u32| u64::from(mask.count_ones());
-        let (mut active, mut live_groups, mut live) = (0, 0, 0);
+        let parts = format.down_parts();
+        let (mut active, mut scales, mut neurons, mut block) = (0, 0, 0, None);
         for i in 0..n_groups {
             let any = |mask: fn(&HiddenGroup) -> u32| {
                 groups[i..].iter().step_by(n_groups).map(mask).fold(0, |any, mask| any | mask)
             };
             active += count(any(|group| group.active));
-            let down = any(|group| group.live);
-            (live_groups, live) = (live_groups + u64::from(down != 0), live + count(down));
+            let live = any(|group| group.live);
+            if let Some(parts) = parts.filter(|_| live != 0) {
+                neurons += count(live) * parts.neuron as u64;
+                if block.replace(i / parts.block_groups) != Some(i / parts.block_groups) {
+                    scales += parts.scales as u64;
+                }
+            }
         }
-        let down = match format.matrix(Matrix::Down).arrangement {
-            Arrangement::Columns => live_groups * 2 * n_embd + live * n_embd / 2,
-            // Otherwise the rows of up alone are skipped.
-            _ => down,
-        };
+        // Without parts the rows of up alone are skipped.
+        let down = parts.map_or(down, |_| scales + neurons);
         let weight_bytes = gate + active * up / n_ff + down;
         let live_neurons = groups.iter().map(|group| count(group.active)).sum();
         Work { tokens: 0, weight_bytes, neurons: of.len() as u64 * n_ff, live_neurons }

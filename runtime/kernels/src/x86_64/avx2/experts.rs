@@ -4,9 +4,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::gemv::{add_pairs, broadcast_quad, finish_pairs};
-use super::plane_rows;
+use super::{plane_columns, plane_rows};
 use crate::activations::{ActRow, HiddenGroup, start};
-use crate::expert_format::{DownLayout, OUTPUT_CHUNK};
+use crate::codes::with_coded;
+use crate::down_layout::DownLayout;
+use crate::expert_format::OUTPUT_CHUNK;
 use crate::live::{self, LiveRows};
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
@@ -131,17 +133,26 @@ pub(super) fn down(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
 ) {
+    if down.ty.has_codes() {
+        // Closures have the features of the function that they are in, and so must be in it.
+        return with_coded!(down.ty, T => {
+            live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+                // SAFETY: the features are those of this function; the group and the chunk are the layout's.
+                unsafe { plane_columns::add_chunk::<T, false>(down, group, token, chunk, out, |sums, _, _| sums) };
+            })
+        });
+    }
     let low = _mm256_set1_epi8(15);
-    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |rows, scales, token, chunk, out| {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
         let d_a = _mm256_set1_ps(token.d);
-        let bias = _mm256_set1_epi32(token.bias);
+        let bias = _mm256_set1_epi32(start(8, token.sums));
         // Half of the chunk's bytes at a time: sums 0..4 are outputs 16v + 8 half.., 4..8 are 64 + 16v + 8 half..
         for half in 0..2 {
             let mut pairs = [_mm256_setzero_si256(); 8];
-            for (at, &quad) in token.quads() {
-                let q = _mm256_set1_epi32(quad);
+            for (at, quad) in token.fours(0) {
+                let q = _mm256_set1_epi32(*quad);
                 // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-                let w = unsafe { load_rows(rows, at, chunk, half) };
+                let w = unsafe { load_rows(group.rows, at, chunk * 64 + half * 32) };
                 for (v, w) in interleave(w).into_iter().enumerate() {
                     let lo = _mm256_maddubs_epi16(_mm256_and_si256(w, low), q);
                     pairs[v] = _mm256_add_epi16(pairs[v], lo);
@@ -154,7 +165,7 @@ pub(super) fn down(
                 let at = v * 16 + half * 8;
                 // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
                 unsafe {
-                    let d_w = _mm_loadu_si128(scales.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
+                    let d_w = _mm_loadu_si128(group.heads.add((chunk * OUTPUT_CHUNK + at) * 2).cast());
                     let d = _mm256_mul_ps(_mm256_cvtph_ps(d_w), d_a);
                     let p = out.as_mut_ptr().add(at);
                     _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), d, _mm256_loadu_ps(p)));
@@ -165,12 +176,12 @@ pub(super) fn down(
 }
 
 /// # Safety
-/// 64 bytes must be readable at `base + rows[i] + chunk * 64` for four rows.
+/// 32 bytes must be readable at `base + rows[i] + from` for four rows.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], chunk: usize, half: usize) -> [__m256i; 4] {
+pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], from: usize) -> [__m256i; 4] {
     // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm256_loadu_si256(base.add(rows[i] as usize + chunk * 64 + half * 32).cast()) })
+    std::array::from_fn(|i| unsafe { _mm256_loadu_si256(base.add(rows[i] as usize + from).cast()) })
 }
 
 /// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs

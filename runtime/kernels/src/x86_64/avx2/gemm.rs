@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 
 use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, dot_signed};
-use super::{gemm_parts, plane_rows, planes};
+use super::{gemm_parts, plane_columns, plane_rows, planes};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::expert_format::DownLayout;
+use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
@@ -78,15 +78,19 @@ pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [
 
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    if down.ty.has_codes() {
+        return plane_columns::panel_down(down, region, chunk, panels);
+    }
     let low = _mm256_set1_epi8(15);
     assert!(panels.len() == 8 * down.fb * PANEL_BLOCK && chunk * 64 < down.row_bytes);
-    for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
-        let (scales, rows) = group.split_at(down.padded * 2);
+    for b in 0..down.fb {
+        let group = down.group(region, b);
+        let (scales, rows) = (group.heads, group.rows);
         for quad in 0..8 {
             let at: [u32; 4] = std::array::from_fn(|i| ((quad * 4 + i) * down.row_bytes) as u32);
             for half in 0..2 {
                 // SAFETY: the group has 32 rows, and the chunk is 64 bytes of each.
-                let w = unsafe { load_rows(rows.as_ptr(), &at, chunk, half) };
+                let w = unsafe { load_rows(rows.as_ptr(), &at, chunk * 64 + half * 32) };
                 for (v, w) in interleave(w).into_iter().enumerate() {
                     let to = |v: usize| (v * down.fb + b) * PANEL_BLOCK + quad * 64 + half * 32;
                     let high = _mm256_and_si256(_mm256_srli_epi16::<4>(w), low);

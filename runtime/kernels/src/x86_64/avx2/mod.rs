@@ -11,6 +11,7 @@ mod gemm;
 mod gemm_parts;
 mod gemv;
 mod pack;
+mod plane_columns;
 mod plane_rows;
 mod planes;
 mod quantize;

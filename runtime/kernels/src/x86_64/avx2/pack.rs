@@ -4,12 +4,15 @@
 use std::arch::x86_64::*;
 
 use crate::codes::{Coded, with_coded};
-use crate::expert_format::{self, DownLayout, OUTPUT_CHUNK};
+use crate::columns;
+use crate::down_layout::DownLayout;
+use crate::expert_format::{self, OUTPUT_CHUNK};
 use crate::planes;
 use crate::r16::R16_ROWS;
 use crate::scalar;
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
+use crate::x86_64::heads::transpose16;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     if ty == WeightType::Q4_0 {
@@ -75,6 +78,9 @@ fn pack_rows<T: Coded>(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
 
 #[target_feature(enable = "avx2")]
 pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
+    if down.ty.has_codes() {
+        return with_coded!(down.ty, T => pack_columns::<T>(down, n_embd, canonical, region));
+    }
     if !n_embd.is_multiple_of(OUTPUT_CHUNK) {
         return expert_format::pack_down(down, n_embd, canonical, region);
     }
@@ -82,7 +88,7 @@ pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], regi
     for first in (0..n_embd).step_by(OUTPUT_CHUNK) {
         for b in 0..down.fb {
             let blocks = &canonical[(first * down.fb + b) * 18..][..(OUTPUT_CHUNK - 1) * row_bytes + 18];
-            let (scales, rows) = region[b * down.group_bytes..][..down.group_bytes].split_at_mut(down.padded * 2);
+            let (scales, rows) = region[b * down.block_bytes..][..down.block_bytes].split_at_mut(down.padded * 2);
             let rows = &mut rows[first / 2..][..31 * down.row_bytes + 64];
             for (o, scale) in scales[first * 2..][..OUTPUT_CHUNK * 2].as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 *scale = [blocks[o * row_bytes], blocks[o * row_bytes + 1]];
@@ -145,4 +151,11 @@ fn transpose_bytes(mut v: [__m256i; 16]) -> [__m256i; 16] {
         v = t;
     }
     v
+}
+
+#[target_feature(enable = "avx2")]
+fn pack_columns<T: Coded>(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
+    for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
+        columns::pack_block_of::<T>(down, n_embd, canonical, b, block, transpose16);
+    }
 }

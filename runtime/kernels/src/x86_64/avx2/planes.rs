@@ -76,8 +76,8 @@ unsafe fn gemv_of<T: Coded, const VNNI: bool>(
     }
 }
 
-/// What bytes of [`quads`] are more than values.
-const fn offset<T: Coded, const VNNI: bool>() -> i32 {
+/// What bytes of codes are more than values.
+pub(super) const fn offset<T: Coded, const VNNI: bool>() -> i32 {
     match T::CODING.meaning {
         Meaning::Less(offset) => offset,
         Meaning::Table(_) if VNNI => 128,

@@ -2,24 +2,28 @@
 //! three. CPUs have it in one of two encodings, or both: AVX-VNNI's, and AVX-512's for short vectors.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::experts::up_rows_of;
+use super::experts::{self, up_rows_of};
 use super::gemm::{Outputs, Sums, by_blocks, load_group, start_sums};
 use super::gemv::{broadcast_quad, by_fours};
-use super::{gemm_parts, plane_rows, planes};
-use crate::activations::{ActRow, UNIT_ROWS};
-use crate::live::LiveRows;
+use super::{gemm_parts, plane_columns, plane_rows, planes};
+use crate::activations::{ActRow, HiddenGroup, UNIT_ROWS};
+use crate::codes::with_coded;
+use crate::down_layout::DownLayout;
+use crate::live::{self, LiveRows};
 use crate::panel::{PanelKind, Values};
 use crate::table::{Isa, Table};
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
+use crate::x86_64::request::prefetch;
 
 /// AVX-VNNI's encoding.
 pub(crate) static TABLE: Table =
-    Table { isa: Isa::AvxVnni, gemv_r16: gemv_vex, up_rows: up_vex, gemm: gemm_vex, ..super::AVX2 };
+    Table { isa: Isa::AvxVnni, gemv_r16: gemv_vex, up_rows: up_vex, down: down_vex, gemm: gemm_vex, ..super::AVX2 };
 /// AVX-512's.
 pub(crate) static EVEX_TABLE: Table =
-    Table { isa: Isa::AvxVnni, gemv_r16: gemv_evex, up_rows: up_evex, gemm: gemm_evex, ..super::AVX2 };
+    Table { isa: Isa::AvxVnni, gemv_r16: gemv_evex, up_rows: up_evex, down: down_evex, gemm: gemm_evex, ..super::AVX2 };
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn gemv_vex(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
@@ -87,6 +91,36 @@ unsafe fn up_rows(
             false => up_rows_of(up, region, rows, acts, out, dpbusd, |sums| sums),
         }
     }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn down_vex(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [&mut [f32]]) {
+    if !down.ty.has_codes() {
+        return experts::down(down, region, hidden, chunks, out);
+    }
+    with_coded!(down.ty, T => {
+        live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+            // SAFETY: the features are those of this function; the group and the chunk are the layout's.
+            unsafe {
+                plane_columns::add_chunk::<T, true>(down, group, token, chunk, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a));
+            }
+        });
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512vnni,avx512vl")]
+fn down_evex(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: Range<usize>, out: &mut [&mut [f32]]) {
+    if !down.ty.has_codes() {
+        return experts::down(down, region, hidden, chunks, out);
+    }
+    with_coded!(down.ty, T => {
+        live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
+            // SAFETY: the features are those of this function; the group and the chunk are the layout's.
+            unsafe {
+                plane_columns::add_chunk::<T, true>(down, group, token, chunk, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a));
+            }
+        });
+    });
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]

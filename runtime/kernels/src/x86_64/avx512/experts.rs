@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::gemm::transpose;
 use super::gemv::{broadcast_quad, start_sums};
-use super::plane_rows;
-use crate::activations::{ActRow, HiddenGroup};
-use crate::expert_format::DownLayout;
+use super::{plane_columns, plane_rows};
+use crate::activations::{ActRow, HiddenGroup, start};
+use crate::down_layout::DownLayout;
 use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
@@ -114,15 +114,18 @@ pub(super) fn down(
     chunks: Range<usize>,
     out: &mut [&mut [f32]],
 ) {
+    if down.ty.has_codes() {
+        return plane_columns::down(down, region, hidden, chunks, out);
+    }
     let low = _mm512_set1_epi8(15);
-    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |rows, scales, token, chunk, out| {
+    live::each_down_chunk(down, region, hidden, chunks, out, prefetch, |group, token, chunk, out| {
         let d_a = _mm512_set1_ps(token.d);
         // Vectors 0..4 are outputs 16v.. of the chunk, 4..8 are 64 + 16v..
-        let mut sums = [_mm512_set1_epi32(token.bias); 8];
-        for (at, &quad) in token.quads() {
-            let q = _mm512_set1_epi32(quad);
+        let mut sums = [_mm512_set1_epi32(start(8, token.sums)); 8];
+        for (at, quad) in token.fours(0) {
+            let q = _mm512_set1_epi32(*quad);
             // SAFETY: the rows are within the group's 32, and a chunk is 64 bytes of each.
-            let w = unsafe { load_rows(rows, at, chunk) };
+            let w = unsafe { load_rows(group.rows, at, chunk * 64) };
             for (v, w) in interleave(w).into_iter().enumerate() {
                 sums[v] = _mm512_dpbusd_epi32(sums[v], _mm512_and_si512(w, low), q);
                 let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
@@ -132,7 +135,7 @@ pub(super) fn down(
         for (v, sum) in sums.into_iter().enumerate() {
             // SAFETY: the group has a scale, and `out` a float, for each of the chunk's 128 outputs.
             unsafe {
-                let d_w = _mm256_loadu_si256(scales.add(chunk * 256 + v * 32).cast());
+                let d_w = _mm256_loadu_si256(group.heads.add(chunk * 256 + v * 32).cast());
                 let d = _mm512_mul_ps(_mm512_cvtph_ps(d_w), d_a);
                 let p = out.as_mut_ptr().add(v * 16);
                 _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), d, _mm512_loadu_ps(p)));
@@ -142,12 +145,12 @@ pub(super) fn down(
 }
 
 /// # Safety
-/// 64 bytes must be readable at `base + rows[i] + chunk * 64` for four rows.
+/// 64 bytes must be readable at `base + rows[i] + line` for four rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], chunk: usize) -> [__m512i; 4] {
+pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], line: usize) -> [__m512i; 4] {
     // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] as usize + chunk * 64).cast()) })
+    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] as usize + line).cast()) })
 }
 
 /// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs `16v + i` and

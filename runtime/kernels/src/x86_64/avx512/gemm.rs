@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::experts::{interleave, load_rows};
 use super::gemv::{broadcast_quad, start_sums};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
-use crate::expert_format::DownLayout;
+use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
 use crate::table::GEMM_UNITS;
@@ -114,10 +114,14 @@ pub(super) fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
 pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    if down.ty.has_codes() {
+        return super::plane_columns::panel_down(down, region, chunk, panels);
+    }
     let low = _mm512_set1_epi8(15);
     assert!(panels.len() == 8 * down.fb * PANEL_BLOCK && chunk * 64 < down.row_bytes);
-    for (b, group) in region.chunks_exact(down.group_bytes).enumerate() {
-        let (scales, rows) = group.split_at(down.padded * 2);
+    for b in 0..down.fb {
+        let group = down.group(region, b);
+        let (scales, rows) = (group.heads, group.rows);
         // SAFETY: each of the 8 panels has a block `b` of 8 groups and scales; the chunk is 64 bytes of each of the 32 rows
         // and 256 bytes of scales.
         unsafe {
@@ -125,7 +129,7 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
             let block = |v: usize| panels.add((v * down.fb + b) * PANEL_BLOCK);
             for quad in 0..8 {
                 let at: [u32; 4] = std::array::from_fn(|i| ((quad * 4 + i) * down.row_bytes) as u32);
-                for (v, w) in interleave(load_rows(rows.as_ptr(), &at, chunk)).into_iter().enumerate() {
+                for (v, w) in interleave(load_rows(rows.as_ptr(), &at, chunk * 64)).into_iter().enumerate() {
                     _mm512_storeu_si512(block(v).add(quad * 64).cast(), _mm512_and_si512(w, low));
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(w), low);
                     _mm512_storeu_si512(block(v + 4).add(quad * 64).cast(), high);

@@ -10,6 +10,7 @@ mod float;
 mod gemm;
 mod gemv;
 mod pack;
+mod plane_columns;
 mod plane_rows;
 mod planes;
 mod quantize;

@@ -3,12 +3,15 @@
 use std::arch::x86_64::*;
 
 use crate::codes::{Coded, with_coded};
-use crate::expert_format::{self, DownLayout, OUTPUT_CHUNK};
+use crate::columns;
+use crate::down_layout::DownLayout;
+use crate::expert_format::{self, OUTPUT_CHUNK};
 use crate::planes;
 use crate::r16::{self, R16_ROWS};
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
+use crate::x86_64::heads::transpose16;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     if ty == WeightType::Q4_0 {
@@ -156,6 +159,9 @@ fn lanes(a: __m128i, b: __m128i, c: __m128i, d: __m128i) -> __m512i {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
+    if down.ty.has_codes() {
+        return with_coded!(down.ty, T => pack_columns::<T>(down, n_embd, canonical, region));
+    }
     // Blocks for outputs that do not exist: scale 0, every nibble 8.
     let mut padded = [0x88; OUTPUT_CHUNK * 18];
     let (row_bytes, streams) = (down.fb * 18, streams(region));
@@ -172,7 +178,7 @@ pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], regi
                 }
                 (padded.as_ptr(), 18)
             };
-            let (scales, rows) = region[b * down.group_bytes..][..down.group_bytes].split_at_mut(down.padded * 2);
+            let (scales, rows) = region[b * down.block_bytes..][..down.block_bytes].split_at_mut(down.padded * 2);
             let scales = &mut scales[first * 2..][..OUTPUT_CHUNK * 2];
             let rows = &mut rows[first / 2..][..31 * down.row_bytes + 64];
             // SAFETY: 128 blocks of 18 bytes, 128 scales, and 64 bytes of each of 32 rows, which lie on lines where the region does.
@@ -180,6 +186,14 @@ pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], regi
         }
     }
     _mm_sfence();
+}
+
+/// Compiled for these instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn pack_columns<T: Coded>(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
+    for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
+        columns::pack_block_of::<T>(down, n_embd, canonical, b, block, transpose16);
+    }
 }
 
 /// What 128 outputs have in a group: their blocks begin at `first` and each `stride` further.

@@ -280,7 +280,7 @@ impl<T: Coded> Scales<T> {
 /// Half of the powers of two whose biased exponents these are ([`crate::codes::half_of_power`]).
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn powers(exponents: __m512i) -> __m512 {
+pub(super) fn powers(exponents: __m512i) -> __m512 {
     let normal = _mm512_slli_epi32::<23>(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)));
     let small = _mm512_sllv_epi32(_mm512_set1_epi32(0x0020_0000), exponents);
     let is_small = _mm512_cmplt_epi32_mask(exponents, _mm512_set1_epi32(2));

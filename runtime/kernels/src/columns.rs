@@ -1,0 +1,164 @@
+//! How down matrices of the types with codes ([`codes`](crate::codes)) lie in memory, so that the run of a dead neuron is never touched:
+//! permutations of their bits, for every instruction set.
+//!
+//! For each block of 32 or 256 neurons come first the heads of all outputs, then the run of each neuron. Outputs are taken in chunks of
+//! 128. A chunk's heads lie field by field: 128 f16 scales, 128 f16 minima, then 128 bytes for each of the other bytes. A run has the low
+//! plane and the high plane of all outputs. A line of 64 bytes of a plane of 4 bits is a chunk, of 2 bits two chunks, of 1 bit four:
+//! the first 64 outputs of the first one have the lowest bits of the bytes, then its last 64, then those of the next. Which byte is which
+//! output's [`line_byte`] says. For Q4_0 the same order is in `expert_format`.
+
+use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, with_coded};
+use crate::down_layout::{DownGroup, DownLayout, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
+use crate::expert_format::OUTPUT_CHUNK;
+use crate::panel::{PanelKind, PanelLayout, PanelMut};
+use crate::weight_type::{BLOCK_LEN, R16_ROWS};
+
+/// 16 bytes of each of 16 rows.
+pub(crate) type Square = [[u8; 16]; 16];
+
+/// Fills block `b` of a down region; `canonical` is the whole matrix of `n_embd` rows.
+pub(crate) fn pack_block(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, block: &mut [u8]) {
+    let transpose = |square: &Square| std::array::from_fn(|i| square.map(|row| row[i]));
+    with_coded!(down.ty, T => pack_block_of::<T>(down, n_embd, canonical, b, block, transpose));
+}
+
+/// [`pack_block`] for a type, to be compiled for an instruction set: simple loops, and transposing.
+#[inline(always)]
+pub(crate) fn pack_block_of<T: Coded>(
+    down: &DownLayout,
+    n_embd: usize,
+    canonical: &[u8],
+    b: usize,
+    block: &mut [u8],
+    transpose: impl Fn(&Square) -> Square,
+) {
+    let (coding, bytes, len) = (Coding::of(T::TY), T::TY.block_bytes(), T::TY.block_len());
+    let (blocks, widths) = (down.fb / T::STEPS, [coding.low_bits(), coding.high_bits()]);
+    let (heads, rows) = block.split_at_mut(down.padded * down.head_bytes);
+    heads.fill(0);
+    rows.fill(0);
+    // Codes of the outputs of a line, in the order in which it has them.
+    let mut codes = [[0u8; MAX_BLOCK]; LINE_OUTPUTS];
+    for first in (0..n_embd).step_by(LINE_OUTPUTS) {
+        let (chunk, half) = (first / OUTPUT_CHUNK, first / LINE_OUTPUTS % 2);
+        for i in 0..LINE_OUTPUTS {
+            let (o, codes) = (first + i, &mut codes[line_byte(i)][..len]);
+            if o >= n_embd {
+                codes.fill(0);
+                continue;
+            }
+            let block = &canonical[(o * blocks + b) * bytes..][..bytes];
+            let mut head = [0; MAX_HEAD];
+            coding.head(block, &mut head);
+            coding.codes(block, codes);
+            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
+                heads[down_head_place(coding.wide(), coding.head_bytes(), o, i)] = byte;
+            }
+        }
+        for (quarter, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
+            for neurons in (0..len).step_by(16) {
+                let mut square = [[0; 16]; 16];
+                for (to, codes) in square.iter_mut().zip(codes) {
+                    to.copy_from_slice(&codes[neurons..neurons + 16]);
+                }
+                let rows = rows[neurons * down.row_bytes..].chunks_exact_mut(down.row_bytes);
+                for (row, codes) in rows.zip(transpose(&square)) {
+                    let mut shift = 0;
+                    for (plane, width) in down.planes.iter().zip(widths).filter(|(_, width)| *width > 0) {
+                        let bit = line_bit(width, chunk, half);
+                        let mask = (1u8 << width) - 1;
+                        let line = &mut row[plane.line(chunk) + 16 * quarter..][..16];
+                        for (byte, code) in line.iter_mut().zip(codes) {
+                            *byte |= (code >> shift & mask) << bit;
+                        }
+                        shift += width;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The code of output `o` in the run of a neuron.
+#[inline(always)]
+fn code(down: &DownLayout, row: &[u8], o: usize) -> u8 {
+    let (chunk, half, byte) = (o / OUTPUT_CHUNK, o / LINE_OUTPUTS % 2, line_byte(o % LINE_OUTPUTS));
+    let (mut code, mut shift) = (0, 0);
+    for plane in down.planes.iter().filter(|plane| plane.width > 0) {
+        let bits = row[plane.line(chunk) + byte] >> line_bit(plane.width, chunk, half);
+        code |= (bits & ((1 << plane.width) - 1)) << shift;
+        shift += plane.width;
+    }
+    code
+}
+
+/// The codes of an output in a group of 32 neurons.
+#[inline(always)]
+pub(crate) fn group_codes(down: &DownLayout, group: DownGroup<'_>, o: usize) -> [u8; BLOCK_LEN] {
+    std::array::from_fn(|n| code(down, &group.rows[n * down.row_bytes..][..down.row_bytes], o))
+}
+
+/// The head of an output's block.
+fn head(down: &DownLayout, heads: &[u8], o: usize) -> [u8; MAX_HEAD] {
+    let (mut head, wide) = ([0; MAX_HEAD], Coding::of(down.ty).wide());
+    for (i, byte) in head[..down.head_bytes].iter_mut().enumerate() {
+        *byte = heads[down_head_place(wide, down.head_bytes, o, i)];
+    }
+    head
+}
+
+/// The scales of an output's block.
+pub(crate) fn block_scales(down: &DownLayout, heads: &[u8], o: usize) -> [Scale; MAX_SCALES] {
+    scales(down.ty, &head(down, heads, o))
+}
+
+/// Undoes [`pack_block`] for a whole region.
+pub(crate) fn unpack(down: &DownLayout, region: &[u8], canonical: &mut [u8]) {
+    let coding = Coding::of(down.ty);
+    let (blocks, len) = (down.fb / down.steps, down.ty.block_len());
+    for (i, block) in canonical.chunks_exact_mut(down.ty.block_bytes()).enumerate() {
+        let (o, b) = (i / blocks, i % blocks);
+        let mut codes = [0; MAX_BLOCK];
+        for (step, codes) in codes[..len].as_chunks_mut::<BLOCK_LEN>().0.iter_mut().enumerate() {
+            *codes = group_codes(down, down.group(region, b * down.steps + step), o);
+        }
+        coding.set_head(&head(down, down.group(region, b * down.steps).heads, o), block);
+        coding.set_codes(&codes[..len], block);
+    }
+}
+
+/// Chunk `chunk` of a down region as 8 panels.
+#[inline(always)]
+pub(crate) fn panels_of_chunk(layout: PanelLayout, down: &DownLayout, region: &[u8], chunk: usize, panels: &mut [u8]) {
+    let (coding, kind) = (Coding::of(down.ty), PanelKind::of(down.ty));
+    for (v, panel) in panels.chunks_exact_mut(down.fb * kind.block_bytes()).enumerate() {
+        let mut panel = PanelMut::zeroed(layout, kind, panel);
+        for r in 0..R16_ROWS {
+            let o = chunk * OUTPUT_CHUNK + v * R16_ROWS + r;
+            for b in 0..down.fb {
+                let group = down.group(region, b);
+                let codes = group_codes(down, group, o);
+                codes.iter().enumerate().for_each(|(n, &code)| panel.put(b, r, n, coding.value(code)));
+                let scales = block_scales(down, group.heads, o);
+                for sub in 0..down.subs {
+                    let (scale, minimum) = scales[group.step * down.subs + sub];
+                    panel.put_scale(b, r, sub, scale, minimum);
+                }
+            }
+        }
+    }
+}
+
+/// Bytes for each output of a chunk.
+pub(crate) type OfChunk = [i8; OUTPUT_CHUNK];
+
+/// The integers that scales and minima of sub-block `sub` are multiplied by, for the outputs of a chunk whose heads' other bytes are
+/// `narrow`, for a type of blocks of 256. Simple loops, which compilers turn into vector instructions.
+#[inline(always)]
+pub(crate) fn chunk_integers<T: Coded>(narrow: &[[u8; OUTPUT_CHUNK]], sub: usize) -> (OfChunk, OfChunk) {
+    let mut integers = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
+    for (o, (scale, minimum)) in integers.0.iter_mut().zip(&mut integers.1).enumerate() {
+        (*scale, *minimum) = crate::codes::integers(T::TY, |i| narrow[i][o], sub);
+    }
+    integers
+}

@@ -5,7 +5,7 @@
 #
 # F16.gguf is a file of floats with alignment 32 (`st-tool quantize --f16`, or `synth make --format gguf --mix f16`); LLAMA_BUILD is
 # llama.cpp's cmake folder with llama-quantize and libllama. Each TYPE (all published ones by default) is quantized into FOLDER, unless
-# it is there; `TYPE-imatrix` uses the importance matrix IMATRIX names. For each: ten prompts are continued greedily by both programs, and
+# it is there; `TYPE-imatrix` uses the importance matrix that IMATRIX names, or one of random values. For each: ten prompts are continued greedily by both programs, and
 # where they part the gap of llama.cpp's two best logits says whether it is a tie (check_llama_cpp.py); then st-tool answers once from
 # memory, once within MEMORY (default: 4 MiB more than what it says is the least), and once from the offload layout: the same tokens, or it
 # fails. FOLDER/table.md has a line for each. With DELETE=1 each file is removed when it was compared.
@@ -30,6 +30,22 @@ for length in (3, 5, 8, 12, 17, 23, 30, 38, 47, 57):
     print(",".join(map(str, ids)))
 PYTHON
 
+# An importance matrix of random values for the matrices of F16.gguf, as llama-imatrix wrote them at first.
+random_matrix() {
+    "$tool" inspect "$floats" --tensors | python3 -c '
+import random, re, struct, sys
+random.seed(1)
+matrix = re.compile(r"(blk\.\d+\.(?:attn_(?:q|k|v|output)|ffn_(?:gate|up|down)_exps)\.weight) +\w+ +(\d+) x \d+(?: x (\d+))? ")
+entries = [(m[1].encode(), int(m[2]) * int(m[3] or 1)) for m in map(matrix.match, sys.stdin) if m]
+write = sys.stdout.buffer.write
+write(struct.pack("i", len(entries)))
+for name, n in entries:
+    values = struct.pack(f"{n}f", *(random.random() ** 2 + 0.01 for _ in range(n)))
+    write(struct.pack("i", len(name)) + name + struct.pack("ii", 1, n) + values)
+' >"$folder/random.imatrix"
+    echo "$folder/random.imatrix"
+}
+
 failed=0
 table=$folder/table.md
 [ -e "$table" ] || printf '%s\n' '| file | prompts that go on alike | tokens until they part, and gap of the two best logits there | least --memory, MiB | memory, budget and offload layout |' '|---|--:|---|--:|---|' >"$table"
@@ -37,7 +53,7 @@ for type in "${types[@]}"; do
     file=$folder/$type.gguf
     if [ ! -e "$file" ]; then
         matrix=()
-        case $type in *-imatrix) matrix=(--imatrix "${IMATRIX:?names the importance matrix}") ;; esac
+        case $type in *-imatrix) matrix=(--imatrix "${IMATRIX:-$(random_matrix)}") ;; esac
         "$build/bin/llama-quantize" "${matrix[@]}" "$floats" "$file.part" "${type%-imatrix}" >"$folder/$type.log" 2>&1
         mv "$file.part" "$file"
     fi

@@ -262,8 +262,14 @@ impl StatedRecords {
             Ok(list)
         };
         // A number that is no type's is an unknown type, which whoever needs its size refuses.
-        let types =
+        let types: Vec<u32> =
             list(layout_keys::EXPERT_TYPE, 3)?.into_iter().map(|id| u32::try_from(id).unwrap_or(u32::MAX)).collect();
+        let of_version = |t: &GgmlType| layout_keys::ONE_TYPE.contains(t) || matches!(t, GgmlType::Unknown(_));
+        let other = types.iter().map(|&id| GgmlType::from_id(id)).find(|t| !of_version(t));
+        if let Some(other) = other.filter(|_| !by_layer) {
+            let problem = format!("record format {version} does not hold {other}; convert again");
+            return Err(malformed(header, layout_keys::VERSION, problem));
+        }
         let mut keys = layout_keys::OFFSETS;
         if metadata.get(layout_keys::UP_OFFSET).is_none() && metadata.get(layout_keys::UP_OFFSET_BEFORE).is_some() {
             keys[1] = layout_keys::UP_OFFSET_BEFORE;

@@ -4,6 +4,8 @@ use crate::{GgmlType, Metadata};
 
 /// Metadata keys of the `offload` layout.
 pub mod layout_keys {
+    use crate::GgmlType;
+
     /// `"offload"`; a file in the `gguf` layout has no such key.
     pub const KIND: &str = "st.layout.kind";
     /// Version of the record format: [`VERSION_NUMBER`].
@@ -28,10 +30,13 @@ pub mod layout_keys {
     pub const OFFSETS: [&str; 3] = [GATE_OFFSET, UP_OFFSET, DOWN_OFFSET];
     /// The value of [`KIND`].
     pub const KIND_OFFLOAD: &str = "offload";
-    /// All records of a file lie alike, and hold weights of one type.
+    /// All records of a file lie alike, and hold weights of one type, which is one of [`ONE_TYPE`].
     pub const VERSION_NUMBER: u32 = 2;
-    /// The keys are lists, with an entry for each layer: types differ between matrices or layers.
-    pub const VERSION_BY_LAYER: u32 = 3;
+    /// The keys are lists, with an entry for each layer: types differ between matrices or layers, or are others. Before it, 3 packed `down`
+    /// in another order.
+    pub const VERSION_BY_LAYER: u32 = 4;
+    /// The types of version [`VERSION_NUMBER`].
+    pub const ONE_TYPE: [GgmlType; 5] = [GgmlType::F32, GgmlType::F16, GgmlType::BF16, GgmlType::Q8_0, GgmlType::Q4_0];
     /// A record is a whole number of these.
     pub const RECORD_ALIGNMENT: u64 = 4096;
     /// Each matrix of a record starts at a multiple of this.
@@ -54,7 +59,8 @@ pub struct RecordLayout {
 pub fn describe_records(metadata: &mut Metadata, layers: &[RecordLayout]) {
     let Some(&first) = layers.first() else { return };
     metadata.insert(layout_keys::KIND, layout_keys::KIND_OFFLOAD);
-    if first.types == [first.types[0]; 3] && layers.iter().all(|layer| *layer == first) {
+    let alike = first.types == [first.types[0]; 3] && layers.iter().all(|layer| *layer == first);
+    if alike && layout_keys::ONE_TYPE.contains(&first.types[0]) {
         metadata.insert(layout_keys::VERSION, layout_keys::VERSION_NUMBER);
         metadata.insert(layout_keys::EXPERT_TYPE, first.types[0].id());
         metadata.insert(layout_keys::RECORD_BYTES, first.bytes);

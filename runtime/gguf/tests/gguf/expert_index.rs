@@ -229,9 +229,10 @@ fn offload_keys_that_are_missing_or_cannot_be() {
         metadata.remove(key);
         assert_refused(&metadata, &packed(), &format!("metadata key `{key}` is missing"));
     }
-    let cases: [(&str, Value, &str); 10] = [
+    let cases: [(&str, Value, &str); 11] = [
         (layout_keys::KIND, "upside-down".into(), "expected \"offload\", got \"upside-down\""),
-        (layout_keys::VERSION, 1u32.into(), "record format 1 is not known (only 2 and 3 are); convert again"),
+        (layout_keys::VERSION, 3u32.into(), "record format 3 is not known (only 2 and 4 are); convert again"),
+        (layout_keys::EXPERT_TYPE, GgmlType::Q4_K.id().into(), "record format 2 does not hold Q4_K; convert again"),
         (layout_keys::EXPERT_TYPE, 99u32.into(), "experts of type unknown type 99"),
         (layout_keys::RECORD_BYTES, 0u64.into(), "must be a multiple of 4096"),
         (layout_keys::RECORD_BYTES, 8000u64.into(), "must be a multiple of 4096, got 8000"),

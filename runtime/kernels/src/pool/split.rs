@@ -52,7 +52,7 @@ impl RowSplit<'_> {
 
 impl Pool {
     /// Cuts `out` into chunks of `chunk_len` (the last may be shorter) and runs `job(i, chunk)` for each, like
-    /// [`Self::for_each`].
+    /// `for_each`.
     ///
     /// # Panics
     /// If `chunk_len` is 0, or as [`Self::run`].

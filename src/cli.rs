@@ -410,6 +410,9 @@ pub(crate) struct ProfileArgs {
     /// Tokens of each text, at most.
     #[arg(long, value_name = "N", default_value = "4096", value_parser = positive)]
     pub(crate) tokens: usize,
+    /// Write which experts were used most beside FILE, as `FILE` with `.hot.json`: a run of it under a budget fills its cache with them.
+    #[arg(long, value_name = "FILE.gguf")]
+    pub(crate) write_hot: Option<PathBuf>,
     /// The profile on stdout, too.
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,15 +1,20 @@
 //! Which experts are used most: beside a model's file, or of the last run with it.
 //!
-//! Owns where such lists lie. One that cannot be read or written costs time and nothing else, so nobody is told.
+//! Owns where such lists lie. One that cannot be read, or kept after a run, costs time and nothing else, so nobody is told; one that
+//! somebody asked for is written, or an error.
 
 use std::fs;
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use st_gguf::{GgufFile, Kind, OutputFile, begins_with};
+use anyhow::Context as _;
+use st_format::ModelShape;
+use st_gguf::{GgufFile, Kind, OutputFile, begins_with, check_output};
 use st_model::{Engine, Hot};
 
 use crate::context::Context;
+use crate::report::Advice;
 
 const LIST: Kind = Kind { name: "a list of hot experts", recognizes: |bytes| begins_with(bytes, b"{\"hot_experts\"") };
 /// No list is longer.
@@ -18,6 +23,42 @@ const MAX_BYTES: u64 = 16 << 20;
 /// Where a list lies that somebody has put beside a model's file; `None` where that has no name.
 pub(crate) fn beside(file: &GgufFile) -> Option<PathBuf> {
     Some(file.source.path()?.with_extension("hot.json"))
+}
+
+/// A list that is to be written beside a model's file.
+pub(crate) struct Beside {
+    path: PathBuf,
+    fingerprint: String,
+}
+
+impl Beside {
+    /// The list beside `model`, of a model with this shape.
+    ///
+    /// # Errors
+    /// No such model, one of another shape, a list that cannot be written.
+    pub(crate) fn of(model: &Path, shape: &ModelShape) -> anyhow::Result<Self> {
+        let file = GgufFile::open(model)?;
+        let other = file.header.model_shape()?;
+        if (other.n_layers, other.n_experts) != (shape.n_layers, shape.n_experts) {
+            let problem = format!("{} is a model of another shape than the one that is profiled", model.display());
+            return Err(Advice::new(problem, "--write-hot names a file of the same model").into());
+        }
+        let path = beside(&file).unwrap_or_else(|| model.with_extension("hot.json"));
+        check_output(&path, LIST, true)?;
+        Ok(Self { path, fingerprint: Engine::fingerprint_of(&file)? })
+    }
+
+    /// Writes how often each expert was used, layer by layer; says where.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub(crate) fn write(self, uses: Vec<Vec<u64>>) -> anyhow::Result<PathBuf> {
+        let mut file = OutputFile::create(&self.path, LIST, true)?;
+        let text = Hot::new(self.fingerprint, uses).to_json();
+        file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))?;
+        file.finish()?;
+        Ok(self.path)
+    }
 }
 
 /// The list for a model: the one beside it, else that of the last run.
@@ -37,7 +78,7 @@ pub(crate) fn keep(engine: &Engine, context: &Context) {
     let write = || -> Option<()> {
         fs::create_dir_all(path.parent()?).ok()?;
         let mut file = OutputFile::create(&path, LIST, true).ok()?;
-        std::io::Write::write_all(&mut file, hot.to_json().as_bytes()).ok()?;
+        file.write_all(hot.to_json().as_bytes()).ok()?;
         file.finish().ok()
     };
     write();

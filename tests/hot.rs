@@ -78,6 +78,36 @@ fn a_run_leaves_the_next_what_it_has_used() {
     assert_eq!(run(&[])["ids"], cold["ids"]);
 }
 
+#[test]
+fn a_profile_leaves_a_list_beside_the_model_that_it_names() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (model, text) = (folder.path().join("model.gguf"), folder.path().join("text.txt"));
+    let golden = common::goldens().into_iter().find(|golden| golden.name == "chat_story").expect("a golden");
+    fs::copy(common::converted(&golden.checkpoint, WeightType::Q4_0, Layout::Gguf), &model).expect("copied");
+    fs::write(&text, "Once upon a time there was a cat. ".repeat(5)).expect("written");
+    let profile = |hot: &Path| {
+        let mut command = program();
+        command.arg("profile").arg(&model).arg("-f").arg(&text).arg("-o").arg(folder.path().join("out"));
+        Run::of(command.arg("--write-hot").arg(hot))
+    };
+    profile(&model).ok();
+    let hot = Hot::parse(&fs::read(model.with_extension("hot.json")).expect("written")).expect("a list");
+    let engine = common::engine(
+        st_gguf::GgufFile::open(&model).expect("a file"),
+        &LoadOptions { threads: 1, ..LoadOptions::default() },
+    );
+    assert!(hot.is_of(&engine.fingerprint(), engine.config().n_layers, engine.config().n_experts));
+    assert!(!hot.order().is_empty());
+    // What lies there and is no list stays, and so does everything where there is no model.
+    fs::write(model.with_extension("hot.json"), "mine").expect("written");
+    assert!(profile(&model).stderr.starts_with("error: "));
+    assert_eq!(fs::read(model.with_extension("hot.json")).expect("read"), b"mine");
+    assert!(profile(&text).stderr.starts_with("error: "));
+    let other = common::goldens().into_iter().find(|other| other.name.starts_with("mini-21b")).expect("a golden");
+    let other = common::converted(&other.checkpoint, WeightType::Q4_0, Layout::Gguf);
+    assert!(profile(&other).stderr.contains("hint: --write-hot names"));
+}
+
 /// The smallest budget that a model runs in, as the refusal names it.
 fn smallest(model: &Path) -> String {
     let mut command = program();

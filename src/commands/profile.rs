@@ -16,6 +16,7 @@ use super::engine;
 use crate::cli::ProfileArgs;
 use crate::context::Context;
 use crate::forecast::{Machine, Weights, speed_at};
+use crate::hot::Beside;
 use crate::models::Model;
 use crate::profile::{self, Importance, Profile, TextProfile, Watch};
 use crate::report::Advice;
@@ -44,6 +45,8 @@ pub(crate) fn run(args: &ProfileArgs, context: &Context) -> anyhow::Result<ExitC
     let file = Model::resolve(&args.model)?.open_gguf(context)?;
     let weights = Weights::of(&file)?;
     let shape = file.header.model_shape()?;
+    let beside = args.write_hot.as_ref().map(|model| Beside::of(model, &shape)).transpose()?;
+    let mut uses = vec![vec![0; shape.n_experts]; shape.n_layers];
     let ctx = WINDOW.min(shape.context_length);
     let options = LoadOptions {
         beside: Watch::memory(&shape) + Importance::memory(&shape),
@@ -65,6 +68,8 @@ pub(crate) fn run(args: &ProfileArgs, context: &Context) -> anyhow::Result<ExitC
     let mut importance = Importance::new(&shape, ctx);
     for (name, text) in texts {
         let watch = run_text(&engine, &name, &text, args.tokens, &mut importance, context)?;
+        let all = uses.iter_mut().flatten();
+        all.zip(&watch.chosen).for_each(|(uses, more)| *uses += more);
         let mut of_text = TextProfile::of(name, &watch);
         let header = TraceHeader {
             n_layers: shape.n_layers as u32,
@@ -80,6 +85,10 @@ pub(crate) fn run(args: &ProfileArgs, context: &Context) -> anyhow::Result<ExitC
     }
     write(&args.output, &profile)?;
     importance.write(&matrix, &profile.texts.iter().map(|text| text.name.clone()).collect::<Vec<_>>())?;
+    if let Some(beside) = beside {
+        let path = beside.write(uses)?;
+        context.ui.note(&format!("{}: the experts that these texts used most", path.display()));
+    }
     match args.json {
         true => ui::print_json(&serde_json::to_value(&profile)?)?,
         false => ui::print(&summary(&profile, &args.output))?,

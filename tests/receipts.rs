@@ -36,7 +36,10 @@ fn an_answer_is_proven_however_it_is_made_again() {
     let (_folder, path) = receipt(&["--seed", "7", "--temp", "1.1", "--presence-penalty", "0.3", "--threads", "2"]);
     let [gguf, offload] = [Layout::Gguf, Layout::Offload].map(tiny);
     for (name, model) in [("tiny", None), ("gguf", Some(arg(&gguf))), ("offload", Some(arg(&offload)))] {
-        let memory = little_memory(model.unwrap_or("tiny"));
+        // A little more than what verifying needs, which it says itself.
+        let refused = verify(&path, &[model.as_slice(), &["--memory", "1MiB"]].concat()).fails(&["needs at least"]);
+        let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
+        let memory = (least.expect("bytes").parse::<u64>().expect("a number") + (3 << 19)).to_string();
         for args in [
             &["--threads", "1"][..],
             &["--threads", "3", "--isa", other_isa().name()],

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &ProfileArgs, context: &Context) -> anyhow::Result<ExitC
     importance.write(&matrix, &profile.texts.iter().map(|text| text.name.clone()).collect::<Vec<_>>())?;
     if let Some(beside) = beside {
         let path = beside.write(uses)?;
-        context.ui.note(&format!("{}: the experts that these texts used most", path.display()));
+        context.ui.note(format!("{}: the experts that these texts used most", path.display()));
     }
     match args.json {
         true => ui::print_json(&serde_json::to_value(&profile)?)?,

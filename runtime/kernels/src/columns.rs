@@ -8,8 +8,8 @@
 //! output's [`line_byte`] says. For Q4_0 the same order is in `expert_format`.
 
 use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, with_coded};
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownGroup, DownLayout, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
-use crate::expert_format::OUTPUT_CHUNK;
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::weight_type::{BLOCK_LEN, R16_ROWS};
 

@@ -1,9 +1,10 @@
 //! Where scales and codes lie in a down region of columns, and where the code of an output lies in a neuron's run.
 
 use crate::codes::Coding;
-use crate::expert_format::OUTPUT_CHUNK;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
+/// Outputs of `down` that are computed together: ranges of outputs start at multiples of this.
+pub const OUTPUT_CHUNK: usize = 128;
 /// Outputs whose codes lie side by side: half a chunk, a line of a plane.
 pub(crate) const LINE_OUTPUTS: usize = OUTPUT_CHUNK / 2;
 

@@ -22,15 +22,13 @@ pub use st_format::Matrix;
 use thiserror::Error;
 
 use crate::columns;
-use crate::down_layout::{DownLayout, line_byte};
+use crate::down_layout::{DownLayout, OUTPUT_CHUNK, line_byte};
 use crate::planes;
 use crate::r16;
 use crate::up_layout::{REGION_ALIGN, UpLayout};
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
-/// Outputs of `down` that are computed together: ranges of outputs start at multiples of this.
-pub const OUTPUT_CHUNK: usize = 128;
 /// Records are padded to a multiple of this.
 pub const RECORD_ALIGN: usize = 4096;
 

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use crate::activations::{ActRow, FEW_ROWS, Few, HiddenGroup, Q8Acts, UNIT_BLOCK, UNIT_ROWS, padded_blocks};
 use crate::dispatch::Kernels;
-use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat, OUTPUT_CHUNK};
+use crate::down_layout::OUTPUT_CHUNK;
+use crate::expert_format::{Arrangement, ExpertFormat, Matrix, MatrixFormat};
 use crate::linear::units_of;
 use crate::live::LiveRows;
 use crate::out::ColumnsMut;

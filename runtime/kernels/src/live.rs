@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use crate::activations::{ActRow, FEW_ROWS, HiddenGroup, Sums};
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownGroup, DownLayout};
-use crate::expert_format::OUTPUT_CHUNK;
 use crate::r16::R16_ROWS;
 use crate::up_layout::UpLayout;
 

@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 use super::dot::Dot;
 use super::neon::{add_block, load_f16, nibbles, prefetch};
 use crate::activations::{ActRow, start};
-use crate::expert_format::OUTPUT_CHUNK;
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::live::fours::{self, Ahead};
 use crate::live::{LivePlace, LiveToken};
 use crate::up_layout::UpLayout;

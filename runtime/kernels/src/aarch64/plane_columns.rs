@@ -9,8 +9,9 @@ use super::neon::{add_block, load_f16, transpose16};
 use super::planes::{codes, offset, put_floats, put_quads, table, times};
 use crate::codes::{Coded, half_of_power, with_coded};
 use crate::columns::{self, OfChunk, chunk_integers};
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownLayout, line_bit};
-use crate::expert_format::{self, OUTPUT_CHUNK};
+use crate::expert_format;
 use crate::live::{LivePlace, LiveToken};
 use crate::panel::{PANEL_VALUES, PanelKind, PanelLayout};
 

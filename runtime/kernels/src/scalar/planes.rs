@@ -8,7 +8,7 @@ use crate::activations::{ActRow, HiddenGroup};
 use crate::codes::Coding;
 use crate::columns::{block_scales, group_codes};
 use crate::down_layout::DownLayout;
-use crate::expert_format::OUTPUT_CHUNK;
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::live::{self, LiveRows};
 use crate::panel::PanelKind;
 use crate::planes::{panel_of_tiles, row_codes, row_scales};

@@ -8,7 +8,7 @@ use super::{plane_columns, plane_rows};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::codes::with_coded;
 use crate::down_layout::DownLayout;
-use crate::expert_format::OUTPUT_CHUNK;
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::live::{self, LiveRows};
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;

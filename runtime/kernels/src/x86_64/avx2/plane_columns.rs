@@ -8,8 +8,8 @@ use super::gemv::dot_signed;
 use super::planes::{codes, meant, offset, panel_bytes, table};
 use crate::codes::{Coded, Meaning, half_of_power, with_coded};
 use crate::columns::{OfChunk, chunk_integers};
+use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownLayout, line_bit};
-use crate::expert_format::OUTPUT_CHUNK;
 use crate::live::{LivePlace, LiveToken};
 use crate::panel::{PANEL_VALUES, PanelKind};
 

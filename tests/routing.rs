@@ -179,7 +179,7 @@ fn cache_sim_says_what_run_counted() {
     assert_eq!(again["sizes"], object["sizes"]);
 
     let table = run(["cache-sim", arg(&trace)]).ok();
-    for part in ["generation: ", "prompt: ", "| slots ", "| --memory ", "lfu-aging |", "belady |", "| 128 "] {
+    for part in ["generation: ", "prompt: ", "| slots ", "| --memory ", "next-use |", "belady |", "| 128 "] {
         assert!(table.contains(part), "{table}");
     }
 }

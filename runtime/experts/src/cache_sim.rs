@@ -66,6 +66,8 @@ pub struct Replay {
     keys: Vec<u32>,
     steps: Vec<Step>,
     n_keys: usize,
+    /// Per expert: its layer.
+    layer_of: Vec<u32>,
     widest_row: usize,
     n_experts_in_all: usize,
     /// Tokens alone; lookups and hits are counted by each replay.
@@ -89,7 +91,8 @@ impl Replay {
         // model of one layer leaves no such mark: there every line counts for itself.
         let one_layer = rows.iter().all(|row| row.layer == rows[0].layer);
         let mut numbers = HashMap::new();
-        let (mut keys, mut steps, mut ids) = (Vec::new(), Vec::new(), Vec::<u32>::new());
+        let (mut keys, mut layer_of) = (Vec::new(), Vec::new());
+        let (mut steps, mut ids) = (Vec::new(), Vec::<u32>::new());
         let mut tokens = [HashSet::new(), HashSet::new()];
         for together in rows.chunk_by(|a, b| (a.layer, a.how) == (b.layer, b.how) && !one_layer) {
             let how = together[0].how.unwrap_or(if together.len() > 1 { Use::Sweep } else { Use::Keep });
@@ -102,17 +105,28 @@ impl Replay {
             }
             let start = keys.len();
             for &id in &ids {
-                let next = numbers.len() as u32;
-                keys.push(*numbers.entry((together[0].layer, id)).or_insert(next));
+                let (layer, next) = (together[0].layer, numbers.len() as u32);
+                keys.push(*numbers.entry((layer, id)).or_insert_with(|| {
+                    layer_of.push(layer);
+                    next
+                }));
             }
             steps.push(Step { range: start..keys.len(), how });
             tokens[usize::from(how == Use::Sweep)].extend(together.iter().map(|row| row.token));
+        }
+        // Layers by their order: a trace may name any numbers.
+        let mut layers = layer_of.clone();
+        layers.sort_unstable();
+        layers.dedup();
+        for layer in &mut layer_of {
+            *layer = layers.partition_point(|other| other < layer) as u32;
         }
         let [generated, prompt] =
             tokens.map(|tokens: HashSet<u64>| Tally { tokens: tokens.len() as u64, ..Tally::default() });
         let stated = trace.header().map_or(0, |h| u64::from(h.n_layers) * u64::from(h.n_experts));
         Self {
             n_keys: numbers.len(),
+            layer_of,
             n_experts_in_all: usize::try_from(stated).unwrap_or(0).max(numbers.len()),
             keys,
             steps,
@@ -149,7 +163,7 @@ impl Replay {
     /// One online policy with one size; below [`Replay::min_slots`] counts as that.
     pub fn simulate(&self, policy: Policy, n_slots: usize) -> SimRow {
         let usable = self.usable(n_slots);
-        let order = policy.build(usable, self.n_keys);
+        let order = policy.build(usable, self.layer_of.clone());
         let pieces = Pieces::of_record(&[0..1, 1..2, 2..3], 3, true);
         let pieces = FilePieces::new(vec![pieces], self.n_keys);
         let mut table = Table::new(usable, self.n_keys, order, 0, pieces, Vec::new());

@@ -73,7 +73,7 @@ mod waves;
 
 pub use buffer::{AlignedBuf, PAGE};
 pub use error::StoreError;
-pub use eviction::{Eviction, Lfru, LfuAging, Lru, Policy, Warmth};
+pub use eviction::{Eviction, Lru, NextUse, Policy, Warmth};
 pub use hot::{Hot, HotError};
 pub use io::IoMode;
 pub use lease::{Landing, Lease};

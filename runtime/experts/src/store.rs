@@ -82,6 +82,7 @@ impl ExpertStore {
             .map_err(|e| StoreError::Reserve { bytes: slot_bytes.saturating_mul(n_slots), cause: Arc::new(e) })?;
         let of = |key: usize| index.checksums(key / index.n_experts(), key % index.n_experts());
         let checksums = (0..n_keys).flat_map(of).copied().collect();
+        let layer_of = (0..n_keys).map(|key| (key / index.n_experts()) as u32).collect();
         let gate = GuessGate::new(index.n_layers());
         let reader = Reader::new(io, index, format, slab)?;
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
@@ -89,7 +90,7 @@ impl ExpertStore {
         let table = Table::new(
             n_slots,
             n_keys,
-            Policy::default().build(n_slots, n_keys),
+            Policy::default().build(n_slots, layer_of),
             guess_slots,
             reader.pieces.clone(),
             checksums,

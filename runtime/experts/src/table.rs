@@ -265,6 +265,9 @@ impl<E: Eviction> Table<E> {
     /// many pieces were queued.
     pub(crate) fn acquire(&mut self, keys: &[u32], how: Use, out: &mut Vec<Held>) -> Result<usize, Blocked> {
         self.requests += 1;
+        if let Some(&first) = keys.first() {
+            self.policy.begin(first, how);
+        }
         let (mut missing, mut hits_in_reach) = (0, 0);
         for &key in keys {
             self.mark[key as usize] = self.requests;

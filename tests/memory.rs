@@ -14,6 +14,7 @@ use st_bench::synth::mix::Mix;
 use st_bench::synth::recipe::{Recipe, Statistics};
 use st_bench::synth::shape::Shape;
 use st_gguf::{GgmlType, Layout, ModelShape};
+use st_model::{Engine, LoadOptions, ModelError, Session};
 use tempfile::tempdir;
 
 use crate::common::repo;
@@ -64,7 +65,8 @@ fn stays_within(model: &str, extra_mib: &[u64]) {
     let ids: Vec<String> = (0..700).map(|i| (i * 7919 % 2000).to_string()).collect();
     let ids = ids.join(",");
     let within = |memory: &str| {
-        ["run", model, "--token-ids", &ids, "-n", "24", "--temp", "0", "--json", "-q"]
+        // The text fills the context, so that experts get nothing of its memory in the end.
+        ["run", model, "--token-ids", &ids, "-n", "24", "--ctx", "724", "--temp", "0", "--json", "-q"]
             .into_iter()
             .chain(["--memory", memory])
             .map(str::to_owned)
@@ -112,6 +114,43 @@ fn a_model_of_many_experts_stays_within_its_budget() {
         write_model(&Mix::named("q4_k_m").expect("a mix"), layout, &mixed);
         stays_within(arg(&mixed), &[0, 12]);
     }
+}
+
+/// A context that is not used yet holds experts; a text that grows takes their place and changes no bit.
+#[test]
+fn an_unused_context_is_lent_to_experts_and_taken_back() {
+    let folder = tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    write_model(&Mix::pure(GgmlType::Q4_0), Layout::Gguf, &path);
+    let options = LoadOptions { threads: 2, ctx: Some(2048), ..LoadOptions::default() };
+    let resident = Engine::open(&path, &options).expect("the model");
+    // What the process takes moves while other tests run in it.
+    let streamed = (0..50).find_map(|_| {
+        let within = |memory| Engine::open(&path, &LoadOptions { memory: Some(memory), ..options.clone() });
+        let Err(ModelError::Budget { minimum, .. }) = within(MIB) else { panic!("1 MiB is too little") };
+        within(minimum + 8 * MIB).ok().filter(|engine| engine.plan().lent > 8)
+    });
+    let streamed = streamed.expect("a budget that holds some of the experts");
+    let all = streamed.plan().n_slots() + streamed.plan().lent;
+    assert_eq!(streamed.expert_slots(), all);
+    let ids: Vec<u32> = (0..1600).map(|i| i * 7919 % 2000).collect();
+    let [mut own, mut lent] = [&resident, &streamed].map(|engine| Session::new(engine).expect("a session"));
+    let mut before = all;
+    for part in ids.chunks(400) {
+        for session in [&mut own, &mut lent] {
+            session.run(part, &mut ()).expect("it runs");
+            for _ in 0..3 {
+                let next = session.logits().iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("logits").0;
+                session.run(&[next as u32], &mut ()).expect("it runs");
+            }
+        }
+        assert!(own.logits() == lent.logits());
+        assert!(streamed.expert_slots() < before, "the text took no memory");
+        before = streamed.expert_slots();
+    }
+    assert!(before >= streamed.plan().n_slots());
+    drop(lent);
+    assert_eq!(streamed.expert_slots(), all);
 }
 
 /// The promise holds with several conversations at once, each with a text of several batches.

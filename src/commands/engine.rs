@@ -178,8 +178,12 @@ pub(crate) fn show_plan(plan: &MemoryPlan, context: &Context) {
         0 => String::new(),
         bytes => format!(" + server, grammars {}", show_size(bytes)),
     };
+    let lent = match plan.lent {
+        0 => String::new(),
+        lent => format!(" (and up to {lent} in the KV cache's memory until the text takes it)"),
+    };
     context.ui.note(format_args!(
-        "memory: {} = weights {} + KV cache {} ({ctx}){beside} + buffers {} + chat template {} + {} of {} experts {} + program {} + reserve {}",
+        "memory: {} = weights {} + KV cache {} ({ctx}){beside} + buffers {} + chat template {} + {} of {} experts {}{lent} + program {} + reserve {}",
         show_size(budget),
         show_size(plan.dense),
         show_size(plan.kv_full + plan.kv_window),

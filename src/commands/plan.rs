@@ -358,6 +358,7 @@ impl Report<'_> {
                     "total": plan.total(),
                 },
                 "slots": plan.n_slots(),
+                "lent_slots": plan.lent,
                 "experts": plan.n_experts_total,
                 "forecast": forecast.as_ref().map(json),
             })

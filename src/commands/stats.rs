@@ -160,7 +160,7 @@ pub(crate) fn json(stats: &GenerateStats, engine: &Engine) -> Value {
 
 /// The size of the expert cache.
 pub(crate) fn cache_json(engine: &Engine) -> Value {
-    json!({"slots": engine.plan().n_slots(), "experts": engine.plan().n_experts_total})
+    json!({"slots": engine.plan().n_slots(), "lent_slots": engine.plan().lent, "experts": engine.plan().n_experts_total})
 }
 
 /// What the expert cache did for a part of the work, as an object.

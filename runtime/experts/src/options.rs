@@ -24,6 +24,8 @@ pub(crate) const MAX_IO_THREADS: usize = 8;
 pub struct StoreOptions {
     /// Slots, each for one expert; [`ALL_EXPERTS`], or anything above what the model has, means one for each.
     pub n_slots: usize,
+    /// Slots beyond those, whose memory is lent and may be asked for ([`ExpertStore::set_lent`](crate::ExpertStore::set_lent)).
+    pub lent: usize,
     /// Experts that one token needs in one layer; fewer than twice as many slots are refused.
     pub top_k: usize,
     /// How to read.
@@ -50,6 +52,7 @@ impl Default for StoreOptions {
     fn default() -> Self {
         Self {
             n_slots: ALL_EXPERTS,
+            lent: 0,
             top_k: 1,
             io: IoMode::Auto,
             io_threads: 4,

@@ -5,6 +5,8 @@
 pub(crate) enum Place {
     /// Empty.
     Free,
+    /// Empty, and its memory is somebody else's.
+    Withheld,
     /// Some pieces are still to come; pinned or not.
     Loading,
     /// Whole and in use.

@@ -164,6 +164,7 @@ impl Shared {
                     let taken = self.reader.slab.take(part);
                     state = self.lock();
                     state.taking = false;
+                    self.announce(&state);
                     if taken.is_err() {
                         state.untaken = 0..0;
                     }
@@ -228,6 +229,16 @@ impl State {
         let end = (self.untaken.start + TAKEN_AT_ONCE).min(self.untaken.end);
         self.taking = true;
         Some(std::mem::replace(&mut self.untaken.start, end)..end)
+    }
+
+    /// Whether a thread is taking memory for slots.
+    pub(crate) fn is_taking(&self) -> bool {
+        self.taking
+    }
+
+    /// Leaves the slots from the byte `end` on without memory.
+    pub(crate) fn keep_untaken_before(&mut self, end: usize) {
+        self.untaken.end = self.untaken.end.min(end / TAKEN_AT_ONCE * TAKEN_AT_ONCE).max(self.untaken.start);
     }
 
     fn count(&mut self, cost: &Cost) {

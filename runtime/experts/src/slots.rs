@@ -41,6 +41,23 @@ impl Slab {
         self.pages.take(part.start, part.len())
     }
 
+    /// Bytes of the slots before `slot`.
+    pub(crate) fn bytes_before(&self, slot: usize) -> usize {
+        slot * self.stride
+    }
+
+    /// Gives the memory of `slots` back to the system.
+    ///
+    /// # Errors
+    /// As [`Pages::give_back`].
+    ///
+    /// # Safety
+    /// As for [`Slab::write`], for all bytes of these slots, and nobody reads one before it is written again.
+    pub(crate) unsafe fn give_back(&self, slots: Range<usize>) -> io::Result<()> {
+        // SAFETY: passed on to the caller; slots are whole pages and do not overlap.
+        unsafe { self.pages.give_back(slots.start * self.stride, slots.len() * self.stride) }
+    }
+
     fn ptr(&self, slot: u32, range: &Range<usize>) -> *mut u8 {
         let slot = slot as usize;
         assert!(

@@ -27,6 +27,8 @@ pub struct ExpertStore {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     n_slots: usize,
+    /// Slots beyond those, at most.
+    lent: usize,
     resident: bool,
     capacity: usize,
     prefetch: bool,
@@ -74,11 +76,12 @@ impl ExpertStore {
         if n_slots < minimum {
             return Err(StoreError::TooFewSlots { minimum, got: n_slots });
         }
+        let lent = if resident { 0 } else { options.lent.min(n_keys - n_slots) };
         // Half of the slots for one request leaves the other half for the next, which may be loading meanwhile.
         let capacity = if resident { n_slots } else { n_slots / 2 }.min(MAX_LEASE);
         let memory = StoreMemory::of(&index, format.as_ref(), &options);
         let slot_bytes = format.slot_bytes();
-        let slab = Slab::new(n_slots, slot_bytes, options.huge_pages)
+        let slab = Slab::new(n_slots + lent, slot_bytes, options.huge_pages)
             .map_err(|e| StoreError::Reserve { bytes: slot_bytes.saturating_mul(n_slots), cause: Arc::new(e) })?;
         let of = |key: usize| index.checksums(key / index.n_experts(), key % index.n_experts());
         let checksums = (0..n_keys).flat_map(of).copied().collect();
@@ -88,16 +91,17 @@ impl ExpertStore {
         let guess_slots = options.guess_slots.min(n_slots.saturating_sub(minimum));
         let guesses = options.prefetch && guess_slots > 0 && !resident;
         let table = Table::new(
-            n_slots,
+            n_slots + lent,
             n_keys,
-            Policy::default().build(n_slots, layer_of),
+            Policy::default().build(n_slots + lent, layer_of),
             guess_slots,
             reader.pieces.clone(),
             checksums,
         );
         let shared = Arc::new(Shared::new(reader, table, gate, resident));
         let prefetch = options.prefetch;
-        let mut store = Self { shared, threads: Vec::new(), n_slots, resident, capacity, prefetch, guesses, memory };
+        let threads = Vec::new();
+        let mut store = Self { shared, threads, n_slots, lent, resident, capacity, prefetch, guesses, memory };
         let n_threads = options.io_threads.clamp(1, MAX_IO_THREADS);
         let bytes = store.memory.io_buffer_bytes;
         let buffers = store.shared.reader.bounce_buffers(n_threads, options.huge_pages);
@@ -144,6 +148,37 @@ impl ExpertStore {
         let mut state = self.shared.lock();
         let queued = state.table.warm(keys);
         self.shared.wake_readers(state, queued);
+    }
+
+    /// Has as many slots beyond [`ExpertStore::n_slots`] as `lent` says, and no more than [`StoreOptions::lent`]. The memory of the
+    /// others is the system's when this returns. It waits for leases and loads in slots that are asked for: a thread must hold no
+    /// lease.
+    ///
+    /// # Errors
+    /// Where the system takes no memory back; the slots are not used then.
+    pub fn set_lent(&self, lent: usize) -> std::io::Result<()> {
+        let usable = self.n_slots + lent.min(self.lent);
+        let mut state = self.shared.lock();
+        let before = state.table.usable();
+        if usable < before {
+            state.keep_untaken_before(self.shared.reader.slab.bytes_before(usable));
+        }
+        while state.is_taking() || state.table.use_slots(usable).is_err() {
+            state = self.shared.wait_for_landing(state);
+        }
+        if usable >= before {
+            return Ok(());
+        }
+        #[allow(unsafe_code)]
+        // SAFETY: these slots are withheld, no lease and no load has one, and none gets one as long as the state is locked.
+        unsafe {
+            self.shared.reader.slab.give_back(usable..before)
+        }
+    }
+
+    /// Slots that are used now: [`ExpertStore::n_slots`] and what is lent.
+    pub fn usable_slots(&self) -> usize {
+        self.shared.lock().table.usable()
     }
 
     /// As [`ExpertStore::prefetch`] for experts that are only guessed: read after everything that is certain, into the
@@ -242,7 +277,7 @@ impl ExpertStore {
         self.capacity
     }
 
-    /// Slots, each for one expert.
+    /// Slots that are there for certain, each for one expert.
     pub fn n_slots(&self) -> usize {
         self.n_slots
     }

@@ -89,6 +89,37 @@ fn records_off_the_page_are_read_by_way_of_a_buffer() {
     }
 }
 
+/// Whoever lends memory asks for it and gives it again at any time, and every lease has the file's bytes.
+#[test]
+fn lent_slots_come_and_go_while_others_use_them() {
+    for layout in LAYOUTS {
+        let fixture = Fixture::new(layout, 3, 5, ALIGNED);
+        let options = StoreOptions { n_slots: 4, lent: 7, top_k: 2, guess_slots: 1, ..Default::default() };
+        let store = store(&fixture, options).unwrap();
+        assert_eq!((store.n_slots(), store.usable_slots(), store.capacity()), (4, 11, 2));
+        std::thread::scope(|scope| {
+            for first in 0..2 {
+                let (fixture, store) = (&fixture, &store);
+                scope.spawn(move || {
+                    for token in first..120 {
+                        let ids = route(fixture, token, token % 3, 2);
+                        store.prefetch_guess((token + 1) % 3, &ids);
+                        store.prefetch(token % 3, &ids);
+                        check(fixture, token % 3, &store.acquire_for(token % 3, &ids, Use::Keep).unwrap());
+                    }
+                });
+            }
+            for n in 0..200 {
+                store.set_lent(n * 5 % 9).unwrap();
+                assert_eq!(store.usable_slots(), 4 + (n * 5 % 9).min(7));
+            }
+        });
+        // With no more slots than are its own it still serves.
+        store.set_lent(0).unwrap();
+        check(&fixture, 0, &store.acquire(0, &[4, 2]).unwrap());
+    }
+}
+
 #[test]
 fn waves_hand_out_every_expert_once() {
     let fixture = Fixture::new(Layout::Offload, 2, 9, ODD);

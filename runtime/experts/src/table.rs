@@ -66,6 +66,8 @@ pub(crate) struct Table<E = Box<dyn Eviction>> {
     /// Per expert: its live slot, or NONE.
     slot_of: Vec<u32>,
     slots: Vec<Slot>,
+    /// Slots that may be used; the others are withheld.
+    usable: usize,
     /// Free slots; the last is taken first.
     free: Vec<u32>,
     policy: E,
@@ -124,6 +126,7 @@ impl<E: Eviction> Table<E> {
         Self {
             slot_of: vec![NONE; n_keys],
             slots: (0..n_slots).map(|_| slot()).collect(),
+            usable: n_slots,
             free: (0..n_slots as u32).rev().collect(),
             policy,
             promised: SlotList::new(n_slots),
@@ -141,6 +144,40 @@ impl<E: Eviction> Table<E> {
             uses: vec![0; n_keys],
             reads: vec![0; n_keys],
         }
+    }
+
+    /// Slots that may be used.
+    pub(crate) fn usable(&self) -> usize {
+        self.usable
+    }
+
+    /// Lets the first `n` slots be used and no others: the experts in those are forgotten.
+    pub(crate) fn use_slots(&mut self, n: usize) -> Result<(), Blocked> {
+        let n = n.min(self.slots.len());
+        let busy = |slot: &Slot| matches!(slot.place, Place::Loading | Place::Pinned | Place::Failed);
+        if self.slots.iter().skip(n).any(busy) {
+            return Err(Blocked::OnLoads);
+        }
+        for at in n as u32..self.usable as u32 {
+            let Slot { place, key, .. } = self.slots[at as usize];
+            match place {
+                Place::Ordered => self.policy.hold(at, key),
+                Place::Promised => drop(self.promised.remove(at)),
+                Place::Guessed => drop(self.guessed.remove(at)),
+                Place::Free | Place::Withheld | Place::Loading | Place::Pinned | Place::Failed => {}
+            }
+            if self.is_evictable(at) {
+                self.evict(at);
+            }
+            self.slots[at as usize].place = Place::Withheld;
+        }
+        self.free.retain(|&at| (at as usize) < n);
+        for at in self.usable as u32..n as u32 {
+            self.slots[at as usize].place = Place::Free;
+            self.free.push(at);
+        }
+        self.usable = n;
+        Ok(())
     }
 
     /// Whether an expert is in the cache, loading included.
@@ -340,7 +377,7 @@ impl<E: Eviction> Table<E> {
             Place::Guessed => {
                 self.guessed.remove(at);
             }
-            Place::Loading | Place::Pinned | Place::Free | Place::Failed => {}
+            Place::Loading | Place::Pinned | Place::Free | Place::Withheld | Place::Failed => {}
         }
         if intent == Intent::Guess {
             self.confirm_guess(at);
@@ -374,7 +411,7 @@ impl<E: Eviction> Table<E> {
             }
             Place::Failed => self.clear(at),
             // Loading: it is settled when its last piece has landed.
-            Place::Loading | Place::Free | Place::Ordered | Place::Promised | Place::Guessed => {}
+            Place::Loading | Place::Free | Place::Withheld | Place::Ordered | Place::Promised | Place::Guessed => {}
         }
     }
 

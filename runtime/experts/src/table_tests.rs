@@ -33,6 +33,8 @@ enum Bytes {
 #[derive(Clone, Copy)]
 struct Config {
     n_slots: usize,
+    /// Of those, slots whose memory may be asked for.
+    lent: usize,
     n_keys: u32,
     n_pieces: usize,
     /// Verify checksums, so that pieces may come damaged.
@@ -51,6 +53,7 @@ enum Op {
     Prefetch(u32, Certainty),
     Acquire(Vec<u32>, Use),
     Release(usize),
+    UseSlots(usize),
     Take,
     Finish(usize),
     FinishDamaged(usize),
@@ -89,6 +92,11 @@ fn sums(pieces: &Pieces, n: usize, key: u32) -> Vec<u32> {
     vec![(0..n as u8).fold(0, combine)]
 }
 
+/// Whether an expert is in it, however far.
+fn is_live(slot: &Slot) -> bool {
+    !matches!(slot.place, Place::Free | Place::Withheld)
+}
+
 fn error() -> StoreError {
     let cause = Arc::new(io::Error::other("no"));
     StoreError::Read { path: PathBuf::new(), layer: 0, expert: 0, offset: 0, cause }
@@ -124,6 +132,9 @@ impl World {
             }
         }
         ops.extend((0..self.leases.len()).map(Op::Release));
+        if config.lent > 0 {
+            ops.extend((config.n_slots - config.lent..=config.n_slots).map(Op::UseSlots));
+        }
         if self.reading.len() < config.max_reading {
             ops.push(Op::Take);
         }
@@ -177,6 +188,15 @@ impl World {
                 let mut held = self.leases.remove(*i);
                 self.table.release_all(&mut held);
             }
+            Op::UseSlots(n) => {
+                let before = self.table.usable();
+                let busy = |slot: &Slot| matches!(slot.place, Place::Loading | Place::Pinned | Place::Failed);
+                let is_busy = self.table.slots[*n..].iter().any(busy);
+                assert_eq!(self.table.use_slots(*n).is_err(), is_busy);
+                assert_eq!(self.table.usable(), if is_busy { before } else { *n });
+                // Their memory is somebody else's now.
+                self.memory[self.table.usable()..].fill([Bytes::Garbage; MAX_PIECES]);
+            }
             Op::Take => {
                 if let Some(job) = self.table.next_job() {
                     self.memory[job.slot as usize][job.piece as usize] = Bytes::Garbage;
@@ -201,8 +221,11 @@ impl World {
 
     /// The reason for not serving a request at once must be true, and waiting must be of use.
     fn check_blocked(&self, keys: &[u32], blocked: Blocked) {
-        let available = |slot: &&Slot| !matches!(slot.place, Place::Pinned | Place::Failed | Place::Loading);
-        let asked = |slot: &&Slot| slot.place != Place::Free && slot.error.is_none() && keys.contains(&slot.key);
+        let available = |slot: &&Slot| {
+            is_live(slot) && !matches!(slot.place, Place::Pinned | Place::Failed | Place::Loading)
+                || slot.place == Place::Free
+        };
+        let asked = |slot: &&Slot| is_live(slot) && slot.error.is_none() && keys.contains(&slot.key);
         let free = self.table.slots.iter().filter(|s| available(s) && !asked(s)).count();
         let missing = keys.iter().filter(|&&key| !self.table.is_cached(key)).count();
         assert!(free < missing);
@@ -241,20 +264,23 @@ impl World {
             assert_eq!(table.promised.contains(at), slot.place == Place::Promised);
             assert_eq!(table.guessed.contains(at), slot.place == Place::Guessed);
             match slot.place {
-                Place::Free => assert!(slot.pins == 0 && slot.error.is_none() && slot.load.is_over()),
+                Place::Free | Place::Withheld => {
+                    assert!(slot.pins == 0 && slot.error.is_none() && slot.load.is_over());
+                    assert_eq!(slot.place == Place::Withheld, at as usize >= table.usable());
+                }
                 Place::Loading => assert!(!slot.load.is_over()),
                 Place::Pinned => assert!(slot.pins > 0 && slot.ready == ALL_MATRICES && slot.load.is_over()),
                 Place::Failed => assert!(slot.pins > 0 && slot.error.is_some() && slot.load.is_over()),
                 Place::Ordered | Place::Promised => assert!(whole_and_unpinned && slot.load.is_over()),
                 Place::Guessed => assert!(whole_and_unpinned && slot.intent == Intent::Guess),
             }
-            if slot.place != Place::Free && slot.error.is_none() {
+            if is_live(slot) && slot.error.is_none() {
                 assert!(live.insert(slot.key), "an expert has two slots");
                 assert_eq!(table.slot_of[slot.key as usize], at);
             }
         }
         assert_eq!(table.slot_of.iter().filter(|&&at| at != NONE).count(), live.len());
-        let guesses = table.slots.iter().filter(|s| s.place != Place::Free && s.intent == Intent::Guess).count();
+        let guesses = table.slots.iter().filter(|s| is_live(s) && s.intent == Intent::Guess).count();
         assert_eq!(table.n_guesses, guesses);
         self.check_progress(config);
     }
@@ -282,7 +308,7 @@ impl World {
         while !world.leases.is_empty() {
             world.apply(&Op::Release(0));
         }
-        let keys: Vec<u32> = (0..config.n_slots.min(config.n_keys as usize) as u32).collect();
+        let keys: Vec<u32> = (0..world.table.usable().min(config.n_keys as usize) as u32).collect();
         world.table.acquire(&keys, Use::Keep, &mut Vec::new()).unwrap();
     }
 
@@ -291,8 +317,8 @@ impl World {
         let table = &self.table;
         let mut print = Vec::with_capacity(128);
         for (slot, memory) in table.slots.iter().zip(&self.memory) {
-            if slot.place == Place::Free {
-                print.push(0xff);
+            if !is_live(slot) {
+                print.push(if slot.place == Place::Free { 0xff } else { 0xfe });
                 continue;
             }
             let flags = [slot.used, slot.prefetched, slot.error.is_some(), slot.warmth == Warmth::Warm];
@@ -349,6 +375,7 @@ fn walk(config: &Config) -> usize {
 
 const BASE: Config = Config {
     n_slots: 2,
+    lent: 0,
     n_keys: 3,
     n_pieces: 1,
     verify: false,
@@ -387,6 +414,11 @@ fn every_state_with_guesses_is_sound() {
     assert!(
         walk(&Config { n_slots: 3, max_guesses: 1, max_leases: 1, max_reading: 1, failures: false, ..BASE }) > 20_000
     );
+}
+
+#[test]
+fn every_state_with_lent_slots_is_sound() {
+    assert!(walk(&Config { n_slots: 3, lent: 2, max_guesses: 1, max_leases: 1, max_reading: 1, ..BASE }) > 20_000);
 }
 
 /// Reads everything that is queued.

@@ -120,6 +120,7 @@ impl Engine {
         let store_options = StoreOptions {
             top_k: config.n_experts_used,
             guess_slots: if options.guess { 2 * config.n_experts_used } else { 0 },
+            lent: plan.lent,
             ..options.store(plan.residency)
         };
         let store = match &options.expert_io {
@@ -134,7 +135,11 @@ impl Engine {
         }
         let kv_format = kv_cache::format(&config, options.kv_type_for(source.is_quantized()));
         let planned = pages(&plan, kv_format);
-        let kv = KvPool::new(kv_format, if plan.budget.is_some() { planned } else { usize::MAX });
+        let store = Arc::new(store);
+        let kv = match plan.lent {
+            0 => KvPool::new(kv_format, if plan.budget.is_some() { planned } else { usize::MAX }),
+            _ => lent_pages(&store, &plan, kv_format, planned),
+        };
         let model = Model::load(&source, config, store, plan.residency.batch(), options)?;
         static ENGINES: AtomicU64 = AtomicU64::new(0);
         let id = ENGINES.fetch_add(1, Ordering::Relaxed);
@@ -339,6 +344,11 @@ impl Engine {
         pages(&self.plan, self.kv.format())
     }
 
+    /// Experts that have a slot now: those of the plan, and those in memory that keys and values do not need yet.
+    pub fn expert_slots(&self) -> usize {
+        self.model.store().usable_slots()
+    }
+
     /// Refuses texts that the context cannot hold together before anything is made of them: rendering and encoding take several
     /// times their size. Texts so short that this takes no memory to speak of are left to [`Engine::forward`].
     ///
@@ -413,6 +423,21 @@ impl Engine {
 /// A few bytes of what tells a model from others, as text.
 fn fingerprint(identity: &[u8; 32]) -> String {
     identity[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Pages of keys and values whose memory experts use as long as no text needs it.
+fn lent_pages(store: &Arc<ExpertStore>, plan: &MemoryPlan, format: KvFormat, planned: usize) -> KvPool {
+    let (page, slot) = (format.page_bytes() as u64, plan.slot.max(1));
+    // Texts may outlive the engine; the store must not.
+    let store = Arc::downgrade(store);
+    KvPool::lent(format, planned, move |taken| {
+        let unused = planned.saturating_sub(taken) as u64 * page;
+        if let Some(store) = store.upgrade()
+            && let Err(error) = store.set_lent(usize::try_from(unused / slot).unwrap_or(usize::MAX))
+        {
+            tracing::warn!(%error, "the system takes no memory back");
+        }
+    })
 }
 
 /// Pages that a plan counts.

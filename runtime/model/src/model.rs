@@ -3,6 +3,8 @@
 //! Owns the weights and the order of operations of one layer (the technical report, section 2): the router reads the
 //! residual stream before norm and attention, so that the experts it chose can be read while attention runs.
 
+use std::sync::Arc;
+
 use st_experts::ExpertStore;
 use st_format::ModelShape;
 use st_kernels::Isa;
@@ -77,7 +79,7 @@ impl Model {
     pub(crate) fn load(
         source: &TensorSource<'_>,
         config: ModelShape,
-        store: ExpertStore,
+        store: Arc<ExpertStore>,
         batch: usize,
         options: &LoadOptions,
     ) -> Result<Self, ModelError> {

@@ -131,6 +131,8 @@ pub struct MemoryPlan {
     pub n_experts_total: usize,
     /// Experts that one token touches: fewer slots than this and nearly every expert is read for every token.
     pub token_cycle: usize,
+    /// Experts that fit beside those as long as no keys and values have taken their memory.
+    pub lent: usize,
     /// Kept free for what no plan foresees: stacks, the allocator, the page tables.
     pub reserve: u64,
     /// Context length in tokens.
@@ -215,6 +217,16 @@ impl MemoryPlan {
     ) -> Self {
         let positions = ctx.next_multiple_of(shape.ctx_step.max(1)) as u64;
         let sequences = request.sequences.max(1);
+        let kv_full = sequences as u64 * positions * variable.kv_full_per_token;
+        let kv_window = sequences as u64 * variable.kv_window;
+        let n_experts_total = shape.n_layers * shape.n_experts;
+        let lent = match (request.budget, request.slots, residency) {
+            (Some(_), None, Residency::Cached { slots }) => {
+                let fit = usize::try_from((kv_full + kv_window) / variable.slot.max(1)).unwrap_or(usize::MAX);
+                fit.min(n_experts_total.saturating_sub(slots))
+            }
+            _ => 0,
+        };
         Self {
             budget: request.budget,
             process: fixed.process,
@@ -224,12 +236,13 @@ impl MemoryPlan {
             io: fixed.io,
             template: fixed.template,
             sequences,
-            kv_full: sequences as u64 * positions * variable.kv_full_per_token,
-            kv_window: sequences as u64 * variable.kv_window,
+            kv_full,
+            kv_window,
             slot: variable.slot,
             residency,
-            n_experts_total: shape.n_layers * shape.n_experts,
+            n_experts_total,
             token_cycle: shape.n_layers * shape.n_experts_used,
+            lent,
             reserve,
             ctx,
         }

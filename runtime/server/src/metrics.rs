@@ -135,7 +135,7 @@ fn of_engine(page: &mut Page, engine: &Engine) {
     if let Some(budget) = plan.budget {
         page.gauge("memory_budget_bytes", "The most memory that this process may take.", budget);
     }
-    page.gauge("expert_slots", "Experts that have a place in memory.", plan.n_slots());
+    page.gauge("expert_slots", "Experts that have a place in memory.", engine.expert_slots());
     page.gauge("experts", "Experts of the model.", plan.n_experts_total);
     page.counter("expert_lookups_total", "Experts that were asked for.", store.lookups);
     page.counter("expert_hits_total", "Of them, experts that were in memory.", store.hits);

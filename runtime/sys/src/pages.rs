@@ -87,6 +87,24 @@ impl Pages {
         unsafe { os::take(self.as_ptr().add(at), len) }
     }
 
+    /// Gives the memory of `len` bytes from `at` on back to the system; the addresses stay. What is read there afterwards is undefined until
+    /// it is written, and writing takes memory again.
+    ///
+    /// # Errors
+    /// What the system reports; then the memory is still taken.
+    ///
+    /// # Panics
+    /// If the range is no whole number of pages of this memory.
+    ///
+    /// # Safety
+    /// While this runs nobody touches these bytes, and nobody relies on what they were.
+    pub unsafe fn give_back(&self, at: usize, len: usize) -> io::Result<()> {
+        let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(inside, "{len} bytes at {at} of {} in memory", self.len);
+        // SAFETY: the range is part of this memory; the caller excludes others.
+        unsafe { os::give_back(self.as_ptr().add(at), len) }
+    }
+
     /// Puts the `len` bytes of `file` from `offset` on, as whole pages of the page cache, in the place of the memory from `at` on, and
     /// waits until they are there. From then on they can only be read.
     ///
@@ -152,6 +170,23 @@ mod tests {
             *pages.as_ptr().add(3) = 0;
         }
         touch(&pages);
+    }
+
+    #[test]
+    fn memory_that_is_given_back_is_no_longer_resident_and_can_be_used_again() {
+        const BYTES: usize = 64 << 20;
+        let pages = Pages::new(BYTES, true).unwrap();
+        touch(&pages);
+        let before = crate::resident();
+        // SAFETY: the pages are this test's alone.
+        unsafe { pages.give_back(BYTES / 2, BYTES / 2) }.unwrap();
+        if let (Some(before), Some(after)) = (before, crate::resident()) {
+            assert!(after + (BYTES as u64 / 4) < before, "{after} of {before} bytes");
+        }
+        // SAFETY: as above; the first half was not given back.
+        assert_eq!(unsafe { *pages.as_ptr().add(BYTES / 2 - 1) }, 7);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(pages.as_ptr(), BYTES) }.fill(9);
     }
 
     #[test]

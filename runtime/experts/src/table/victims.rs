@@ -43,7 +43,7 @@ impl<E: Eviction> Table<E> {
     }
 
     /// Forgets the expert in a slot that was just taken out of its list.
-    fn evict(&mut self, at: u32) -> u32 {
+    pub(super) fn evict(&mut self, at: u32) -> u32 {
         let slot = &mut self.slots[at as usize];
         self.slot_of[slot.key as usize] = NONE;
         if slot.intent == Intent::Guess {

@@ -117,12 +117,24 @@ pub struct KvPool {
 struct Shelf {
     /// The most pages that may be in use.
     most: usize,
+    lender: Option<Lender>,
     state: Mutex<ShelfState>,
+}
+
+/// Who uses the memory of pages that do not have it: told how many have.
+struct Lender(Box<dyn Fn(usize) + Send + Sync>);
+
+impl std::fmt::Debug for Lender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lender")
+    }
 }
 
 #[derive(Debug, Default)]
 struct ShelfState {
     in_use: usize,
+    /// Pages that have memory, in use or not.
+    taken: usize,
     /// Memory of pages that are not.
     free: Vec<AlignedBuf<u8>>,
 }
@@ -130,7 +142,15 @@ struct ShelfState {
 impl KvPool {
     /// A pool of which at most `most` pages are in use at any time.
     pub fn new(format: KvFormat, most: usize) -> Self {
-        Self { format, shelf: Arc::new(Shelf { most, state: Mutex::default() }) }
+        Self { format, shelf: Arc::new(Shelf { most, lender: None, state: Mutex::default() }) }
+    }
+
+    /// A pool whose memory somebody else uses as long as no page has it. `lender` is told how many pages have: before one more
+    /// takes its own, and when all have given theirs back, since none is in use. It is called for one page at a time and must
+    /// not ask for a page, or drop one.
+    pub fn lent(format: KvFormat, most: usize, lender: impl Fn(usize) + Send + Sync + 'static) -> Self {
+        let lender = Some(Lender(Box::new(lender)));
+        Self { format, shelf: Arc::new(Shelf { most, lender, state: Mutex::default() }) }
     }
 
     /// What its pages look like.
@@ -172,6 +192,13 @@ impl KvPool {
         }
         state.in_use += 1;
         let used = state.free.pop();
+        if used.is_none() {
+            state.taken += 1;
+            if let Some(Lender(told)) = &self.shelf.lender {
+                // Under the lock, so that whoever is told last is told the latest.
+                told(state.taken);
+            }
+        }
         drop(state);
         let fresh = used.is_none();
         // Side by side, so that small pages share the system's large ones.
@@ -202,6 +229,11 @@ impl Drop for KvPage {
         let mut state = self.shelf.lock();
         state.in_use -= 1;
         state.free.push(std::mem::take(&mut self.data));
+        if let (0, Some(Lender(told))) = (state.in_use, &self.shelf.lender) {
+            state.free = Vec::new();
+            state.taken = 0;
+            told(0);
+        }
     }
 }
 

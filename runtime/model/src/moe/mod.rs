@@ -8,6 +8,8 @@ mod dense;
 mod pairs;
 mod sparse;
 
+use std::sync::Arc;
+
 use st_experts::{ExpertStore, Lease, Use, Waves};
 use st_format::ModelShape;
 use st_gguf::Matrix;
@@ -27,7 +29,7 @@ use sparse::SparseScratch;
 /// The experts of all layers.
 #[derive(Debug)]
 pub(crate) struct Moe {
-    store: ExpertStore,
+    store: Arc<ExpertStore>,
     /// Per layer.
     formats: Vec<ExpertFormat>,
     n_experts: usize,
@@ -71,7 +73,7 @@ pub(crate) struct ExpertLayer<'a> {
 
 impl Moe {
     /// Experts of `store`, lying in its slots as `formats` has it for each layer, for batches of at most `batch` rows.
-    pub(crate) fn new(store: ExpertStore, formats: Vec<ExpertFormat>, config: &ModelShape, batch: usize) -> Self {
+    pub(crate) fn new(store: Arc<ExpertStore>, formats: Vec<ExpertFormat>, config: &ModelShape, batch: usize) -> Self {
         Self { store, formats, n_experts: config.n_experts, rows_at_once: batch.next_multiple_of(UNIT_ROWS) }
     }
 

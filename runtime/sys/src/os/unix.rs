@@ -258,6 +258,29 @@ pub(crate) unsafe fn take(_at: *mut u8, _len: usize) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
+/// Gives memory back to the system.
+///
+/// # Safety
+/// The range belongs to a [`Reserved`] that lives on; nobody touches it meanwhile or relies on what was there.
+#[cfg(target_os = "linux")]
+pub(crate) unsafe fn give_back(at: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    let refused = unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
+    if refused == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// As on Linux, where a piece of advice does it: here new pages take the place of the old.
+///
+/// # Safety
+/// As there.
+#[cfg(not(target_os = "linux"))]
+pub(crate) unsafe fn give_back(at: *mut u8, len: usize) -> io::Result<()> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_FIXED);
+    // SAFETY: the caller's promise.
+    let start = unsafe { libc::mmap(at.cast(), len, prot, flags, -1, 0) };
+    if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(not(target_os = "linux"))]
 unsafe fn populate(_start: *mut libc::c_void, _len: usize) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())

@@ -35,8 +35,8 @@ use windows_sys::Win32::System::JobObjects::{
     JobObjectExtendedLimitInformation, QueryInformationJobObject,
 };
 use windows_sys::Win32::System::Memory::{
-    MEM_COMMIT, MEM_RELEASE, MEM_RESERVE, PAGE_READWRITE, PrefetchVirtualMemory, VirtualAlloc, VirtualFree,
-    VirtualUnlock, WIN32_MEMORY_RANGE_ENTRY,
+    DiscardVirtualMemory, MEM_COMMIT, MEM_RELEASE, MEM_RESERVE, PAGE_READWRITE, PrefetchVirtualMemory, VirtualAlloc,
+    VirtualFree, VirtualUnlock, WIN32_MEMORY_RANGE_ENTRY,
 };
 use windows_sys::Win32::System::ProcessStatus::{K32GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
 use windows_sys::Win32::System::SystemInformation::{
@@ -286,6 +286,18 @@ impl Drop for Reserved {
 /// None is needed: nothing is touched.
 pub(crate) unsafe fn take(_at: *mut u8, _len: usize) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Gives memory back to the system; the addresses stay committed.
+///
+/// # Safety
+/// The range belongs to a [`Reserved`] that lives on; nobody touches it meanwhile or relies on what was there.
+pub(crate) unsafe fn give_back(at: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    match unsafe { DiscardVirtualMemory(at.cast(), len) } {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(code as i32)),
+    }
 }
 
 /// Always refused: here a file's pages cannot take the place of others.

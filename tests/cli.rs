@@ -11,7 +11,7 @@ use tempfile::tempdir;
 
 use crate::common::{f32s, goldens, repo};
 use crate::golden::{INT8_TRAINED, within};
-use crate::program::{Run, arg, little_memory, names, patiently, program, run};
+use crate::program::{Run, arg, little_memory, names, patiently, program, run, short_of_memory};
 
 const VERBS: [&str; 17] = [
     "download",
@@ -188,8 +188,10 @@ fn prompts_come_from_arguments_files_pipes_and_ids() {
 
 #[test]
 fn json_is_one_object_with_everything() {
-    let memory = little_memory("tiny");
-    let text = run(quiet(&["-p", QUESTION, "--json", "--memory", &memory])).ok();
+    let little = short_of_memory("tiny");
+    let [.., memory] = little.as_slice() else { panic!("{little:?}") };
+    let little: Vec<&str> = little.iter().map(String::as_str).collect();
+    let text = run(quiet(&[&["-p", QUESTION, "--json"], &little[..]].concat())).ok();
     assert_eq!(text.lines().count(), 1);
     let answer = json(&text);
     assert_eq!(answer["text"], ANSWER);
@@ -212,8 +214,9 @@ fn json_is_one_object_with_everything() {
 #[test]
 fn guesses_are_counted_and_shown_as_none_where_none_is_made() {
     // Little more than the least, so that some experts that are guessed are missing.
-    let memory = little_memory("tiny");
-    let story = ["-p", "Tell me a story.", "--memory", &memory, "--json"];
+    let little = short_of_memory("tiny");
+    let little: Vec<&str> = little.iter().map(String::as_str).collect();
+    let story = [&["-p", "Tell me a story.", "--json"], &little[..]].concat();
     let generated =
         |args: &[&str]| json(&run(quiet(&[&story[..], args].concat())).ok())["stats"]["experts"]["generation"].clone();
     let experts = generated(&[]);
@@ -224,6 +227,7 @@ fn guesses_are_counted_and_shown_as_none_where_none_is_made() {
 
     let experts = generated(&["--no-guess"]);
     assert_eq!((&experts["guesses"], &experts["guess_right_share"]), (&Value::from(0), &Value::Null));
+    let memory = little_memory("tiny");
     let table = run(["bench", "tiny", "-p", "0", "-n", "8", "-r", "1", "--memory", &memory, "--no-guess"]).ok();
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split('|').map(str::trim).collect()).collect();
     let head = rows.iter().position(|row| row.contains(&"guesses right")).unwrap_or_else(|| panic!("{table}"));
@@ -622,9 +626,10 @@ fn layouts_turn_into_each_other_bit_for_bit_and_answer_alike() {
     };
     let expected = json(&run(quiet(&["-p", "Tell me a story.", "--json"])).ok())["text"].clone();
     assert_eq!(answer(&[])["text"], expected);
-    let memory = little_memory(arg(&folder.path().join("o.gguf")));
-    for args in [&["--memory", &memory][..], &["--memory", &memory, "--no-prefetch", "--io", "buffered"]] {
-        let streamed = answer(args);
+    let little = short_of_memory(arg(&folder.path().join("o.gguf")));
+    let little: Vec<&str> = little.iter().map(String::as_str).collect();
+    for args in [&[][..], &["--no-prefetch", "--io", "buffered"]] {
+        let streamed = answer(&[&little[..], args].concat());
         assert_eq!(streamed["text"], expected, "{args:?}");
         let evictions = &streamed["stats"]["experts"]["generation"]["evictions"];
         assert!(evictions.as_u64().expect("a number") > 0, "{args:?}");

@@ -93,9 +93,19 @@ impl Run {
     }
 }
 
-/// A `--memory` little above the least that works for `model`, so that experts come and go.
+/// A `--memory` little above the least that works for `model`.
 pub(crate) fn little_memory(model: &str) -> String {
-    let refused = run(["run", model, "-p", "x", "--memory", "1MiB"]).fails(&["needs at least"]);
+    little_memory_for(&["run", model, "-p", "x"])
+}
+
+/// Options for a run of a short text with so little memory that experts come and go: its context has none to lend.
+pub(crate) fn short_of_memory(model: &str) -> Vec<String> {
+    let memory = little_memory_for(&["run", model, "-p", "x", "--ctx", "256"]);
+    ["--ctx", "256", "--memory", &memory].map(str::to_owned).to_vec()
+}
+
+fn little_memory_for(args: &[&str]) -> String {
+    let refused = run([args, &["--memory", "1MiB"]].concat()).fails(&["needs at least"]);
     let least = refused.stderr.split("needs at least ").nth(1).and_then(|rest| rest.split(' ').next());
     (least.expect("bytes").parse::<u64>().expect("a number") + (1 << 19)).to_string()
 }

@@ -14,7 +14,7 @@ use st_model::{Batch, BatchKind, Engine, LoadOptions, ModelError, Observer, Rout
 use tempfile::tempdir;
 
 use crate::common;
-use crate::program::{Run, arg, little_memory, names, run};
+use crate::program::{Run, arg, names, run, short_of_memory};
 
 /// Records the routing in memory.
 struct Recording {
@@ -148,8 +148,9 @@ fn cache_sim_says_what_run_counted() {
     assert!(free.stderr.contains("trace.txt: routing of "), "{}", free.stderr);
     let resident = fs::read_to_string(&trace).expect("a trace");
     // So little that experts come and go.
-    let memory = little_memory("tiny");
-    let ran = run([&story[..], &["--memory", &memory, "--no-guess", "--json", "-q"]].concat());
+    let little = short_of_memory("tiny");
+    let little: Vec<&str> = little.iter().map(String::as_str).collect();
+    let ran = run([&story[..], &little[..], &["--no-guess", "--json", "-q"]].concat());
     assert_eq!(ran.stderr, "");
     let experts = json(&ran.ok())["stats"]["experts"].clone();
     assert!(experts["generation"]["evictions"].as_u64().expect("a number") > 0, "{experts}");
@@ -161,7 +162,7 @@ fn cache_sim_says_what_run_counted() {
     assert_eq!(names(folder.path()), ["trace.txt"]);
 
     let object = json(&run(["cache-sim", arg(&trace), "--slots", &slots, "--json"]).ok());
-    assert_eq!(object["sizes"][0]["policies"].as_array().expect("policies").len(), 4);
+    assert_eq!(object["sizes"][0]["policies"].as_array().expect("policies").len(), 3);
     let policies = object["sizes"][0]["policies"].as_array().expect("policies");
     let own = policies.iter().find(|row| row["policy"] == Policy::default().name()).expect("the store's own policy");
     for part in ["prompt", "generation"] {

@@ -33,9 +33,11 @@ fn numbers<const N: usize>(server: &Server, names: [&str; N]) -> [f64; N] {
 #[test]
 fn one_read_serves_all_who_wait_for_it() {
     // Drafts make several tokens of one step, more for one alone.
-    let args = ["--ctx", "256", "--parallel", "4", "--draft", "off"];
-    let memory = least(&args).to_string();
     let made = |n: usize| {
+        // Each text takes all of its context's memory at once, so that experts have as little in either case.
+        let parallel = n.to_string();
+        let args = ["--ctx", "256", "--parallel", &parallel, "--draft", "off"];
+        let memory = least(&args).to_string();
         let server = Server::start(&[&args[..], &["--memory", &memory]].concat());
         let body = json!({"prompt": "One day, ", "max_tokens": 60, "temperature": 0, "n": n});
         let answer = server.ask(TEXT, &endless(&server, body));

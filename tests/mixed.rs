@@ -10,7 +10,7 @@ use st_bench::synth::shape::Shape;
 use st_convert::{Cancel, Layout, NoProgress, RelayoutOptions, WeightType, relayout};
 use st_gguf::{GgmlType, GgufFile, ModelShape};
 use st_kernels::Kernels;
-use st_model::{Isa, LoadOptions, Reference};
+use st_model::{Engine, Isa, LoadOptions, Reference, Session};
 use tempfile::TempDir;
 
 use crate::common;
@@ -200,4 +200,30 @@ fn types_that_are_not_computed_are_refused_by_name() {
         let refused = Run::of(program().current_dir(folder.path()).args(args)).fails(&["token_embd.weight", "IQ3_S"]);
         assert!(refused.hint().contains("run 4b:q4_k_s"), "{}", refused.stderr);
     }
+}
+
+/// Where experts come and go, a head of its own leaves the embedding in the file: no memory is planned for it, and a file that is cut
+/// while it runs is an error that names the place, after which the text goes on as it was.
+#[test]
+fn an_embedding_that_stays_in_the_file_takes_no_memory_and_tells_its_loss() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    write_random(&path);
+    let few = LoadOptions { slots: Some(4), ..LoadOptions::default() };
+    let plan = |options| Engine::plan_for(&open(&path), options).expect("a plan").dense;
+    let embedding = open(&path).header.tensor("token_embd.weight").expect("an embedding").clone();
+    assert_eq!(plan(&LoadOptions::default()) - plan(&few), embedding.n_bytes);
+
+    let mut session = Session::new(&common::engine(open(&path), &few)).expect("a session");
+    session.run(&[3, 4], &mut ()).expect("it runs");
+    let before = session.logits().to_vec();
+    let whole = std::fs::read(&path).expect("read");
+    let cut = std::fs::File::options().write(true).open(&path).expect("opened");
+    cut.set_len(embedding.offset).expect("cut");
+    let error = session.run(&[5], &mut ()).expect_err("the file is cut");
+    let said = error.to_string();
+    assert!(said.contains("`token_embd.weight`") && said.contains("offset"), "{said}");
+    std::fs::write(&path, whole).expect("written");
+    session.run(&[5], &mut ()).expect("it runs again");
+    assert!(session.logits() != before);
 }

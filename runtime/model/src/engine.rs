@@ -140,7 +140,7 @@ impl Engine {
             0 => KvPool::new(kv_format, if plan.budget.is_some() { planned } else { usize::MAX }),
             _ => lent_pages(&store, &plan, kv_format, planned),
         };
-        let model = Model::load(&source, config, store, plan.residency.batch(), options)?;
+        let model = Model::load(&source, config, store, plan.residency, options)?;
         static ENGINES: AtomicU64 = AtomicU64::new(0);
         let id = ENGINES.fetch_add(1, Ordering::Relaxed);
         Ok(Arc::new(Self {

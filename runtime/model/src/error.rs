@@ -12,6 +12,17 @@ pub enum ModelError {
     /// The file itself is broken or cannot be read.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// A row that is read when it is wanted, and cannot be.
+    #[error("a row of tensor `{tensor}` cannot be read at offset {offset}")]
+    Row {
+        /// GGUF name.
+        tensor: &'static str,
+        /// Where it is in the file.
+        offset: u64,
+        /// What the system said.
+        #[source]
+        cause: std::io::Error,
+    },
     /// A metadata value that makes no model.
     #[error("metadata key `{key}`: got {got}, expected {expected}")]
     BadKey {

@@ -14,8 +14,9 @@ use crate::batch::Batch;
 use crate::error::ModelError;
 use crate::moe::{ExpertLayer, Moe};
 use crate::observer::{Inputs, Observer};
-use crate::ops::{self, ActsScratch, Attention, Compute, HeadStats, Linear, RmsNorm, SparseHead};
+use crate::ops::{self, ActsScratch, Attention, Compute, Embedding, HeadStats, Linear, RmsNorm, SparseHead};
 use crate::options::{LoadOptions, SparseHead as SparseHeadOptions};
+use crate::plan::Residency;
 use crate::router::Routing;
 use crate::sequence::Sequence;
 use crate::weights::{self, TensorSource};
@@ -64,7 +65,7 @@ pub(crate) struct Model {
     config: ModelShape,
     compute: Compute,
     /// `None` where the rows of the sparse head are the embedding.
-    embedding: Option<Linear>,
+    embedding: Option<Embedding>,
     layers: Vec<Layer>,
     output_norm: RmsNorm,
     head: Head,
@@ -72,7 +73,7 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Reads all weights but the experts'; batches will have at most `batch` rows.
+    /// Reads all weights but the experts', of which as many are in memory as `residency` says.
     ///
     /// # Errors
     /// Where the file cannot be read or a matrix has a type without kernels.
@@ -80,7 +81,7 @@ impl Model {
         source: &TensorSource<'_>,
         config: ModelShape,
         store: Arc<ExpertStore>,
-        batch: usize,
+        residency: Residency,
         options: &LoadOptions,
     ) -> Result<Self, ModelError> {
         let compute = Compute::new(options.threads, options.kernels()?)?;
@@ -99,7 +100,7 @@ impl Model {
         };
         let embedding = match sparse.is_some() && !source.has_head() {
             true => None,
-            false => Some(matrix(weights::TOKEN_EMBD.into(), source.n_vocab(), c.n_embd)?),
+            false => Some(Embedding::load(source, &compute, c.n_embd, residency.leaves_embedding(source.has_head()))?),
         };
         let head = match sparse {
             Some(sparse) => Head::Sparse(Box::new(sparse)),
@@ -120,7 +121,7 @@ impl Model {
             });
         }
         let output_norm = norm(weights::OUTPUT_NORM.into())?;
-        let moe = Moe::new(store, source.formats().to_vec(), c, batch);
+        let moe = Moe::new(store, source.formats().to_vec(), c, residency.batch());
         Ok(Self { config, compute, embedding, layers, output_norm, head, moe })
     }
 
@@ -149,11 +150,11 @@ impl Model {
         if let Head::Sparse(head) = &self.head { Some(head.stats()) } else { None }
     }
 
-    /// The embedding of a token.
-    fn embed(&self, token: usize, row: &mut [f32]) {
+    /// Writes the embeddings of `tokens` to `x` (`[tokens, n_embd]`).
+    fn embed(&self, tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
         match (&self.embedding, &self.head) {
-            (Some(embedding), _) => embedding.row_f32(token, row),
-            (None, Head::Sparse(head)) => head.row_f32(token, row),
+            (Some(embedding), _) => embedding.forward(tokens, x),
+            (None, Head::Sparse(head)) => ops::embed(&|token, row| head.row_f32(token, row), tokens, x),
             // Made so in `load`: without an embedding the head is sparse.
             (None, _) => unreachable!("a model without an embedding"),
         }
@@ -198,7 +199,7 @@ impl Model {
         ws.rope.prepare(&ws.runs);
         let (n, n_layers) = (batch.len(), self.layers.len());
         ws.activations.begin(&self.config, n);
-        ops::embed(&|token, row| self.embed(token, row), batch.tokens(), &mut ws.activations.latest().x)?;
+        self.embed(batch.tokens(), &mut ws.activations.latest().x)?;
         for layer in 0..n_layers {
             let work = self.layer(layer, batch, sequences, ws, observer)?;
             ws.layer_work[layer].add(&work);
@@ -282,7 +283,7 @@ impl Model {
                 None
             }
             Head::Own(head) => Some(head),
-            Head::Embedding => self.embedding.as_ref(),
+            Head::Embedding => self.embedding.as_ref().and_then(Embedding::matrix),
         };
         if let Some(head) = whole {
             head.apply(cx, acts, input, logits, || ());

@@ -25,6 +25,12 @@ impl Residency {
         matches!(self, Self::Cached { .. })
     }
 
+    /// Whether the embedding stays in the file, of which a token needs one row: where that makes room for experts, and the head is a matrix of
+    /// its own (`has_head`).
+    pub fn leaves_embedding(self, has_head: bool) -> bool {
+        self.reads_again() && has_head
+    }
+
     /// Rows of a prompt that go through the layers together. Their buffers take memory from the cache; where there is none,
     /// every matrix is unpacked a quarter as often.
     pub fn batch(self) -> usize {

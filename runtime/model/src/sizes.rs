@@ -76,19 +76,18 @@ pub(crate) fn plan(
     };
     within_container(options.memory, st_sys::memory_limit())?;
     let process = process_bytes(options.memory, st_sys::resident())?;
-    let dense = dense(source, config, options)?;
     let slots = slot_format(source, options.kernels()?);
     // The store maps whole large pages: what one slot takes beyond its own bytes is the most that any number loses.
     let slot = slots.slot_bytes().next_multiple_of(st_experts::PAGE);
     let longest = options.ctx.map_or(config.context_length, |ctx| ctx.min(config.context_length));
     let drafts = request.sequences.saturating_mul(Lookup::bytes(longest));
-    let costs = |residency: Residency| {
+    let costs = |residency: Residency| -> Result<Costs, ModelError> {
         let store = StoreOptions { n_slots: 1, ..options.store(residency) };
         let one = StoreMemory::of(source.experts(), &*slots, &store);
         let fixed = FixedCosts {
             process,
             beside: options.beside,
-            dense,
+            dense: dense(source, config, residency, options)?,
             scratch: scratch(config, source.n_vocab(), residency.batch(), request.sequences) + drafts as u64,
             io: one.io_buffer_bytes as u64 + (one.slab_bytes - slot) as u64,
             template: match options.memory {
@@ -105,10 +104,10 @@ pub(crate) fn plan(
             kv_window: config.windows.iter().filter(|window| window.is_some()).map(of).sum(),
             slot: slot as u64,
         };
-        Costs { fixed, variable }
+        Ok(Costs { fixed, variable })
     };
     let cached = Residency::Cached { slots: 1 };
-    MemoryPlan::new(&request, shape, costs(Residency::All), costs(cached)).map_err(with_slack)
+    MemoryPlan::new(&request, shape, costs(Residency::All)?, costs(cached)?).map_err(with_slack)
 }
 
 /// The process is measured anew at every start and differs a little: the smallest budget that is named has to work then, too.
@@ -121,7 +120,12 @@ fn with_slack(error: ModelError) -> ModelError {
 }
 
 /// Everything but the experts, as it lies in memory.
-fn dense(source: &TensorSource<'_>, config: &ModelShape, options: &LoadOptions) -> Result<u64, ModelError> {
+fn dense(
+    source: &TensorSource<'_>,
+    config: &ModelShape,
+    residency: Residency,
+    options: &LoadOptions,
+) -> Result<u64, ModelError> {
     let matrix = |name: &str, rows: usize, cols: usize| -> Result<u64, ModelError> {
         let ty = source.weight_type(name)?;
         let bytes = Linear::bytes_for(ty, rows, cols);
@@ -140,7 +144,7 @@ fn dense(source: &TensorSource<'_>, config: &ModelShape, options: &LoadOptions) 
             bytes.ok_or_else(|| ModelError::Blocks { name: name.into(), ty: ty.name(), n_in: n_embd })? as u64
         }
     };
-    if source.has_head() {
+    if source.has_head() && !residency.leaves_embedding(true) {
         total += matrix(weights::TOKEN_EMBD, n_vocab, n_embd)?;
     }
     for layer in 0..config.n_layers {

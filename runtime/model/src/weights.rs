@@ -4,9 +4,10 @@
 //! and has its shape, the file's own description has proved. Nothing above this module looks a tensor up by name.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use st_format::{Matrix, ModelShape, Scope, Tensor, tensor_names};
-use st_gguf::{ExpertIndex, GgmlType, GgufFile, TensorInfo};
+use st_gguf::{ExpertIndex, GgmlType, GgufFile, ReadAt, TensorInfo};
 use st_kernels::{ExpertFormat, UnsupportedType, WeightType, dequantize_row};
 
 use crate::error::ModelError;
@@ -137,6 +138,21 @@ impl<'a> TensorSource<'a> {
         self.file.read_range(info, ((first + start) * row_bytes) as u64, buf)?;
         self.progress.loaded(buf.len() as u64);
         Ok(())
+    }
+
+    /// Where a matrix begins, for whoever reads its rows later: compared with the file's checksum now, where there is one.
+    pub(crate) fn verified(&self, name: &str) -> Result<(Arc<dyn ReadAt>, u64), ModelError> {
+        const CHUNK: u64 = 4 << 20;
+        let (info, _) = self.place_of(name)?;
+        if !self.file.checksums().of(&info.name).is_empty() {
+            let mut bytes = vec![0; CHUNK.min(info.n_bytes) as usize];
+            for start in (0..info.n_bytes).step_by(CHUNK as usize) {
+                go_on(self.progress)?;
+                let len = CHUNK.min(info.n_bytes - start) as usize;
+                self.file.read_range(info, start, &mut bytes[..len])?;
+            }
+        }
+        Ok((Arc::clone(&self.file.source), info.offset))
     }
 
     /// A vector in f32.

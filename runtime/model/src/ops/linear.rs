@@ -1,4 +1,4 @@
-//! Matrices that are used whole: attention projections, router, embedding and head.
+//! Matrices that are used whole: attention projections, router and head.
 //!
 //! Quantized ones are interleaved by 16 rows while they are read and multiplied with Q8_0 activations; float ones are
 //! kept as the file has them and multiplied in f32.
@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::Error;
 use st_kernels::{AlignedBuf, ColumnsMut, Q8Acts, R16, RowSplit, WeightType, dequantize_row, r16};
 
-use super::{Compute, expect, operands};
+use super::{Compute, operands};
 use crate::activations::Rows;
 use crate::error::ModelError;
 use crate::weights::TensorSource;
@@ -236,18 +236,8 @@ impl Part {
     }
 }
 
-/// Rows of an embedding by token, as `row` gives them, into `x` (`[rows, n_embd]`).
-pub(crate) fn embed(row: &dyn Fn(usize, &mut [f32]), tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
-    let width = x.dims().1;
-    expect("embed", x, (tokens.len(), width))?;
-    for (&token, x) in tokens.iter().zip(x.values_mut()?.chunks_exact_mut(width)) {
-        row(token as usize, x);
-    }
-    Ok(())
-}
-
 /// Refuses f32 weights that are no numbers: a router's would only show as strange choices.
-fn check_finite(ty: WeightType, name: &str, bytes: &[u8]) -> Result<(), ModelError> {
+pub(super) fn check_finite(ty: WeightType, name: &str, bytes: &[u8]) -> Result<(), ModelError> {
     if ty != WeightType::F32 {
         return Ok(());
     }

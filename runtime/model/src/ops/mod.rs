@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod embedding;
 mod head;
 mod linear;
 
@@ -16,9 +17,10 @@ use crate::error::ModelError;
 
 pub(crate) use attention::{Attention, AttentionScratch};
 pub(crate) use elementwise::{RmsNorm, Rope, add, add_experts};
+pub(crate) use embedding::{Embedding, embed};
 pub use head::HeadStats;
 pub(crate) use head::SparseHead;
-pub(crate) use linear::{ActsScratch, Linear, embed};
+pub(crate) use linear::{ActsScratch, Linear};
 
 /// What computes: an instruction set and threads.
 #[derive(Debug)]

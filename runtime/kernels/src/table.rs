@@ -4,11 +4,12 @@
 
 use std::ops::Range;
 
-use crate::activations::{ActRow, HiddenGroup, Sums};
+use crate::activations::{ActRow, HiddenGroup, Sums, UNIT_ROWS};
 use crate::down_layout::DownLayout;
 use crate::kv::KvType;
 use crate::live::LiveRows;
 use crate::panel::{PanelKind, PanelLayout};
+use crate::r16::R16_ROWS;
 use crate::search::SquaredErrors;
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
@@ -64,6 +65,8 @@ impl Isa {
 
 /// Most units of 4 tokens that [`Table::gemm`] takes at once.
 pub(crate) const GEMM_UNITS: usize = 3;
+/// What the 16 rows of a panel give for so many tokens.
+pub(crate) type PanelOutputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 /// Most queries that [`Table::scores`] and [`Table::values`] take at once.
 pub(crate) const MAX_QUERIES: usize = 12;
 
@@ -123,7 +126,7 @@ pub(crate) struct Table {
     /// How this instruction set has the bytes of a panel.
     pub panel: PanelLayout,
     /// `out[t * 16 + r] = panel row r · token t` for 1..=GEMM_UNITS units of 4 tokens.
-    pub gemm: unsafe fn(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut [f32; GEMM_UNITS * 4 * 16]),
+    pub gemm: unsafe fn(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs),
     /// `out[r] = float row r · x`, rows of `x.len()` values of a float type.
     pub dots: unsafe fn(ty: WeightType, rows: &[u8], x: &[f32], out: &mut [f32]),
     /// `out = x / rms(x) * weight`.

@@ -13,7 +13,7 @@ use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::GEMM_UNITS;
+use crate::table::{GEMM_UNITS, PanelOutputs};
 use crate::up_layout::UpLayout;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
@@ -146,7 +146,6 @@ pub(super) fn panel_down<const K: usize>(down: &DownLayout, region: &[u8], chunk
 
 /// Sums of integers of four tokens and 16 rows.
 pub(super) type Sums = [[int32x4_t; 4]; UNIT_ROWS];
-pub(super) type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
 /// What [`gemm`] asks for, four columns at a time.
 ///
@@ -178,7 +177,7 @@ pub(super) unsafe fn dot_sums<D: Dot>(w: *const i8, a: *const i8, groups: Range<
 
 /// Two tokens and two rows of the panel to an instruction.
 #[target_feature(enable = "neon,i8mm")]
-pub(super) fn gemm_matrix(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(super) fn gemm_matrix(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     gemm::<MATRIX>(kind, kb, panel, units, out, |w, a, groups, start| {
         // Of tokens 0 and 1, and of 2 and 3: two rows for the first, two for the second.
         let mut sums = [[vzip1q_s32(start, start); 8], [vzip2q_s32(start, start); 8]];
@@ -211,7 +210,7 @@ pub(super) fn gemm<const K: usize>(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     sums: impl Fn(*const i8, *const i8, Range<usize>, int32x4_t) -> Sums,
 ) {
     match (kind.sub_blocks, kind.has_minima) {
@@ -229,7 +228,7 @@ fn gemm_of<const K: usize, const SUBS: usize, const MINIMA: bool>(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     sums: impl Fn(*const i8, *const i8, Range<usize>, int32x4_t) -> Sums,
 ) {
     let block_bytes = kind.block_bytes();

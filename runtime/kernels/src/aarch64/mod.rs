@@ -26,7 +26,7 @@ use crate::down_layout::DownLayout;
 use crate::live::{self, LiveRows, fours};
 use crate::panel::PanelKind;
 use crate::scalar;
-use crate::table::{Isa, Table};
+use crate::table::{Isa, PanelOutputs, Table};
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
@@ -118,7 +118,7 @@ macro_rules! products {
             }
 
             #[target_feature(enable = $features)]
-            pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut gemm::Outputs) {
+            pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
                 super::gemm::gemm::<{ super::gemm::DOT }>(kind, kb, panel, units, out, |w, a, groups, start| {
                     // SAFETY: as above.
                     unsafe { super::gemm::dot_sums::<$dot>(w, a, groups, start) }

@@ -14,15 +14,13 @@ use crate::live::{self, LiveRows};
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
 use crate::planes;
 use crate::r16::{self, R16_ROWS, group_bytes, tile_bytes, tile_scale, tile_value};
-use crate::table::GEMM_UNITS;
+use crate::table::PanelOutputs;
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
 
 /// Values stay signed.
 pub(crate) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 0 };
-
-type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
 pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
@@ -184,13 +182,20 @@ pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
     }
 }
 
-pub(crate) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(crate) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     gemm_of(LAYOUT, kind, kb, panel, units, out);
 }
 
 /// The product of any kind of panel, for the instruction sets that have none of their own for it.
 #[inline(always)]
-pub(crate) fn gemm_of(layout: PanelLayout, kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(crate) fn gemm_of(
+    layout: PanelLayout,
+    kind: PanelKind,
+    kb: usize,
+    panel: &[u8],
+    units: &[u8],
+    out: &mut PanelOutputs,
+) {
     out.fill(0.0);
     for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
         for (w, a) in panel.chunks_exact(kind.block_bytes()).zip(unit.chunks_exact(UNIT_BLOCK)) {

@@ -10,7 +10,7 @@ use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::GEMM_UNITS;
+use crate::table::{GEMM_UNITS, PanelOutputs};
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
@@ -113,10 +113,9 @@ pub(super) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 
 
 /// Sums of integers of four tokens; those of 16 rows are two vectors.
 pub(super) type Sums = [[__m256i; 2]; UNIT_ROWS];
-pub(super) type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
 
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     if !kind.is_plain() {
         // SAFETY: the features are those of this function.
         return unsafe { gemm_parts::gemm::<false>(kind, kb, panel, units, out, |sums, _, _| sums) };
@@ -195,7 +194,7 @@ pub(super) fn by_blocks(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     sums: impl Fn(*const u8, *const i8) -> Sums,
 ) {
     assert!(panel.len() >= kb * PANEL_BLOCK && units.len() <= GEMM_UNITS * kb * UNIT_BLOCK);

@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use super::gemm::{Outputs, load_group};
+use super::gemm::load_group;
 use super::gemv::{broadcast_quad, dot_signed};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::panel::{PANEL_VALUES, PanelKind, Values};
 use crate::r16::R16_ROWS;
+use crate::table::PanelOutputs;
 
 /// # Safety
 /// The CPU must have AVX2, FMA and what `dpbusd` needs (which is used where `VNNI` is true).
@@ -16,7 +17,7 @@ pub(super) unsafe fn gemm<const VNNI: bool>(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
 ) {
     assert!(
@@ -47,7 +48,7 @@ unsafe fn of<const VNNI: bool, const SUBS: usize, const MINIMA: bool, const SIGN
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
 ) {
     let block_bytes = PANEL_VALUES + SUBS * 64 * (1 + usize::from(MINIMA));

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::experts::{self, up_rows_of};
-use super::gemm::{Outputs, Sums, by_blocks, load_group, start_sums};
+use super::gemm::{Sums, by_blocks, load_group, start_sums};
 use super::gemv::{broadcast_quad, by_fours};
 use super::{gemm_parts, plane_columns, plane_rows, planes};
 use crate::activations::{ActRow, HiddenGroup, UNIT_ROWS};
@@ -13,7 +13,7 @@ use crate::codes::with_coded;
 use crate::down_layout::DownLayout;
 use crate::live::{self, LiveRows};
 use crate::panel::{PanelKind, Values};
-use crate::table::{Isa, Table};
+use crate::table::{Isa, PanelOutputs, Table};
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 use crate::x86_64::request::prefetch;
@@ -124,12 +124,12 @@ fn down_evex(down: &DownLayout, region: &[u8], hidden: &[HiddenGroup], chunks: R
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn gemm_vex(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+fn gemm_vex(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     gemm(kind, kb, panel, units, out, |sums, w, a| _mm256_dpbusd_avx_epi32(sums, w, a));
 }
 
 #[target_feature(enable = "avx2,fma,avx512vnni,avx512vl")]
-fn gemm_evex(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+fn gemm_evex(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     gemm(kind, kb, panel, units, out, |sums, w, a| _mm256_dpbusd_epi32(sums, w, a));
 }
 
@@ -140,7 +140,7 @@ fn gemm(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     dpbusd: impl Fn(__m256i, __m256i, __m256i) -> __m256i + Copy,
 ) {
     if !kind.is_plain() {

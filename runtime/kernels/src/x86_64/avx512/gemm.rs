@@ -9,7 +9,7 @@ use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
 use crate::r16::{R16_ROWS, tile_bytes};
-use crate::table::GEMM_UNITS;
+use crate::table::PanelOutputs;
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
 
@@ -146,10 +146,8 @@ pub(super) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
 /// Signed values are multiplied as unsigned bytes.
 pub(super) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 128 };
 
-type Outputs = [f32; GEMM_UNITS * UNIT_ROWS * R16_ROWS];
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut Outputs) {
+pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
     assert!(panel.len() >= kb * kind.block_bytes() && units.len().is_multiple_of(kb * UNIT_BLOCK));
     let offset = match kind.values {
         Values::Nibbles { offset } => offset,
@@ -192,7 +190,7 @@ unsafe fn units_of<const SUBS: usize, const MINIMA: bool>(
     kb: usize,
     panel: &[u8],
     units: &[u8],
-    out: &mut Outputs,
+    out: &mut PanelOutputs,
     start: impl Fn(*const i8, usize, usize) -> __m512i,
 ) {
     // SAFETY: the caller's promise.

@@ -3,8 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::gemm::transpose;
-use super::gemv::{broadcast_quad, start_sums};
+use super::lanes::{broadcast_quad, interleave, load_rows, start_sums, transpose};
 use super::{plane_columns, plane_rows};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::down_layout::DownLayout;
@@ -142,28 +141,4 @@ pub(super) fn down(
             }
         }
     });
-}
-
-/// # Safety
-/// 64 bytes must be readable at `base + rows[i] + line` for four rows.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], line: usize) -> [__m512i; 4] {
-    // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm512_loadu_si512(base.add(rows[i] as usize + line).cast()) })
-}
-
-/// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs `16v + i` and
-/// `64 + 16v + i` (see `expert_format`).
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn interleave(w: [__m512i; 4]) -> [__m512i; 4] {
-    let (ab_lo, ab_hi) = (_mm512_unpacklo_epi8(w[0], w[1]), _mm512_unpackhi_epi8(w[0], w[1]));
-    let (cd_lo, cd_hi) = (_mm512_unpacklo_epi8(w[2], w[3]), _mm512_unpackhi_epi8(w[2], w[3]));
-    [
-        _mm512_unpacklo_epi16(ab_lo, cd_lo),
-        _mm512_unpackhi_epi16(ab_lo, cd_lo),
-        _mm512_unpacklo_epi16(ab_hi, cd_hi),
-        _mm512_unpackhi_epi16(ab_hi, cd_hi),
-    ]
 }

@@ -3,8 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::experts::{interleave, load_rows};
-use super::gemv::{broadcast_quad, start_sums};
+use super::lanes::{broadcast_quad, interleave, load_rows, start_sums, transpose};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::down_layout::DownLayout;
 use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, Values};
@@ -80,36 +79,6 @@ pub(super) fn panel_up(up: &UpLayout, region: &[u8], first: usize, panel: &mut [
             }
         }
     }
-}
-
-/// Transposes 16 vectors of 16 32-bit values.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
-    let mut t = r;
-    for i in (0..16).step_by(2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    let mut u = t;
-    for i in (0..16).step_by(4) {
-        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    // u[4a + j], lane L: column 4L + j of rows 4a..4a+4. What is left is a transposition of 4 × 4 lanes for each j.
-    let mut out = u;
-    for j in 0..4 {
-        let (a, b, c, d) = (u[j], u[4 + j], u[8 + j], u[12 + j]);
-        let (ab0, ab1) = (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b));
-        let (cd0, cd1) = (_mm512_shuffle_i32x4::<0x44>(c, d), _mm512_shuffle_i32x4::<0xee>(c, d));
-        out[j] = _mm512_shuffle_i32x4::<0x88>(ab0, cd0);
-        out[4 + j] = _mm512_shuffle_i32x4::<0xdd>(ab0, cd0);
-        out[8 + j] = _mm512_shuffle_i32x4::<0x88>(ab1, cd1);
-        out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(ab1, cd1);
-    }
-    out
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]

@@ -2,8 +2,10 @@
 
 use std::arch::x86_64::*;
 
+use super::lanes::{broadcast_quad, start_sums};
 use super::planes;
-use crate::activations::{ActRow, Sums, start};
+use super::token::{Token, put_outputs};
+use crate::activations::{ActRow, start};
 use crate::r16::R16_ROWS;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
@@ -39,42 +41,6 @@ fn gemv<const N: usize>(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<
             _ => gemv_q8::<N>(kb, tiles, tokens, groups),
         }
     }
-}
-
-/// Activations of one token, and where its outputs go.
-pub(super) struct Token {
-    pub(super) q: *const i8,
-    pub(super) d: *const f32,
-    pub(super) sums: *const Sums,
-    out: *mut f32,
-}
-
-impl Token {
-    pub(super) fn new(a: ActRow<'_>, out: &mut [f32]) -> Self {
-        Self { q: a.q.as_ptr(), d: a.d.as_ptr(), sums: a.sums.as_ptr(), out: out.as_mut_ptr() }
-    }
-}
-
-/// 4 bytes of activations in every lane.
-///
-/// # Safety
-/// `q` must be readable for 4 bytes.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn broadcast_quad(q: *const i8) -> __m512i {
-    // SAFETY: the caller's promise.
-    _mm512_set1_epi32(unsafe { q.cast::<i32>().read_unaligned() })
-}
-
-/// What sums start from where weights have an offset, in every lane: `minus` it times the sum of a block, [`Sums`] at `sums`.
-///
-/// # Safety
-/// `sums` must be readable for 4 bytes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn start_sums(sums: *const i8, minus: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
-    _mm512_madd_epi16(unsafe { broadcast_quad(sums) }, minus)
 }
 
 /// Requests what comes after a tile; up to three tokens are computed as fast as it can be read.
@@ -173,17 +139,6 @@ unsafe fn add_blocks<const N: usize>(
             let d = _mm512_mul_ps(d_w, _mm512_set1_ps(*token.d.add(b)));
             *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1])), d, *acc);
         }
-    }
-}
-
-/// # Safety
-/// The tokens have 16 outputs for the group.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn put_outputs<const N: usize>(acc: [__m512; N], tokens: &[Token; N], group: usize) {
-    for (acc, token) in acc.into_iter().zip(tokens) {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_storeu_ps(token.out.add(group * R16_ROWS), acc) };
     }
 }
 

@@ -9,11 +9,13 @@ mod experts;
 mod float;
 mod gemm;
 mod gemv;
+mod lanes;
 mod pack;
 mod plane_columns;
 mod plane_rows;
 mod planes;
 mod quantize;
+mod token;
 
 use crate::table::{Isa, Table};
 

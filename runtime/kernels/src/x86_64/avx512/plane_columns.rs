@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::experts::{interleave, load_rows};
+use super::lanes::{interleave, load_rows};
 use super::planes::{meant, offset, panel_bytes, powers, table};
 use crate::activations::HiddenGroup;
 use crate::codes::{Coded, with_coded};

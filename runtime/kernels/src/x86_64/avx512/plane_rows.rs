@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::gemv::broadcast_quad;
+use super::lanes::broadcast_quad;
 use super::pack::transpose_quads;
 use super::planes::{Scales, meant, offset, panel_bytes, put_scales, shifted, start_of, sums_times, table};
 use crate::activations::ActRow;

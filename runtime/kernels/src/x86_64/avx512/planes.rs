@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::gemv::{Token, broadcast_quad, put_outputs};
+use super::lanes::broadcast_quad;
+use super::token::{Token, put_outputs};
 use crate::activations::{ActRow, Sums};
 use crate::codes::{Coded, Meaning, with_coded};
 use crate::panel::{PANEL_VALUES, PanelKind, Values};

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::gemv::{add_pairs, broadcast_quad, finish_pairs};
+use super::lanes::{add_pairs, broadcast_quad, finish_pairs, interleave, load_rows};
 use super::{plane_columns, plane_rows};
 use crate::activations::{ActRow, HiddenGroup, start};
 use crate::codes::with_coded;
@@ -173,28 +173,4 @@ pub(super) fn down(
             }
         }
     });
-}
-
-/// # Safety
-/// 32 bytes must be readable at `base + rows[i] + from` for four rows.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) unsafe fn load_rows(base: *const u8, rows: &[u32; 4], from: usize) -> [__m256i; 4] {
-    // SAFETY: the caller's promise.
-    std::array::from_fn(|i| unsafe { _mm256_loadu_si256(base.add(rows[i] as usize + from).cast()) })
-}
-
-/// Interleaves the bytes of four rows: vector `v`, 32-bit lane `i` of the result holds the four bytes of outputs
-/// `16v + 8 half + i` and 64 further (see `expert_format`).
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn interleave(w: [__m256i; 4]) -> [__m256i; 4] {
-    let (ab_lo, ab_hi) = (_mm256_unpacklo_epi8(w[0], w[1]), _mm256_unpackhi_epi8(w[0], w[1]));
-    let (cd_lo, cd_hi) = (_mm256_unpacklo_epi8(w[2], w[3]), _mm256_unpackhi_epi8(w[2], w[3]));
-    [
-        _mm256_unpacklo_epi16(ab_lo, cd_lo),
-        _mm256_unpackhi_epi16(ab_lo, cd_lo),
-        _mm256_unpacklo_epi16(ab_hi, cd_hi),
-        _mm256_unpackhi_epi16(ab_hi, cd_hi),
-    ]
 }

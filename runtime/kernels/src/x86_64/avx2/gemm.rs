@@ -3,8 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::experts::{interleave, load_rows};
-use super::gemv::{broadcast_quad, dot_signed};
+use super::lanes::{broadcast_quad, dot_signed, interleave, load_group, load_rows};
 use super::{gemm_parts, plane_columns, plane_rows, planes};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::down_layout::DownLayout;
@@ -158,17 +157,6 @@ pub(super) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: 
             sums
         }),
     }
-}
-
-/// Columns `4 * g..` of a panel block's 16 rows.
-///
-/// # Safety
-/// `w` must be a panel block, `g` one of 8.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) unsafe fn load_group(w: *const u8, g: usize) -> [__m256i; 2] {
-    // SAFETY: the caller's promise.
-    std::array::from_fn(|half| unsafe { _mm256_loadu_si256(w.add(g * 64 + half * 32).cast()) })
 }
 
 /// `-offset` times the sum of token `t` of a unit's block, in every lane.

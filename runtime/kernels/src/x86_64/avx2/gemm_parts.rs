@@ -2,8 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::gemm::load_group;
-use super::gemv::{broadcast_quad, dot_signed};
+use super::lanes::{broadcast_quad, dot_signed, load_group};
 use crate::activations::{UNIT_BLOCK, UNIT_ROWS};
 use crate::panel::{PANEL_VALUES, PanelKind, Values};
 use crate::r16::R16_ROWS;

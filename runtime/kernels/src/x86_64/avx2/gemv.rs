@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::lanes::{add_pairs, broadcast_quad, dot_signed, finish_pairs};
 use super::planes;
 use crate::activations::{ActRow, start};
 use crate::r16::R16_ROWS;
@@ -27,46 +28,13 @@ pub(super) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'
     }
 }
 
-/// Adds products of nibbles and activations: sums of 16 bits, which have room for eight.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn add_pairs(sums: __m256i, w: __m256i, q: __m256i) -> __m256i {
-    _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, q))
-}
-
-/// Sums of 32 bits from those of [`add_pairs`].
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn finish_pairs(sums: __m256i) -> __m256i {
-    _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
-}
-
-/// 4 bytes of activations in every lane.
-///
-/// # Safety
-/// `q` must be readable for 4 bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) unsafe fn broadcast_quad(q: *const i8) -> __m256i {
-    // SAFETY: the caller's promise.
-    _mm256_set1_epi32(unsafe { q.cast::<i32>().read_unaligned() })
-}
-
 /// Sum of 8 integers.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn add_lanes(v: __m256i) -> i32 {
+fn add_lanes(v: __m256i) -> i32 {
     let v = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
     let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b01_00_11_10>(v));
     _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32::<0b10_11_00_01>(v)))
-}
-
-/// `Σ w · a` in pairs of 16-bit products added to 32 bits, for signed bytes; `w` may be -128, `a` may not.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn dot_signed(w: __m256i, a: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
 }
 
 /// Row groups of tiles of `TILE` bytes times tokens, four at a time: as many sums as there are registers for. `add(sums, w, q)` adds

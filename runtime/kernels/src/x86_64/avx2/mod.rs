@@ -10,6 +10,7 @@ mod float;
 mod gemm;
 mod gemm_parts;
 mod gemv;
+mod lanes;
 mod pack;
 mod plane_columns;
 mod plane_rows;

@@ -3,8 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::experts::{interleave, load_rows};
-use super::gemv::dot_signed;
+use super::lanes::{dot_signed, interleave, load_rows};
 use super::planes::{codes, meant, offset, panel_bytes, table};
 use crate::codes::{Coded, Meaning, half_of_power, with_coded};
 use crate::columns::{OfChunk, chunk_integers};

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::gemv::{broadcast_quad, dot_signed};
+use super::lanes::{broadcast_quad, dot_signed};
 use crate::activations::{ActRow, FEW_ROWS, Sums};
 use crate::codes::{Coded, MAX_SCALES, Meaning, with_coded};
 use crate::panel::{PANEL_VALUES, PanelKind, Values};

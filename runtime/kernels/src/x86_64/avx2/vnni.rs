@@ -5,8 +5,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::experts::{self, up_rows_of};
-use super::gemm::{Sums, by_blocks, load_group, start_sums};
-use super::gemv::{broadcast_quad, by_fours};
+use super::gemm::{Sums, by_blocks, start_sums};
+use super::gemv::by_fours;
+use super::lanes::{broadcast_quad, load_group};
 use super::{gemm_parts, plane_columns, plane_rows, planes};
 use crate::activations::{ActRow, HiddenGroup, UNIT_ROWS};
 use crate::codes::with_coded;

@@ -1,8 +1,9 @@
 //! Portable versions of every kernel: plain loops that say what the SIMD versions must compute, bit for bit.
 
 mod float;
-pub(crate) mod planes;
+mod planes;
 mod quantized;
+mod step;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use float::merge;
@@ -27,7 +28,7 @@ pub(crate) static TABLE: Table = Table {
     panel_r16: quantized::panel_r16,
     panel_up: quantized::panel_up,
     panel_down: quantized::panel_down,
-    panel: quantized::LAYOUT,
+    panel: step::LAYOUT,
     gemm: quantized::gemm,
     dots: float::dots,
     rms_norm: float::rms_norm,

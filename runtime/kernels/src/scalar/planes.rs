@@ -1,9 +1,8 @@
-//! Products with the types of `planes`, for the instruction sets that have none of their own: 16 rows become a panel, rows of up and columns
-//! of down codes.
+//! Products with the types of [`crate::planes`]: 16 rows become a panel, rows of up and columns of down codes.
 
 use std::ops::Range;
 
-use super::quantized::{LAYOUT, add_block, add_panel_block};
+use super::step::{LAYOUT, add_block, add_panel_block};
 use crate::activations::{ActRow, HiddenGroup};
 use crate::codes::Coding;
 use crate::columns::{block_scales, group_codes};
@@ -26,7 +25,7 @@ pub(crate) fn gemv(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>],
                 let mut acc = [0.0; R16_ROWS];
                 for (b, w) in panel.chunks_exact(kind.block_bytes()).enumerate() {
                     let q = std::array::from_fn(|c| i32::from(a.q[b * BLOCK_LEN + c]));
-                    add_panel_block(LAYOUT, kind, w, &q, a.d[b], &mut acc);
+                    add_panel_block(kind, w, &q, a.d[b], &mut acc);
                 }
                 out[i * R16_ROWS..][..R16_ROWS].copy_from_slice(&acc);
             }

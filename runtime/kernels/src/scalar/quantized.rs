@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::step::{LAYOUT, add_block, add_panel_block, float};
 use crate::activations::{ActRow, HiddenGroup, Sums, UNIT_BLOCK, UNIT_ROWS};
 use crate::block::{BlockQ4_0, BlockQ8_0, level};
 use crate::columns;
@@ -11,16 +12,13 @@ use crate::down_layout::DownLayout;
 use crate::down_layout::OUTPUT_CHUNK;
 use crate::expert_format::down_nibble;
 use crate::live::{self, LiveRows};
-use crate::panel::{PANEL_BLOCK, PANEL_VALUES, PanelKind, PanelLayout, PanelMut, Values, place};
+use crate::panel::{PANEL_BLOCK, PanelKind, PanelMut};
 use crate::planes;
 use crate::r16::{self, R16_ROWS, group_bytes, tile_bytes, tile_scale, tile_value};
 use crate::table::PanelOutputs;
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
-
-/// Values stay signed.
-pub(crate) const LAYOUT: PanelLayout = PanelLayout { columns: 4, signed_offset: 0 };
 
 pub(crate) fn quantize_q8(x: &[f32], q: &mut [i8], d: &mut [f32], sums: &mut [Sums]) {
     let blocks = x.chunks_exact(BLOCK_LEN).zip(q.chunks_exact_mut(BLOCK_LEN));
@@ -38,12 +36,6 @@ pub(crate) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
 
 pub(crate) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     r16::pack(ty, canonical.len() / group_bytes(ty, kb) * R16_ROWS, kb * BLOCK_LEN, canonical, tiles);
-}
-
-/// One step of the accumulation.
-#[inline]
-pub(super) fn add_block(acc: f32, isum: i32, d_w: f32, d_a: f32) -> f32 {
-    (isum as f32).mul_add(d_w * d_a, acc)
 }
 
 pub(crate) fn gemv_r16(ty: WeightType, kb: usize, tiles: &[u8], acts: &[ActRow<'_>], out: &mut [&mut [f32]]) {
@@ -183,60 +175,12 @@ pub(crate) fn panel_down(down: &DownLayout, region: &[u8], chunk: usize, panels:
 }
 
 pub(crate) fn gemm(kind: PanelKind, kb: usize, panel: &[u8], units: &[u8], out: &mut PanelOutputs) {
-    gemm_of(LAYOUT, kind, kb, panel, units, out);
-}
-
-/// The product of any kind of panel, for the instruction sets that have none of their own for it.
-#[inline(always)]
-pub(crate) fn gemm_of(
-    layout: PanelLayout,
-    kind: PanelKind,
-    kb: usize,
-    panel: &[u8],
-    units: &[u8],
-    out: &mut PanelOutputs,
-) {
     out.fill(0.0);
     for (unit, out) in units.chunks_exact(kb * UNIT_BLOCK).zip(out.chunks_exact_mut(UNIT_ROWS * R16_ROWS)) {
         for (w, a) in panel.chunks_exact(kind.block_bytes()).zip(unit.chunks_exact(UNIT_BLOCK)) {
             for (t, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
                 let q = std::array::from_fn(|c| i32::from(a[(c / 4 * UNIT_ROWS + t) * 4 + c % 4] as i8));
-                add_panel_block(layout, kind, w, &q, float(&a[128..], t), out);
-            }
-        }
-    }
-}
-
-/// Float `i` of some bytes.
-#[inline(always)]
-fn float(bytes: &[u8], i: usize) -> f32 {
-    f32::from_ne_bytes([bytes[i * 4], bytes[i * 4 + 1], bytes[i * 4 + 2], bytes[i * 4 + 3]])
-}
-
-/// Adds to the sums of a token the products of block `w` of a panel with its values `q`.
-#[inline(always)]
-pub(super) fn add_panel_block(
-    layout: PanelLayout,
-    kind: PanelKind,
-    w: &[u8],
-    q: &[i32; BLOCK_LEN],
-    d_a: f32,
-    out: &mut [f32; R16_ROWS],
-) {
-    let (values, scales) = w.split_at(PANEL_VALUES);
-    let value = |byte: u8| match kind.values {
-        Values::Nibbles { offset } => i32::from(byte) - offset,
-        Values::Signed => i32::from(byte.wrapping_sub(layout.signed_offset) as i8),
-    };
-    let columns = BLOCK_LEN / kind.sub_blocks;
-    for (sub, q) in q.chunks_exact(columns).enumerate() {
-        let sum = q.iter().sum();
-        for (r, acc) in out.iter_mut().enumerate() {
-            let isum =
-                (q.iter().enumerate()).map(|(c, q)| q * value(values[place(layout, r, sub * columns + c)])).sum();
-            *acc = add_block(*acc, isum, float(scales, sub * R16_ROWS + r), d_a);
-            if kind.has_minima {
-                *acc = add_block(*acc, sum, float(scales, (kind.sub_blocks + sub) * R16_ROWS + r), d_a);
+                add_panel_block(kind, w, &q, float(&a[128..], t), out);
             }
         }
     }

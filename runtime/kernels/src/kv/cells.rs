@@ -3,7 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{KV_CHUNK, KV_TILE, KvType};
+use super::format::{KV_CHUNK, KV_TILE, KvType};
 use crate::block::BlockQ8_0;
 use crate::weight_type::BLOCK_LEN;
 

@@ -7,6 +7,8 @@
 //! the first 64 outputs of the first one have the lowest bits of the bytes, then its last 64, then those of the next. Which byte is which
 //! output's [`line_byte`] says. For Q4_0 the same order is in `expert_format`.
 
+use std::marker::PhantomData;
+
 use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, with_coded};
 use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownGroup, DownLayout, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
@@ -155,10 +157,41 @@ pub(crate) type OfChunk = [i8; OUTPUT_CHUNK];
 /// The integers that scales and minima of sub-block `sub` are multiplied by, for the outputs of a chunk whose heads' other bytes are
 /// `narrow`, for a type of blocks of 256. Simple loops, which compilers turn into vector instructions.
 #[inline(always)]
-pub(crate) fn chunk_integers<T: Coded>(narrow: &[[u8; OUTPUT_CHUNK]], sub: usize) -> (OfChunk, OfChunk) {
+fn chunk_integers<T: Coded>(narrow: &[[u8; OUTPUT_CHUNK]], sub: usize) -> (OfChunk, OfChunk) {
     let mut integers = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
     for (o, (scale, minimum)) in integers.0.iter_mut().zip(&mut integers.1).enumerate() {
         (*scale, *minimum) = crate::codes::integers(T::TY, |i| narrow[i][o], sub);
     }
     integers
+}
+
+/// What the scales of a sub-block are made of, for the outputs of a chunk.
+pub(crate) struct ChunkScales<T: Coded> {
+    /// The chunk's part of the heads.
+    pub(crate) head: *const u8,
+    /// What f16 scales and minima are multiplied by in blocks of 256.
+    pub(crate) by: (OfChunk, OfChunk),
+    _type: PhantomData<T>,
+}
+
+impl<T: Coded> ChunkScales<T> {
+    /// Of sub-block `sub`.
+    ///
+    /// # Safety
+    /// `heads` must be those of a block, and have the chunk.
+    #[inline(always)]
+    pub(crate) unsafe fn new(heads: *const u8, chunk: usize, sub: usize) -> Self {
+        let mut by = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
+        // SAFETY: the caller's promise: the other bytes of the heads follow the f16 scales, 128 of each.
+        let head = unsafe { heads.add(chunk * OUTPUT_CHUNK * T::CODING.head_bytes()) };
+        if T::STEPS > 1 {
+            // SAFETY: as above.
+            let narrow = unsafe {
+                let narrow = head.add(2 * T::CODING.wide() * OUTPUT_CHUNK).cast::<[u8; OUTPUT_CHUNK]>();
+                std::slice::from_raw_parts(narrow, T::CODING.narrow())
+            };
+            by = chunk_integers::<T>(narrow, sub);
+        }
+        Self { head, by, _type: PhantomData }
+    }
 }

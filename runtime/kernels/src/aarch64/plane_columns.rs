@@ -8,7 +8,7 @@ use super::experts::interleave;
 use super::neon::{add_block, load_f16, transpose16};
 use super::planes::{codes, offset, put_floats, put_quads, table, times};
 use crate::codes::{Coded, half_of_power, with_coded};
-use crate::columns::{self, OfChunk, chunk_integers};
+use crate::columns::{self, ChunkScales, OfChunk};
 use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownLayout, line_bit};
 use crate::expert_format;
@@ -45,7 +45,7 @@ pub(super) unsafe fn add_chunk<T: Coded, D: Dot>(
                 continue;
             }
             let total = token.sum(sub, T::SUBS);
-            let scales = Scales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
+            let scales = ChunkScales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
             for part in 0..4 {
                 let mut sums = [vdupq_n_s32(-offset::<T>() * total); 8];
                 for (rows, quad) in token.fours(sub) {
@@ -57,7 +57,7 @@ pub(super) unsafe fn add_chunk<T: Coded, D: Dot>(
                 }
                 for (v, sum) in sums.into_iter().enumerate() {
                     let at = v * 16 + part * 4;
-                    let (d_w, m_w) = scales.of(at);
+                    let (d_w, m_w) = scales_of(&scales, at);
                     let p = out.as_mut_ptr().add(at);
                     let mut acc = add_block(vld1q_f32(p), sum, d_w, d_a);
                     if T::CODING.has_minima {
@@ -98,57 +98,26 @@ unsafe fn fours<T: Coded>(
     }
 }
 
-/// Scales of a sub-block for the outputs of a chunk.
-struct Scales<T: Coded> {
-    /// The chunk's part of the heads.
-    head: *const u8,
-    /// What f16 scales and minima are multiplied by in blocks of 256.
-    by: (OfChunk, OfChunk),
-    _type: std::marker::PhantomData<T>,
-}
-
-impl<T: Coded> Scales<T> {
-    /// Of sub-block `sub`.
-    ///
-    /// # Safety
-    /// `heads` must be those of a block, and have the chunk.
-    #[inline(always)]
-    unsafe fn new(heads: *const u8, chunk: usize, sub: usize) -> Self {
-        let mut by = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
-        // SAFETY: the caller's promise: the other bytes of the heads follow the f16 scales, 128 of each.
-        let head = unsafe { heads.add(chunk * OUTPUT_CHUNK * T::CODING.head_bytes()) };
-        if T::STEPS > 1 {
-            // SAFETY: as above.
-            let narrow = unsafe {
-                let narrow = head.add(2 * T::CODING.wide() * OUTPUT_CHUNK).cast::<[u8; OUTPUT_CHUNK]>();
-                std::slice::from_raw_parts(narrow, T::CODING.narrow())
-            };
-            by = chunk_integers::<T>(narrow, sub);
+/// Scales and minima of outputs `at..at + 4`.
+///
+/// # Safety
+/// What [`ChunkScales::new`] was promised must still hold, and the chunk have the outputs.
+#[inline(always)]
+unsafe fn scales_of<T: Coded>(scales: &ChunkScales<T>, at: usize) -> (float32x4_t, float32x4_t) {
+    let four = |by: &OfChunk| [0, 1, 2, 3].map(|i| by[at + i]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if T::CODING.wide() == 0 {
+            let d = [0, 1, 2, 3].map(|i| half_of_power(*scales.head.add(at + i)));
+            return (vld1q_f32(d.as_ptr()), vdupq_n_f32(0.0));
         }
-        Self { head, by, _type: std::marker::PhantomData }
-    }
-
-    /// Scales and minima of outputs `at..at + 4`.
-    ///
-    /// # Safety
-    /// What [`Self::new`] was promised must still hold, and the chunk have the outputs.
-    #[inline(always)]
-    unsafe fn of(&self, at: usize) -> (float32x4_t, float32x4_t) {
-        let four = |by: &OfChunk| [0, 1, 2, 3].map(|i| by[at + i]);
-        // SAFETY: the caller's promise.
-        unsafe {
-            if T::CODING.wide() == 0 {
-                let d = [0, 1, 2, 3].map(|i| half_of_power(*self.head.add(at + i)));
-                return (vld1q_f32(d.as_ptr()), vdupq_n_f32(0.0));
-            }
-            let wide = |i: usize| load_f16(self.head.add((i * OUTPUT_CHUNK + at) * 2));
-            let m = if T::CODING.has_minima { wide(1) } else { vdupq_n_f32(0.0) };
-            if T::STEPS == 1 {
-                return (wide(0), m);
-            }
-            let m = if T::CODING.has_minima { times(vnegq_f32(m), four(&self.by.1)) } else { m };
-            (times(wide(0), four(&self.by.0)), m)
+        let wide = |i: usize| load_f16(scales.head.add((i * OUTPUT_CHUNK + at) * 2));
+        let m = if T::CODING.has_minima { wide(1) } else { vdupq_n_f32(0.0) };
+        if T::STEPS == 1 {
+            return (wide(0), m);
         }
+        let m = if T::CODING.has_minima { times(vnegq_f32(m), four(&scales.by.1)) } else { m };
+        (times(wide(0), four(&scales.by.0)), m)
     }
 }
 
@@ -173,9 +142,9 @@ fn panel_down_of<T: Coded>(layout: PanelLayout, down: &DownLayout, region: &[u8]
                 }
             }
             for sub in 0..T::SUBS {
-                let scales = Scales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
+                let scales = ChunkScales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
                 for at in (0..OUTPUT_CHUNK).step_by(4) {
-                    let (d, m) = scales.of(at);
+                    let (d, m) = scales_of(&scales, at);
                     let to = block(at / 16) + PANEL_VALUES + at % 16 * 4;
                     put_floats(d, &mut panels[to + sub * 64..]);
                     if T::CODING.has_minima {

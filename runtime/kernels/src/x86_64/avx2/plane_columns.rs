@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::lanes::{dot_signed, interleave, load_rows};
 use super::planes::{codes, meant, offset, panel_bytes, table};
 use crate::codes::{Coded, Meaning, half_of_power, with_coded};
-use crate::columns::{OfChunk, chunk_integers};
+use crate::columns::{ChunkScales, OfChunk};
 use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownLayout, line_bit};
 use crate::live::{LivePlace, LiveToken};
@@ -37,7 +37,7 @@ pub(super) unsafe fn add_chunk<T: Coded, const VNNI: bool>(
                 continue;
             }
             let total = token.sum(sub, T::SUBS);
-            let scales = Scales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
+            let scales = ChunkScales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
             let start = _mm256_set1_epi32(-offset::<T, VNNI>() * total);
             for half in 0..2 {
                 let mut sums = [_mm256_setzero_si256(); 8];
@@ -57,7 +57,7 @@ pub(super) unsafe fn add_chunk<T: Coded, const VNNI: bool>(
                     let at = v * 16 + half * 8;
                     let sum = if has_pairs { _mm256_madd_epi16(sum, ones) } else { sum };
                     let sum = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, start));
-                    let (d_w, m_w) = scales.of(at);
+                    let (d_w, m_w) = scales_of(&scales, at);
                     let p = out.as_mut_ptr().add(at);
                     let mut acc = _mm256_fmadd_ps(sum, _mm256_mul_ps(d_w, d_a), _mm256_loadu_ps(p));
                     if T::CODING.has_minima {
@@ -100,62 +100,31 @@ unsafe fn fours<T: Coded>(
     }
 }
 
-/// Scales of a sub-block for the outputs of a chunk.
-struct Scales<T: Coded> {
-    /// The chunk's part of the heads.
-    head: *const u8,
-    /// What f16 scales and minima are multiplied by in blocks of 256.
-    by: (OfChunk, OfChunk),
-    _type: std::marker::PhantomData<T>,
-}
-
-impl<T: Coded> Scales<T> {
-    /// Of sub-block `sub`.
-    ///
-    /// # Safety
-    /// `heads` must be those of a block, and have the chunk.
-    #[inline(always)]
-    unsafe fn new(heads: *const u8, chunk: usize, sub: usize) -> Self {
-        let mut by = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
-        // SAFETY: the caller's promise: the other bytes of the heads follow the f16 scales, 128 of each.
-        let head = unsafe { heads.add(chunk * OUTPUT_CHUNK * T::CODING.head_bytes()) };
-        if T::STEPS > 1 {
-            // SAFETY: as above.
-            let narrow = unsafe {
-                let narrow = head.add(2 * T::CODING.wide() * OUTPUT_CHUNK).cast::<[u8; OUTPUT_CHUNK]>();
-                std::slice::from_raw_parts(narrow, T::CODING.narrow())
-            };
-            by = chunk_integers::<T>(narrow, sub);
-        }
-        Self { head, by, _type: std::marker::PhantomData }
-    }
-
-    /// Scales and minima of outputs `at..at + 8`.
-    ///
-    /// # Safety
-    /// What [`Self::new`] was promised must still hold, and the chunk have the outputs; the CPU must have AVX2 and F16C.
-    #[inline(always)]
-    unsafe fn of(&self, at: usize) -> (__m256, __m256) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            if T::CODING.wide() == 0 {
-                let mut d = self.head.add(at).cast::<[u8; 8]>().read().map(f32::from);
-                for (i, d) in d.iter_mut().enumerate() {
-                    *d = half_of_power(*self.head.add(at + i));
-                }
-                return (_mm256_loadu_ps(d.as_ptr()), _mm256_setzero_ps());
+/// Scales and minima of outputs `at..at + 8`.
+///
+/// # Safety
+/// What [`ChunkScales::new`] was promised must still hold, and the chunk have the outputs; the CPU must have AVX2 and F16C.
+#[inline(always)]
+unsafe fn scales_of<T: Coded>(scales: &ChunkScales<T>, at: usize) -> (__m256, __m256) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if T::CODING.wide() == 0 {
+            let mut d = scales.head.add(at).cast::<[u8; 8]>().read().map(f32::from);
+            for (i, d) in d.iter_mut().enumerate() {
+                *d = half_of_power(*scales.head.add(at + i));
             }
-            let d = wide(self.head, 0, at);
-            let m = if T::CODING.has_minima { wide(self.head, 1, at) } else { _mm256_setzero_ps() };
-            if T::STEPS == 1 {
-                return (d, m);
-            }
-            let m = match T::CODING.has_minima {
-                true => times(_mm256_xor_ps(m, _mm256_set1_ps(-0.0)), &self.by.1, at),
-                false => m,
-            };
-            (times(d, &self.by.0, at), m)
+            return (_mm256_loadu_ps(d.as_ptr()), _mm256_setzero_ps());
         }
+        let d = wide(scales.head, 0, at);
+        let m = if T::CODING.has_minima { wide(scales.head, 1, at) } else { _mm256_setzero_ps() };
+        if T::STEPS == 1 {
+            return (d, m);
+        }
+        let m = match T::CODING.has_minima {
+            true => times(_mm256_xor_ps(m, _mm256_set1_ps(-0.0)), &scales.by.1, at),
+            false => m,
+        };
+        (times(d, &scales.by.0, at), m)
     }
 }
 
@@ -210,9 +179,9 @@ unsafe fn panel_down_of<T: Coded>(down: &DownLayout, region: &[u8], chunk: usize
                 }
             }
             for sub in 0..T::SUBS {
-                let scales = Scales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
+                let scales = ChunkScales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
                 for at in (0..OUTPUT_CHUNK).step_by(8) {
-                    let (d, m) = scales.of(at);
+                    let (d, m) = scales_of(&scales, at);
                     let to = block(at / 16).add(PANEL_VALUES + at % 16 * 4);
                     _mm256_storeu_ps(to.add(sub * 64).cast(), d);
                     if T::CODING.has_minima {

@@ -8,7 +8,7 @@ use super::lanes::{interleave, load_rows};
 use super::planes::{meant, offset, panel_bytes, powers, table};
 use crate::activations::HiddenGroup;
 use crate::codes::{Coded, with_coded};
-use crate::columns::{OfChunk, chunk_integers};
+use crate::columns::{ChunkScales, OfChunk};
 use crate::down_layout::OUTPUT_CHUNK;
 use crate::down_layout::{DownLayout, line_bit};
 use crate::live::{self, LivePlace, LiveToken};
@@ -61,9 +61,9 @@ unsafe fn add_chunk<T: Coded>(
         let total = _mm512_set1_ps(total as f32);
         // SAFETY: the caller's promise; `out` has a float for each of the chunk's 128 outputs.
         unsafe {
-            let scales = Scales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
+            let scales = ChunkScales::<T>::new(group.heads, chunk, group.step * T::SUBS + sub);
             for (v, sum) in sums.into_iter().enumerate() {
-                let (d_w, m_w) = scales.of(v);
+                let (d_w, m_w) = scales_of(&scales, v);
                 let p = out.as_mut_ptr().add(v * 16);
                 let mut acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(d_w, d_a), _mm512_loadu_ps(p));
                 if T::CODING.has_minima {
@@ -120,63 +120,31 @@ fn moved(w: __m512i, from: usize, to: usize) -> __m512i {
     _mm512_rorv_epi32(w, _mm512_set1_epi32((from as i32 - to as i32) & 31))
 }
 
-/// Scales of a sub-block for the outputs of a chunk.
-struct Scales<T: Coded> {
-    /// The chunk's part of the heads.
-    head: *const u8,
-    /// What f16 scales and minima are multiplied by in blocks of 256.
-    by: (OfChunk, OfChunk),
-    _type: std::marker::PhantomData<T>,
-}
-
-impl<T: Coded> Scales<T> {
-    /// Of sub-block `sub`.
-    ///
-    /// # Safety
-    /// `heads` must be those of a block, and have the chunk.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn new(heads: *const u8, chunk: usize, sub: usize) -> Self {
-        let mut by = ([0; OUTPUT_CHUNK], [0; OUTPUT_CHUNK]);
-        // SAFETY: the caller's promise: the other bytes of the heads follow the f16 scales, 128 of each.
-        let head = unsafe { heads.add(chunk * OUTPUT_CHUNK * T::CODING.head_bytes()) };
-        if T::STEPS > 1 {
-            // SAFETY: as above.
-            let narrow = unsafe {
-                let narrow = head.add(2 * T::CODING.wide() * OUTPUT_CHUNK).cast::<[u8; OUTPUT_CHUNK]>();
-                std::slice::from_raw_parts(narrow, T::CODING.narrow())
-            };
-            by = chunk_integers::<T>(narrow, sub);
+/// Scales and minima of outputs `16v..`.
+///
+/// # Safety
+/// What [`ChunkScales::new`] was promised must still hold, and `v` be less than 8.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+unsafe fn scales_of<T: Coded>(scales: &ChunkScales<T>, v: usize) -> (__m512, __m512) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let wide =
+            |i: usize| _mm512_cvtph_ps(_mm256_loadu_si256(scales.head.add((i * OUTPUT_CHUNK + v * 16) * 2).cast()));
+        let times = |scale: __m512, by: &OfChunk| {
+            let by = _mm_loadu_si128(by.as_ptr().add(v * 16).cast());
+            _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(by)))
+        };
+        if T::CODING.wide() == 0 {
+            let exponents = _mm_loadu_si128(scales.head.add(v * 16).cast());
+            return (powers(_mm512_cvtepu8_epi32(exponents)), _mm512_setzero_ps());
         }
-        Self { head, by, _type: std::marker::PhantomData }
-    }
-
-    /// Scales and minima of outputs `16v..`.
-    ///
-    /// # Safety
-    /// What [`Self::new`] was promised must still hold, and `v` be less than 8.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-    unsafe fn of(&self, v: usize) -> (__m512, __m512) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let wide =
-                |i: usize| _mm512_cvtph_ps(_mm256_loadu_si256(self.head.add((i * OUTPUT_CHUNK + v * 16) * 2).cast()));
-            let times = |scale: __m512, by: &OfChunk| {
-                let by = _mm_loadu_si128(by.as_ptr().add(v * 16).cast());
-                _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(by)))
-            };
-            if T::CODING.wide() == 0 {
-                let exponents = _mm_loadu_si128(self.head.add(v * 16).cast());
-                return (powers(_mm512_cvtepu8_epi32(exponents)), _mm512_setzero_ps());
-            }
-            let m = if T::CODING.has_minima { wide(1) } else { _mm512_setzero_ps() };
-            if T::STEPS == 1 {
-                return (wide(0), m);
-            }
-            let m = if T::CODING.has_minima { times(_mm512_xor_ps(m, _mm512_set1_ps(-0.0)), &self.by.1) } else { m };
-            (times(wide(0), &self.by.0), m)
+        let m = if T::CODING.has_minima { wide(1) } else { _mm512_setzero_ps() };
+        if T::STEPS == 1 {
+            return (wide(0), m);
         }
+        let m = if T::CODING.has_minima { times(_mm512_xor_ps(m, _mm512_set1_ps(-0.0)), &scales.by.1) } else { m };
+        (times(wide(0), &scales.by.0), m)
     }
 }
 
@@ -203,9 +171,9 @@ fn panel_down_of<T: Coded>(down: &DownLayout, region: &[u8], chunk: usize, panel
                 }
             }
             for sub in 0..T::SUBS {
-                let scales = Scales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
+                let scales = ChunkScales::<T>::new(group.heads.as_ptr(), chunk, group.step * T::SUBS + sub);
                 for v in 0..8 {
-                    let (d, m) = scales.of(v);
+                    let (d, m) = scales_of(&scales, v);
                     _mm512_storeu_ps(block(v).add(PANEL_VALUES + sub * 64).cast(), d);
                     if T::CODING.has_minima {
                         _mm512_storeu_ps(block(v).add(PANEL_VALUES + (T::SUBS + sub) * 64).cast(), m);

@@ -2,19 +2,20 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use st_model::Engine;
 use tokio::sync::{Semaphore, watch};
 
-use crate::asked::Tokens;
+use crate::clock::{now, random};
 use crate::error::ApiError;
-use crate::guard::Keys;
+use crate::keys::Keys;
 use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::queue::Queue;
 use crate::settings::{BODIES, Settings};
 use crate::slots::Slots;
+use crate::tokens::Tokens;
 
 /// The server as its parts see it.
 pub(crate) struct App {
@@ -55,7 +56,7 @@ impl App {
             slots: Slots::new(settings.parallel),
             bodies: Semaphore::new(bodies),
             preparing: Semaphore::new(1),
-            started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            started: now(),
             engine: OnceLock::new(),
             loading: Default::default(),
             ending: watch::Sender::new(false),
@@ -144,15 +145,4 @@ impl App {
     pub(crate) fn name(&self) -> &str {
         self.settings.names.first().map_or("model", String::as_str)
     }
-}
-
-/// Seconds since 1970.
-pub(crate) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-/// A number that differs every time.
-pub(crate) fn random() -> u64 {
-    use std::hash::{BuildHasher as _, Hasher as _};
-    std::hash::RandomState::new().build_hasher().finish()
 }

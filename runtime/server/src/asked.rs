@@ -1,10 +1,9 @@
 //! A chat that is asked to go on, whatever API it came by: messages, tools and a format to jobs.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use serde_json::Value;
-use st_grammar::{Grammar, GrammarError, Grammars, Source};
-use st_model::Engine;
+use st_grammar::Source;
 
 use crate::answers::Answers;
 use crate::app::App;
@@ -12,22 +11,6 @@ use crate::error::ApiError;
 use crate::prepare;
 use crate::sampling::Sampling;
 use crate::tools::{self, Fit};
-
-/// The model's tokens as grammars need them, made when a request first asks for one.
-#[derive(Debug, Default)]
-pub(crate) struct Tokens(OnceLock<Result<Grammars, GrammarError>>);
-
-impl Tokens {
-    /// The grammar of what an answer has to fit; `param` is the field that says so.
-    ///
-    /// # Errors
-    /// Where it cannot be enforced.
-    pub(crate) fn compile(&self, engine: &Arc<Engine>, source: &Source, param: &str) -> Result<Grammar, ApiError> {
-        let grammars = self.0.get_or_init(|| Grammars::new(engine)).as_ref();
-        let compiled = grammars.map_err(Clone::clone).and_then(|grammars| grammars.compile(source));
-        compiled.map_err(|error| ApiError::field(param, error.to_string()))
-    }
-}
 
 /// What is asked.
 pub(crate) struct Asked {

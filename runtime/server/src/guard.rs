@@ -13,7 +13,6 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use sha2::{Digest as _, Sha256};
 
 use crate::app::App;
 use crate::error::{ApiError, Form};
@@ -24,31 +23,6 @@ const PRIVATE: [&str; 7] = [".localhost", ".local", ".internal", ".lan", ".home"
 
 /// Addresses that tell nothing and need no key: whether the server lives, and the page that asks for the key.
 const OPEN: [&str; 2] = ["/health", "/"];
-
-/// The keys, of which nothing can be learned by trying: their hashes are compared, all of them, to the end.
-pub(crate) struct Keys(Vec<[u8; 32]>);
-
-impl Keys {
-    pub(crate) fn new(keys: &[String]) -> Self {
-        Self(keys.iter().map(|key| hash(key.as_bytes())).collect())
-    }
-
-    /// Whether nobody needs one.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn holds(&self, key: &[u8]) -> bool {
-        let given = hash(key);
-        let differs = |known: &[u8; 32]| known.iter().zip(&given).fold(0, |all, (a, b)| all | (a ^ b));
-        let matches = |known| u8::from(std::hint::black_box(differs(known)) == 0);
-        self.0.iter().fold(0, |any, known| any | matches(known)) != 0
-    }
-}
-
-fn hash(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
-}
 
 /// Lets a request through, or answers it.
 pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
@@ -177,13 +151,5 @@ mod tests {
         for host in ["", "evil.example", "127.0.0.1.evil.example:80", "localhost.evil.com", ":80", "a.local.com"] {
             assert!(!is_ours(host), "{host}");
         }
-    }
-
-    #[test]
-    fn any_of_the_keys_will_do_and_nothing_else() {
-        let keys = Keys::new(&["one".into(), "two".into()]);
-        assert!(keys.holds(b"one") && keys.holds(b"two"));
-        assert!(!keys.holds(b"") && !keys.holds(b"on") && !keys.holds(b"onetwo"));
-        assert!(Keys::new(&[]).is_empty());
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::app::now;
+use crate::clock::now;
 use crate::job::{Ending, Finished};
 
 /// Records that wait to be written, at most; what comes beyond them is dropped rather than waited for.

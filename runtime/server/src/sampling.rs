@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 use st_model::sampler::{Sampler, SamplerOptions};
 use st_model::{Engine, GenerateOptions};
 
-use crate::app::{App, random};
+use crate::app::App;
+use crate::clock::random;
 use crate::error::ApiError;
 use crate::fields::{Fields, is_nothing, is_number};
 use crate::job::Job;

@@ -5,6 +5,7 @@ pub(crate) mod completions;
 pub(crate) mod experts;
 pub(crate) mod logprobs;
 pub(crate) mod messages;
+mod metrics;
 pub(crate) mod models;
 pub(crate) mod openai;
 pub(crate) mod responses;

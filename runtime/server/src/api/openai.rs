@@ -6,8 +6,9 @@ use st_grammar::Source;
 use st_model::Engine;
 
 use crate::answers::Whole;
-use crate::app::{App, now};
+use crate::app::App;
 use crate::body;
+use crate::clock::now;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::job::{Ending, Finished};

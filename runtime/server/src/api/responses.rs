@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 
 use super::openai;
 use crate::answers::{Encoder, Events, stream};
-use crate::app::{App, now};
+use crate::app::App;
 use crate::asked::Asked;
+use crate::clock::now;
 use crate::error::{ApiError, Form, json_response};
 use crate::fields::{Fields, is_nothing};
 use crate::job::{Ending, Event, Finished};

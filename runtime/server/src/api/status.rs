@@ -9,9 +9,9 @@ use axum::response::Response;
 use serde_json::json;
 use st_model::sampler::SamplerOptions;
 
+use super::metrics;
 use crate::app::App;
 use crate::error::{Form, json_response};
-use crate::metrics;
 
 /// `GET /health`: 503 while the model loads or the server ends.
 pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {

@@ -7,11 +7,9 @@
 mod between;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub(crate) use between::memory;
 use st_model::{Batch, BatchKind, Engine, Governor, ModelError, Observer, Planned, Sequence, Workspace};
 use tokio::sync::mpsc::Sender;
 
@@ -24,7 +22,6 @@ use crate::log::{Record, What};
 use crate::piece::Pieces;
 use crate::prefix::{Prefixes, common};
 use crate::queue::Waiting;
-use crate::serve::ServeError;
 use crate::slots::Slot;
 
 /// Rows of a step in which nobody is being answered: large enough to be fast, small enough that who comes next is soon served.
@@ -81,16 +78,14 @@ struct Share {
 }
 
 impl<'a> Scheduler<'a> {
-    /// Nothing to do yet.
+    /// Nothing to do yet; texts are saved on `disk`, where there is one.
     ///
     /// # Errors
-    /// Where buffers cannot be allocated, or the folder of snapshots cannot be read.
-    pub(crate) fn new<E>(app: &'a App, engine: Arc<Engine>) -> Result<Self, ServeError<E>> {
+    /// Where buffers cannot be allocated.
+    pub(crate) fn new(app: &'a App, engine: Arc<Engine>, disk: Option<Disk>) -> Result<Self, ModelError> {
         let (workspace, small) = (engine.workspace()?, Some(engine.workspace()?));
         let prefixes = Prefixes::new(2 * app.settings.parallel * engine.ctx());
         let (batch, active) = (Batch::default(), Vec::new());
-        let open = |(folder, most): &(PathBuf, u64)| Disk::open(folder, *most, &engine).map_err(ServeError::Cache);
-        let disk = app.settings.cache.as_ref().map(open).transpose()?;
         let (restoring, pieces) = (Vec::new(), Pieces::new(app.settings.prompt_piece));
         Ok(Self {
             app,

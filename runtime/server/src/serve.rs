@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -18,6 +19,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::App;
+use crate::disk::Disk;
 use crate::log::{Log, RECORDS, Record};
 use crate::router::router;
 use crate::scheduler::Scheduler;
@@ -140,7 +142,9 @@ fn run_engine<O: Operator>(app: &App, operator: &O) -> Result<(), ServeError<O::
         Err(_) if app.is_ending() || operator.should_end() => return Ok(()),
         Err(error) => return Err(ServeError::Load(error)),
     };
-    let scheduler = Scheduler::new(app, Arc::clone(&engine))?;
+    let open = |(folder, most): &(PathBuf, u64)| Disk::open(folder, *most, &engine).map_err(ServeError::Cache);
+    let disk = app.settings.cache.as_ref().map(open).transpose()?;
+    let scheduler = Scheduler::new(app, Arc::clone(&engine), disk)?;
     app.set_engine(&engine);
     operator.ready(&engine);
     scheduler.run();

@@ -7,8 +7,6 @@ use std::time::Duration;
 use st_grammar::Grammars;
 use st_model::{DraftLimit, ModelDigest};
 
-use crate::scheduler;
-
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -61,11 +59,13 @@ impl Settings {
     /// Memory that a server with these settings takes beside a model with `n_vocab` tokens, in bytes, for
     /// [`LoadOptions::beside`](st_model::LoadOptions::beside).
     pub fn memory(&self, n_vocab: usize) -> u64 {
-        // The bodies that are read at once, and what is made of one; buffers of connections; events that wait for readers.
+        // The bodies that are read at once, and what is made of one; buffers of connections and of answers between layers; events that
+        // wait for readers.
         let bodies = BODIES as u64 * self.max_body as u64 + self.max_body as u64 * 2;
         let connections = CONNECTIONS as u64 * CONNECTION_BYTES;
         let grammars = Grammars::memory(n_vocab, self.parallel);
-        bodies + connections + grammars + scheduler::memory(n_vocab) + (self.parallel as u64) * (256 << 10) + (2 << 20)
+        let between = (ANSWERS_BETWEEN * n_vocab * size_of::<f32>()) as u64 + (2 << 20);
+        bodies + connections + grammars + between + (self.parallel as u64) * (256 << 10) + (2 << 20)
     }
 }
 
@@ -77,3 +77,6 @@ const CONNECTION_BYTES: u64 = 16 << 10;
 
 /// Largest bodies that there is memory for at once: all bodies together are kept below them.
 pub(crate) const BODIES: usize = 2;
+
+/// Rows of answers between two layers of a prompt, at most: as many as small buffers hold.
+pub(crate) const ANSWERS_BETWEEN: usize = 8;

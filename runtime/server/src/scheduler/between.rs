@@ -13,16 +13,10 @@ use tokio::sync::mpsc::Sender;
 
 use super::{Scheduler, Share, add_piece};
 use crate::job::Event;
+use crate::settings::ANSWERS_BETWEEN as ROWS;
 
-/// Rows of answers between two layers of a prompt, at most: as many as small buffers hold.
-const ROWS: usize = 8;
 /// After so long others get their tokens, and not before a prompt had as much time as those took.
 const EVERY: Duration = Duration::from_millis(50);
-
-/// Bytes that the buffers of answers between layers take, for a model with `n_vocab` tokens.
-pub(crate) fn memory(n_vocab: usize) -> u64 {
-    (ROWS * n_vocab * size_of::<f32>()) as u64 + (2 << 20)
-}
 
 /// What happens between the layers of a piece.
 struct Between<'s, 'a> {

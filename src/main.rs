@@ -25,6 +25,7 @@ mod store;
 mod table;
 mod tensor_file;
 mod text;
+mod tiny;
 mod ui;
 
 use std::io::{self, Write as _};

@@ -14,10 +14,8 @@ use crate::input::is_stdin;
 use crate::report::Advice;
 use crate::repos::{hub, short_name};
 use crate::store::name_of;
+use crate::tiny::TINY;
 use crate::ui::DownloadBars;
-
-/// The bundled model, as `st-tool quantize --q4_0` makes it from `models/tiny/checkpoint`.
-pub(crate) static TINY: &[u8] = include_bytes!("../models/tiny/tiny-q4_0.gguf");
 
 /// What a MODEL argument names.
 #[derive(Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use st_experts::{Policy, RoutingTrace, TraceHeader, Use};
 use st_model::sampler::SamplerOptions;
 use st_model::{Batch, Chat, Engine, GenerateOptions, LoadOptions, Observer};
 
-use crate::models::TINY;
+use crate::tiny::TINY;
 
 /// Shares of a model's experts for which the bundled model's routing is replayed.
 const SHARES: usize = 16;

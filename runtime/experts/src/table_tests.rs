@@ -4,6 +4,7 @@
 use super::*;
 use crate::eviction::Lru;
 use crate::inflight::{MAX_PIECES, Pieces};
+use crate::place::Certainty;
 use st_gguf::crc32c;
 use std::collections::{HashSet, VecDeque};
 use std::io;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::constraint::Constraint;
 use crate::engine::Engine;
-use crate::receipt::{self, LogitsHash};
+use crate::logits_hash::{LogitsHash, hash_logits};
 use crate::sampler::{Sampler, SamplerError};
 use crate::text::TextStream;
 
@@ -168,7 +168,7 @@ impl Answer {
         sampler.accept(id);
         self.ids.push(id);
         if let Some(hashes) = &mut self.hashes {
-            hashes.push(logits.map(receipt::hash_logits));
+            hashes.push(logits.map(hash_logits));
         }
         if self.engine.end_ids().contains(&id) {
             return Next::Finish(self.finish(FinishReason::Stop));

@@ -83,6 +83,39 @@ fn what_ends_an_answer_and_what_it_has_to_fit_are_proven_too() {
     }
 }
 
+/// Drafts leave no trace: a text that repeats itself, which is drafted, has the receipt of one that is not.
+#[test]
+fn drafts_leave_no_trace_in_a_receipt() {
+    let folder = tempdir().unwrap();
+    let prompt = "The cat sat. The cat sat. The cat sat. The cat sat. The cat";
+    let made = |draft: &str| {
+        let path = folder.path().join(draft);
+        let args = [
+            "run",
+            "tiny",
+            "-q",
+            "--raw",
+            "-p",
+            prompt,
+            "--temp",
+            "0",
+            "--seed",
+            "1",
+            "-n",
+            "40",
+            "--json",
+            "--receipt",
+            arg(&path),
+        ];
+        let answer: Value = serde_json::from_str(&run([&args[..], &["--draft", draft]].concat()).ok()).unwrap();
+        (fs::read(&path).unwrap(), answer["stats"]["accepted_tokens"].as_u64().unwrap_or(0))
+    };
+    let ((plain, none), (drafted, some)) = (made("off"), made("8"));
+    assert!(none == 0 && some > 0, "{none} and {some} drafts accepted");
+    assert!(plain == drafted);
+    verify(&folder.path().join("8"), &["--threads", "1"]).ok();
+}
+
 /// Changes a receipt; where `summed` is set with the checksums that go with it.
 fn change(path: &Path, summed: bool, edit: impl FnOnce(&mut Value)) -> PathBuf {
     let mut receipt: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
@@ -207,13 +240,26 @@ fn a_server_gives_receipts_to_who_asks() {
             fs::write(&path, choice["receipt"].to_string()).unwrap();
             verify(&path, &["--threads", "1"]).ok();
         }
+        // Streamed, it comes with the last of each answer, and is the same.
+        let mut streamed = body.clone();
+        streamed["stream"] = true.into();
+        streamed["seed"] = answer["seed"].clone();
+        let mut given = 0;
+        for chunk in server.stream(address, &streamed).all() {
+            for choice in chunk["choices"].as_array().into_iter().flatten() {
+                assert_eq!(choice["receipt"].is_null(), choice["finish_reason"].is_null(), "{choice}");
+                if !choice["receipt"].is_null() {
+                    let index = choice["index"].as_u64().unwrap() as usize;
+                    assert_eq!(choice["receipt"], answer["choices"][index]["receipt"]);
+                    given += 1;
+                }
+            }
+        }
+        assert_eq!(given, answer["choices"].as_array().unwrap().len());
     }
     assert!(
         server.ask("/v1/completions", &json!({"prompt": "One", "max_tokens": 2}))["choices"][0]["receipt"].is_null()
     );
-    server
-        .post("/v1/completions", &json!({"prompt": "One", "receipt": true, "stream": true}))
-        .fails(400, Some("receipt"));
     let without = Server::start(&[]);
     without.post("/v1/completions", &json!({"prompt": "One", "receipt": true})).fails(400, Some("receipt"));
 }

@@ -176,7 +176,11 @@ impl MemoryPlan {
         Ok(match cap {
             None if resident.total() <= budget => resident,
             None => streamed,
-            Some(cap) => Self { residency: Residency::Cached { slots: streamed.n_slots().min(cap) }, ..streamed },
+            Some(cap) => {
+                let slots = streamed.n_slots().min(cap);
+                let lent = streamed.lent.min(cap - slots);
+                Self { residency: Residency::Cached { slots }, lent, ..streamed }
+            }
         })
     }
 
@@ -226,8 +230,8 @@ impl MemoryPlan {
         let kv_full = sequences as u64 * positions * variable.kv_full_per_token;
         let kv_window = sequences as u64 * variable.kv_window;
         let n_experts_total = shape.n_layers * shape.n_experts;
-        let lent = match (request.budget, request.slots, residency) {
-            (Some(_), None, Residency::Cached { slots }) => {
+        let lent = match (request.budget, residency) {
+            (Some(_), Residency::Cached { slots }) => {
                 let fit = usize::try_from((kv_full + kv_window) / variable.slot.max(1)).unwrap_or(usize::MAX);
                 fit.min(n_experts_total.saturating_sub(slots))
             }
@@ -344,6 +348,9 @@ mod tests {
                 let plan = plan(Some(budget), None, sequences).expect("enough memory");
                 assert!(plan.total() <= budget, "{} MiB of {mib}", plan.total() / MIB);
                 assert!(plan.n_slots() == 1024 || budget - plan.total() < plan.slot);
+                // Experts use the memory of keys and values, and no more.
+                assert!(plan.lent as u64 * plan.slot <= plan.kv_full + plan.kv_window);
+                assert!(plan.n_slots() + plan.lent <= 1024 && (plan.lent > 0 || plan.n_slots() == 1024));
                 // Every conversation can fill the context.
                 assert_eq!(plan.kv_full, (sequences * plan.ctx.next_multiple_of(256)) as u64 * (32 << 10));
                 assert_eq!(plan.kv_window, sequences as u64 * MIB);

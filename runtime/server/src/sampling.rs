@@ -72,17 +72,16 @@ impl Sampling {
         Ok(fields.whole(name, 0..=TOP_LOGPROBS)?.map(|n| n as usize))
     }
 
-    /// Takes the wish for receipts, which only whole answers have.
+    /// Takes the wish for receipts.
     ///
     /// # Errors
-    /// Where this server gives none, or answers are streamed.
-    pub(crate) fn take_receipt(&mut self, fields: &mut Fields, app: &App, streams: bool) -> Result<(), ApiError> {
+    /// Where this server gives none.
+    pub(crate) fn take_receipt(&mut self, fields: &mut Fields, app: &App) -> Result<(), ApiError> {
         self.receipt = fields.flag("receipt")?;
-        match (self.receipt, streams, app.settings.receipts.is_some()) {
-            (true, _, false) => {
+        match (self.receipt, app.settings.receipts.is_some()) {
+            (true, false) => {
                 Err(ApiError::field("receipt", "this server gives none: it was started without --receipts"))
             }
-            (true, true, _) => Err(ApiError::field("receipt", "an answer that is streamed has none")),
             _ => Ok(()),
         }
     }

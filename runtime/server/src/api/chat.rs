@@ -7,7 +7,7 @@ use axum::response::Response;
 use serde_json::{Value, json};
 use st_model::Engine;
 
-use super::openai::{self, Frame, Streaming};
+use super::openai::{self, Frame, Proofs, Streaming};
 use super::{logprobs, openai::usage};
 use crate::answers::{Encoder, Events, Whole, stream};
 use crate::app::App;
@@ -29,7 +29,7 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let engine = Arc::clone(app.engine()?);
     let streaming = Streaming::take(&mut fields)?;
     let mut sampling = sampling(&mut fields, &engine)?;
-    sampling.take_receipt(&mut fields, app, streaming.is_on)?;
+    sampling.take_receipt(&mut fields, app)?;
     let tools = openai::tools(&mut fields)?;
     let format = openai::format(&mut fields, "response_format")?;
     let list = fields.list("messages")?.ok_or_else(|| ApiError::field("messages", "it is missing"))?;
@@ -47,12 +47,13 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
         let all = vec![None; sampling.n];
         let splits = (0..sampling.n).map(|_| (Split::new(calls.may_call), 0)).collect();
         let with_usage = streaming.with_usage;
-        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage, all, calls, splits }));
+        let proofs = Proofs::new(app, sampling.n);
+        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage, all, proofs, calls, splits }));
     }
     let frame = Frame::new(app, &engine, "chatcmpl-", "chat.completion", sampling.options.seed);
     let wholes = answers.collect().await?;
     let mut object = whole(&frame, &engine, &sampling, &calls, &wholes);
-    openai::prove(app, &wholes, &mut object);
+    Proofs::put_all(app, wholes, &mut object);
     Ok(json_response(&object))
 }
 
@@ -132,6 +133,7 @@ struct Chunks {
     with_usage: bool,
     /// How each answer ended.
     all: Vec<Option<Finished>>,
+    proofs: Proofs,
     calls: Calls,
     /// Each answer's text on its way to parts, and its calls so far.
     splits: Vec<(Split, usize)>,
@@ -139,7 +141,10 @@ struct Chunks {
 
 impl Chunks {
     fn chunk(&self, out: &mut Events, index: usize, delta: Value, reason: Option<&str>, logprobs: Value) {
-        let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason});
+        let mut choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason});
+        if reason.is_some() {
+            self.proofs.put(index, &mut choice);
+        }
         self.send(out, self.frame.with(vec![choice]));
     }
 
@@ -201,7 +206,8 @@ impl Encoder for Chunks {
                 let reason = reason(&finished, self.splits[index].0.called);
                 self.chunk(out, index, json!({}), Some(reason), Value::Null);
             }
-            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
+            Event::Proven(proof) => self.proofs.take(index, proof),
+            Event::Begun | Event::Failed(_) => {}
         }
     }
 

@@ -9,7 +9,7 @@ use st_grammar::Source;
 use st_model::Engine;
 
 use super::logprobs;
-use super::openai::{self, Frame, Streaming, usage};
+use super::openai::{self, Frame, Proofs, Streaming, usage};
 use crate::answers::{Answers, Encoder, Events, Whole, stream};
 use crate::app::App;
 use crate::error::{ApiError, Form, json_response};
@@ -37,7 +37,7 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let engine = Arc::clone(app.engine()?);
     let streaming = Streaming::take(&mut fields)?;
     let mut sampling = sampling(&mut fields, &engine)?;
-    sampling.take_receipt(&mut fields, app, streaming.is_on)?;
+    sampling.take_receipt(&mut fields, app)?;
     let prompts = prompts(fields.need("prompt")?)?;
     let format = openai::format(&mut fields, "response_format")?;
     let (wanted, tokens, shared) = (sampling.clone(), Arc::clone(&app.tokens), Arc::clone(&engine));
@@ -65,11 +65,12 @@ async fn answer(app: &App, request: Request) -> Result<Response, ApiError> {
     let frame = Frame::new(app, &engine, "cmpl-", "text_completion", sampling.options.seed);
     if streaming.is_on {
         let (all, offsets) = (vec![None; n], vec![0; n]);
-        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage: streaming.with_usage, all, offsets }));
+        let (with_usage, proofs) = (streaming.with_usage, Proofs::new(app, n));
+        return Ok(stream(answers, Chunks { frame, engine, sampling, with_usage, all, proofs, offsets }));
     }
     let wholes = answers.collect().await?;
     let mut object = whole(&frame, &engine, &sampling, &wholes);
-    openai::prove(app, &wholes, &mut object);
+    Proofs::put_all(app, wholes, &mut object);
     Ok(json_response(&object))
 }
 
@@ -144,13 +145,17 @@ struct Chunks {
     with_usage: bool,
     /// How each answer ended.
     all: Vec<Option<Finished>>,
+    proofs: Proofs,
     /// Characters of each answer so far.
     offsets: Vec<usize>,
 }
 
 impl Chunks {
     fn chunk(&self, out: &mut Events, index: usize, text: &str, reason: Option<&str>, logprobs: Value) {
-        let choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason});
+        let mut choice = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason});
+        if reason.is_some() {
+            self.proofs.put(index, &mut choice);
+        }
         let mut chunk = self.frame.with(vec![choice]);
         if self.with_usage {
             chunk["usage"] = Value::Null;
@@ -173,7 +178,8 @@ impl Encoder for Chunks {
                 self.all[index] = Some(finished);
                 self.chunk(out, index, "", Some(openai::finish_reason(&finished)), Value::Null);
             }
-            Event::Begun | Event::Proven(_) | Event::Failed(_) => {}
+            Event::Proven(proof) => self.proofs.take(index, proof),
+            Event::Begun | Event::Failed(_) => {}
         }
     }
 

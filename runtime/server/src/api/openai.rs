@@ -1,9 +1,11 @@
 //! What OpenAI's chat and text completions have in common: the frame of a response, usage, and why an answer ended.
 
+use std::sync::Arc;
+
 use axum::extract::Request;
 use serde_json::{Value, json};
 use st_grammar::Source;
-use st_model::Engine;
+use st_model::{Engine, ModelDigest};
 
 use crate::answers::Whole;
 use crate::app::App;
@@ -11,7 +13,7 @@ use crate::body;
 use crate::clock::now;
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::job::{Ending, Finished};
+use crate::job::{Ending, Finished, Proof};
 use crate::tools::{Choice, Tool, Tools};
 
 /// The fields of a request whose `model` is this one.
@@ -26,12 +28,36 @@ pub(crate) async fn fields(app: &App, request: Request) -> Result<Fields, ApiErr
     Ok(fields)
 }
 
-/// Puts receipts beside the answers that have a proof.
-pub(crate) fn prove(app: &App, wholes: &[Whole], object: &mut Value) {
-    let Some(model) = app.settings.receipts.as_deref() else { return };
-    for (index, whole) in wholes.iter().enumerate() {
-        if let Some(proof) = &whole.proof {
-            object["choices"][index]["receipt"] = json!(proof.receipt(model));
+/// The proofs of one request's answers, where receipts are given.
+pub(crate) struct Proofs {
+    model: Option<Arc<(String, ModelDigest)>>,
+    of: Vec<Option<Box<Proof>>>,
+}
+
+impl Proofs {
+    /// None yet, for `n` answers.
+    pub(crate) fn new(app: &App, n: usize) -> Self {
+        Self { model: app.settings.receipts.clone(), of: (0..n).map(|_| None).collect() }
+    }
+
+    /// The proof of an answer is there.
+    pub(crate) fn take(&mut self, index: usize, proof: Box<Proof>) {
+        self.of[index] = Some(proof);
+    }
+
+    /// Puts the receipt of an answer that has ended beside it.
+    pub(crate) fn put(&self, index: usize, choice: &mut Value) {
+        if let (Some(model), Some(proof)) = (self.model.as_deref(), &self.of[index]) {
+            choice["receipt"] = json!(proof.receipt(model));
+        }
+    }
+
+    /// Puts receipts beside whole answers.
+    pub(crate) fn put_all(app: &App, wholes: Vec<Whole>, object: &mut Value) {
+        let mut proofs = Self::new(app, wholes.len());
+        for (index, whole) in wholes.into_iter().enumerate() {
+            proofs.of[index] = whole.proof;
+            proofs.put(index, &mut object["choices"][index]);
         }
     }
 }

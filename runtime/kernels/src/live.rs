@@ -357,6 +357,23 @@ impl UpBlock {
     }
 }
 
+/// The next 16 of `places`, or as many as are left, and the rows of up that those name. A function of its own: inlined into a kernel it would
+/// leave the kernel's loop fewer registers and twice as many instructions.
+#[inline(never)]
+fn next_rows(
+    up: &UpLayout,
+    region: &[u8],
+    ids: &[u32],
+    places: &mut impl Iterator<Item = usize>,
+) -> ([usize; UP_BLOCK], UpBlock) {
+    let (mut at, mut of_block, mut len) = ([0; UP_BLOCK], [0; UP_BLOCK], 0);
+    for place in places.take(UP_BLOCK) {
+        (at[len], of_block[len]) = (place, ids[place]);
+        len += 1;
+    }
+    (at, UpBlock::new(up, region, &of_block[..len]))
+}
+
 /// Runs `compute(block, the one to request meanwhile, token, 16 sums)` for the rows of up that each token needs, [`UP_BLOCK`] at a time or
 /// as many as are left; `out` as `Table::up_rows` has it. `compute` requests each line of the next block when it takes that line of its
 /// own, as in [`LiveGroup::request`]. Tokens go one after the other: where neurons live independently, sharing rows costs more products
@@ -380,15 +397,7 @@ pub(crate) fn each_tokens_block(
     }
     for (t, a) in acts.iter().enumerate() {
         let mut places = (0..rows.ids.len()).filter(|&i| rows.masks[i] >> t & 1 != 0);
-        // The places of the next 16 rows, and where those lie.
-        let mut draw = || {
-            let (mut at, mut ids, mut len) = ([0; UP_BLOCK], [0; UP_BLOCK], 0);
-            for place in places.by_ref().take(UP_BLOCK) {
-                (at[len], ids[len]) = (place, rows.ids[place]);
-                len += 1;
-            }
-            (at, UpBlock::new(up, region, &ids[..len]))
-        };
+        let mut draw = || next_rows(up, region, rows.ids, &mut places);
         let (mut at, mut block) = draw();
         (0..block.lines).for_each(|line| block.request_line(line, &prefetch));
         while block.len > 0 {

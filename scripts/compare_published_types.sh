@@ -3,7 +3,7 @@
 #
 #   scripts/compare_published_types.sh ST_TOOL LLAMA_SRC LLAMA_BUILD F16.gguf FOLDER [TYPE...]
 #
-# F16.gguf is a file of floats with alignment 32 (`st-tool quantize --f16`, or `synth make --format gguf --mix f16`); LLAMA_BUILD is
+# F16.gguf is a file of floats with alignment 32 (what `st-tool quantize --f16` makes of a checkpoint); LLAMA_BUILD is
 # llama.cpp's cmake folder with llama-quantize and libllama. Each TYPE (all published ones by default) is quantized into FOLDER, unless
 # it is there; `TYPE-imatrix` uses the importance matrix that IMATRIX names, or one of random values. For each: ten prompts are continued greedily by both programs, and
 # where they part the gap of llama.cpp's two best logits says whether it is a tie (check_llama_cpp.py); then st-tool answers once from

@@ -63,7 +63,8 @@ impl Forecast {
     ) -> Option<Self> {
         let found = match plan.residency {
             Residency::All => 1.0,
-            Residency::Cached { slots } => routing.found(slots, plan.n_experts_total),
+            // A conversation that begins has hardly a page of its context: experts use the others'.
+            Residency::Cached { slots } => routing.found(slots + plan.lent, plan.n_experts_total),
         };
         let disk = match (machine.disk, found < 1.0) {
             (Some(disk), _) => disk,
@@ -128,7 +129,7 @@ impl Speeds<'_> {
     fn prompt(&self, plan: &MemoryPlan, assumed: Assumed) -> f64 {
         let n_layers = self.weights.shape.n_layers as f64;
         let computed = self.layer.prompt / assumed.speed * n_layers * PROMPT as f64;
-        let missing = plan.n_experts_total.saturating_sub(plan.n_slots()) as f64;
+        let missing = plan.n_experts_total.saturating_sub(plan.n_slots() + plan.lent) as f64;
         let read = missing * self.weights.read / (self.disk.sustained * assumed.speed);
         PROMPT as f64 / computed.max(read)
     }

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the program for one system and packs it: an archive for everybody, a .deb for Debian and its kin, and their checksums.
 #
-#     scripts/package.sh TARGET [--binary FILE]
+#     scripts/package.sh TARGET [--install] [--binary FILE]
 #
 # TARGET: x86_64-linux, aarch64-linux (static, with musl where its library is to be had, else with glibc), x86_64-windows,
 #         aarch64-macos, x86_64-macos, universal-macos (of the two others' binaries, on a Mac)
+# --install       first unpacks Debian's compiler and musl into target/, where this is Debian and rustup has no such target
 # --binary FILE   packs this one instead of building. Pages and completions are made by it, or by the program that ST_TOOL names where
 #                 this machine cannot run it.
 #
@@ -14,8 +15,16 @@ cd "$(dirname "$0")/.."
 . scripts/targets.sh
 
 name=${1:?a target, such as x86_64-linux}
-binary=
-[ "${2:-}" = --binary ] && binary=${3:?a file}
+shift
+binary= install=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --install) install=1 ;;
+    --binary) binary=${2:?a file}; shift ;;
+    *) printf 'error: no such option: %s\n' "$1" >&2; exit 2 ;;
+    esac
+    shift
+done
 version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 dist=$PWD/target/dist
 : "${SOURCE_DATE_EPOCH:=$(git log -1 --format=%ct 2>/dev/null || echo 0)}"
@@ -26,6 +35,10 @@ fail() { printf 'error: %s\n' "$1" >&2; exit 1; }
 # Builds TARGET; the binary's place is in $binary then.
 build() {
     local target=$1 suffix=${2:-}
+    if [ -n "$install" ] && ! has_rustup_target "$target"; then
+        unpack_debian_rust >&2 || true
+        case $target in aarch64-*-musl) unpack_debian_musl >&2 || true ;; esac
+    fi
     use_target "$target" || return 1
     export CARGO_PROFILE_RELEASE_STRIP=symbols
     cargo build --locked --release --package st-tool "${cargo_flags[@]}" --target-dir target/cross || exit 1

@@ -5,9 +5,11 @@
 #
 # rustup's target is taken where it is installed. Otherwise the standard library is built from its sources, with Debian's compiler
 # (`rustc-web` and `rust-web-src`), which `unpack_debian_rust` puts into target/debian-rust: a library fits only the compiler that
-# it was made with. Then RUSTC_BOOTSTRAP=1 lets a stable compiler do it.
+# it was made with. Then RUSTC_BOOTSTRAP=1 lets a stable compiler do it. Another processor's musl is Debian's, too, which
+# `unpack_debian_musl` puts into target/debian-musl.
 
 debian_rust=$PWD/target/debian-rust
+debian_musl=$PWD/target/debian-musl
 cargo_flags=()
 missing=
 
@@ -26,6 +28,18 @@ unpack_debian_rust() {
     rm -r "$debs"
     printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$debian_rust/usr/lib/x86_64-linux-gnu" "$debian_rust/usr/bin/rustc" > "$debian_rust/rustc"
     chmod +x "$debian_rust/rustc"
+}
+
+# musl for AArch64. Its specs name the places where they would be installed. Needs a Debian.
+unpack_debian_musl() {
+    local specs=$debian_musl/usr/lib/aarch64-linux-musl/musl-gcc.specs
+    [ -f "$specs" ] && return
+    dpkg --add-architecture arm64 && apt-get -q update || return
+    mkdir -p "$debian_musl"
+    (cd "$debian_musl" && apt-get -q download musl-dev:arm64 2>/dev/null) || return
+    dpkg -x "$debian_musl"/musl-dev_*_arm64.deb "$debian_musl"
+    rm "$debian_musl"/musl-dev_*_arm64.deb
+    sed -i "s|/usr/|$debian_musl/usr/|g" "$specs"
 }
 
 # The end of an environment variable's name that belongs to a target.
@@ -60,10 +74,9 @@ use_target() {
         need "$linker" || return 1
         ;;
     *-unknown-linux-musl)
-        [ "${target%%-*}" = "$(uname -m)" ] || { missing="musl's compiler is only there for this machine's processor"; return 1; }
-        need musl-gcc || return 1
-        export "CC_$(lower "$target")=musl-gcc"
-        [ -n "${RUSTC_BOOTSTRAP:-}" ] && musl_libraries "$target" && linker=musl-gcc
+        musl_compiler "$target" || return 1
+        export "CC_$(lower "$target")=$musl_gcc"
+        [ -n "${RUSTC_BOOTSTRAP:-}" ] && musl_libraries "$target" && linker=$musl_gcc
         ;;
     x86_64-pc-windows-msvc)
         export CARGO_TARGET_X86_64_PC_WINDOWS_MSVC_RUSTFLAGS="-C target-feature=+crt-static"
@@ -85,10 +98,29 @@ windows_objects() {
     done
 }
 
-# musl and its start files are those of the system then, and gcc's unwinder stands for LLVM's.
+# A compiler that finds musl instead of glibc, in $musl_gcc: the system's for this machine's processor, else one with Debian's musl.
+musl_compiler() {
+    local processor=${1%%-*}
+    musl_root=
+    if [ "$processor" = "$(uname -m)" ]; then
+        musl_gcc=musl-gcc real_gcc=gcc
+        need musl-gcc
+        return
+    fi
+    musl_root=$debian_musl musl_gcc=$debian_musl/$processor-gcc real_gcc=$processor-linux-gnu-gcc
+    need "$real_gcc" || return 1
+    local specs=$musl_root/usr/lib/$processor-linux-musl/musl-gcc.specs
+    [ -f "$specs" ] || { missing="musl is not there for $processor"; return 1; }
+    printf '#!/bin/sh\nexec %s "$@" -specs %s\n' "$real_gcc" "$specs" > "$musl_gcc"
+    chmod +x "$musl_gcc"
+}
+
+# musl and its start files are Debian's then, and gcc's unwinder stands for LLVM's.
 musl_libraries() {
-    mkdir -p target/musl-lib
-    cp "$(gcc -print-file-name=libgcc_eh.a)" target/musl-lib/libunwind.a
+    local processor=${1%%-*}
+    local libraries=$PWD/target/musl-lib/$processor
+    mkdir -p "$libraries"
+    cp "$("$real_gcc" -print-file-name=libgcc_eh.a)" "$libraries/libunwind.a"
     export "CARGO_TARGET_$(upper "$1")_RUSTFLAGS=-C link-self-contained=no -C relocation-model=static \
--L native=$PWD/target/musl-lib -L native=/usr/lib/${1%%-*}-linux-musl"
+-L native=$libraries -L native=$musl_root/usr/lib/$processor-linux-musl"
 }

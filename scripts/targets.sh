@@ -115,12 +115,14 @@ musl_compiler() {
     chmod +x "$musl_gcc"
 }
 
-# musl and its start files are Debian's then, and gcc's unwinder stands for LLVM's.
+# musl and its start files are Debian's then, and gcc's unwinder stands for LLVM's, with the one function that it has of glibc.
 musl_libraries() {
     local processor=${1%%-*}
     local libraries=$PWD/target/musl-lib/$processor
     mkdir -p "$libraries"
     cp "$("$real_gcc" -print-file-name=libgcc_eh.a)" "$libraries/libunwind.a"
+    "$musl_gcc" -O2 -c -o "$libraries/find_object.o" packaging/find_object.c
+    ar r "$libraries/libunwind.a" "$libraries/find_object.o"
     export "CARGO_TARGET_$(upper "$1")_RUSTFLAGS=-C link-self-contained=no -C relocation-model=static \
 -L native=$libraries -L native=$musl_root/usr/lib/$processor-linux-musl"
 }

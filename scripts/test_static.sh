@@ -44,13 +44,14 @@ printf 'in memory and streamed: the same %s bytes\n' "${#whole}"
 
 "${enter[@]}" serve /model.gguf --port 0 --ctx 512 --memory 192MiB > "$root/address" 2> "$root/log" &
 server=$!
+# On stdout the address stands when the model is there.
 for _ in $(seq 600); do
-    address=$(grep -ho 'http://127[^ ]*' "$root/address" "$root/log" | head -1 || true)
+    address=$(grep -o 'http://127[0-9.]*:[0-9]*' "$root/address" || true)
     [ -n "$address" ] && break
     kill -0 "$server" || { cat "$root/log" >&2; exit 1; }
     sleep 0.1
 done
-answer=$(curl -sS "${address%/}/v1/completions" -H 'Content-Type: application/json' -d '{"model": "model", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}')
+answer=$(curl -sS "$address/v1/completions" -H 'Content-Type: application/json' -d '{"model": "model", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}')
 printf '%s\n' "$answer"
 case $answer in *'"text":'*) ;; *) printf 'error: the server did not answer\n' >&2; exit 1 ;; esac
 kill -TERM "$server"

@@ -82,11 +82,11 @@ timeout 600 "$wine" "$binary" serve tiny --port 0 --ctx 512 > "$work/address" 2>
 server=$!
 address=
 for _ in $(seq 600); do
-    address=$(cat "$work/address" "$work/log" | text | grep -o 'http://127[^ ]*' | head -1 || true)
+    address=$(text < "$work/address" | grep -o 'http://127[0-9.]*:[0-9]*' || true)
     [ -n "$address" ] && break
     sleep 0.1
 done
-answer=$(curl -sS "${address%/}/v1/completions" -H 'Content-Type: application/json' -d '{"model": "tiny", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}')
+answer=$(curl -sS "$address/v1/completions" -H 'Content-Type: application/json' -d '{"model": "tiny", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}')
 printf '%s\n' "$answer"
 case $answer in *'"text":'*) ;; *) fail "the server did not answer" ;; esac
 printf '*** the program works under %s ***\n' "$("$wine" --version)"

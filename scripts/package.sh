@@ -155,8 +155,8 @@ Description: SmallThinker models on a CPU, with little memory and a disk
 EOF
     (cd "$tree" && find usr -type f | LC_ALL=C sort | xargs md5sum > DEBIAN/md5sums)
     stamp "$tree"
-    dpkg-deb --root-owner-group -Zxz --build "$tree" "$dist/st-tool_$version_$arch.deb" >/dev/null
-    checksum "st-tool_$version_$arch.deb"
+    dpkg-deb --root-owner-group -Zxz --build "$tree" "$dist/st-tool_${version}_$arch.deb" >/dev/null
+    checksum "st-tool_${version}_$arch.deb"
 }
 
 archive

@@ -416,16 +416,21 @@ fn a_truncated_file_is_an_error_with_the_reason() {
     }
 }
 
-/// Where nothing is evicted, slots are made of the file's own pages; a file that ends early is an error there, too.
+/// Where nothing is evicted, slots are made of the file's own pages, unless the system's are larger than those that records begin at; a file that ends early is an error there, too.
 #[test]
 #[cfg(target_os = "linux")]
 fn records_are_mapped_where_every_expert_stays() {
     let name = |fixture: &Fixture, options| store(fixture, options).unwrap().io_name();
-    for (layout, expected) in [(Layout::Gguf, "buffered"), (Layout::Offload, "mapped")] {
+    let larger = st_sys::system_page() > st_sys::PAGE;
+    let packed = if larger { "buffered" } else { "mapped" };
+    for (layout, expected) in [(Layout::Gguf, "buffered"), (Layout::Offload, packed)] {
         let fixture = Fixture::new(layout, 2, 4, ODD);
         assert_eq!(name(&fixture, StoreOptions::default()), expected);
         assert_eq!(name(&fixture, StoreOptions { io: IoMode::Buffered, ..Default::default() }), "buffered");
         assert_ne!(name(&fixture, StoreOptions { n_slots: 4, ..Default::default() }), "mapped");
+    }
+    if larger {
+        return;
     }
     let fixture = Fixture::new(Layout::Offload, 2, 4, ODD);
     let store = store(&fixture, StoreOptions::default()).unwrap();

@@ -55,6 +55,6 @@ pub use file::{
 pub use mapped::MappedFile;
 pub use memory::{available_memory, memory_limit, peak_resident, reset_peak_resident, resident};
 pub use output::{create_claimable, inherit, is_named, may_write_into, same_path, shows_processes};
-pub use pages::{LARGE_PAGE, PAGE, Pages};
+pub use pages::{LARGE_PAGE, PAGE, Pages, system_page};
 pub use signals::{Signal, listen};
 pub use terminal::{Terminal, Utf8Output, discard_typed, terminal_size};

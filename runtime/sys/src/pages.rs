@@ -11,6 +11,11 @@ use crate::os;
 /// The alignment of files, buffers and lengths that reads past the page cache are given.
 pub const PAGE: usize = 4096;
 
+/// A page as the system itself has it, which is larger than [`PAGE`] on some AArch64 machines: 16 or 64 KiB.
+pub fn system_page() -> usize {
+    os::system_page()
+}
+
 /// Large pages are asked for at this alignment.
 pub const LARGE_PAGE: usize = 2 << 20;
 
@@ -109,8 +114,8 @@ impl Pages {
     /// waits until they are there. From then on they can only be read.
     ///
     /// # Errors
-    /// `UnexpectedEof` where the file ends before, `Unsupported` where the system cannot wait; otherwise what it reports, `EFAULT` for what
-    /// cannot be read.
+    /// `UnexpectedEof` where the file ends before, `Unsupported` where the system cannot wait or its pages are larger than [`PAGE`]; otherwise
+    /// what it reports, `EFAULT` for what cannot be read.
     ///
     /// # Panics
     /// If the range is no whole number of pages of this memory.
@@ -120,6 +125,9 @@ impl Pages {
     pub unsafe fn map_file(&self, at: usize, len: usize, file: &File, offset: u64) -> io::Result<()> {
         let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
         assert!(inside, "a mapping of {len} bytes at {at} in {}", self.len);
+        if !PAGE.is_multiple_of(system_page()) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         if file.metadata()?.len() < offset.saturating_add(len as u64) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -206,7 +214,12 @@ mod tests {
         let pages = Pages::new(4 * PAGE, false).unwrap();
         // SAFETY: the pages are this test's alone and not written to afterwards.
         unsafe {
-            pages.map_file(PAGE, 2 * PAGE, &file, PAGE as u64).unwrap();
+            let mapped = pages.map_file(PAGE, 2 * PAGE, &file, PAGE as u64);
+            if system_page() > PAGE {
+                assert_eq!(mapped.unwrap_err().kind(), io::ErrorKind::Unsupported);
+                return;
+            }
+            mapped.unwrap();
             assert_eq!(*pages.as_ptr().add(PAGE), 3);
             assert_eq!(*pages.as_ptr(), 0);
             let past = pages.map_file(0, 2 * PAGE, &file, 2 * PAGE as u64).unwrap_err();

@@ -18,7 +18,6 @@ pub(crate) struct MappedIo(BufferedIo);
 impl MappedIo {
     /// The file of `io`, where this system maps any page of it and can wait for it; otherwise `io` again.
     pub(crate) fn over(io: BufferedIo) -> Result<Self, BufferedIo> {
-        // The second page: where pages are larger than ours it does not begin one.
         let tried = Pages::new(PAGE, false).and_then(|memory| {
             // SAFETY: nobody else knows of this memory, and it is gone after this.
             unsafe { memory.map_file(0, PAGE, io.file(), PAGE as u64) }

@@ -171,6 +171,10 @@ pub(crate) fn sync_folder(dir: &Path) -> io::Result<()> {
     }
 }
 
+pub(crate) fn system_page() -> usize {
+    rustix::param::page_size()
+}
+
 /// Address space of this process. Dropping it gives it back.
 #[derive(Debug)]
 pub(crate) struct Reserved {

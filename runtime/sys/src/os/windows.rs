@@ -247,6 +247,11 @@ pub(crate) fn sync_folder(_dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// The same on every processor that the system runs on.
+pub(crate) fn system_page() -> usize {
+    crate::PAGE
+}
+
 /// Address space of this process. Dropping it gives it back.
 #[derive(Debug)]
 pub(crate) struct Reserved {

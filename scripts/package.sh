@@ -49,7 +49,8 @@ build() {
 build_static() {
     build "$1-unknown-linux-musl" && return
     printf 'note: no musl for %s (%s); linking glibc statically\n' "$1" "$missing" >&2
-    export "CARGO_TARGET_$(upper "$1-unknown-linux-gnu")_RUSTFLAGS=-C target-feature=+crt-static"
+    # Random numbers by the system's call: what is linked statically does not find glibc's function, and would want /dev/urandom.
+    export "CARGO_TARGET_$(upper "$1-unknown-linux-gnu")_RUSTFLAGS=-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\""
     build "$1-unknown-linux-gnu" || fail "$missing"
 }
 

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::os;
@@ -88,12 +89,15 @@ impl Pages {
     pub fn take(&self, at: usize, len: usize) -> io::Result<()> {
         let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
         assert!(inside, "{len} bytes at {at} of {} in memory", self.len);
+        // The system takes no address inside of a page of its own; memory begins at one.
+        let before = at % system_page();
         // SAFETY: the range is part of this memory.
-        unsafe { os::take(self.as_ptr().add(at), len) }
+        unsafe { os::take(self.as_ptr().add(at - before), len + before) }
     }
 
     /// Gives the memory of `len` bytes from `at` on back to the system; the addresses stay. What is read there afterwards is undefined until
-    /// it is written, and writing takes memory again.
+    /// it is written, and writing takes memory again. Where the system's pages are larger than [`PAGE`], those stay that only begin or end in
+    /// the range.
     ///
     /// # Errors
     /// What the system reports; then the memory is still taken.
@@ -106,8 +110,12 @@ impl Pages {
     pub unsafe fn give_back(&self, at: usize, len: usize) -> io::Result<()> {
         let inside = at.is_multiple_of(PAGE) && at.checked_add(len).is_some_and(|end| end <= self.len);
         assert!(inside, "{len} bytes at {at} of {} in memory", self.len);
+        let whole = whole_pages(at..at + len, system_page());
+        if whole.is_empty() {
+            return Ok(());
+        }
         // SAFETY: the range is part of this memory; the caller excludes others.
-        unsafe { os::give_back(self.as_ptr().add(at), len) }
+        unsafe { os::give_back(self.as_ptr().add(whole.start), whole.len()) }
     }
 
     /// Puts the `len` bytes of `file` from `offset` on, as whole pages of the page cache, in the place of the memory from `at` on, and
@@ -136,9 +144,33 @@ impl Pages {
     }
 }
 
+/// The pages of `page` bytes that lie in `range` as a whole.
+fn whole_pages(range: Range<usize>, page: usize) -> Range<usize> {
+    let end = range.end / page * page;
+    range.start.next_multiple_of(page).min(end)..end
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_that_only_begin_or_end_in_a_range_are_not_of_it() {
+        const KIB: usize = 1 << 10;
+        for (range, page, whole) in [
+            (4..44, 4, 4..44),
+            (4..44, 16, 16..32),
+            (16..48, 16, 16..48),
+            (4..28, 16, 16..16),
+            (20..28, 16, 16..16),
+            (60..200, 64, 64..192),
+            (4..60, 64, 0..0),
+        ] {
+            let found = whole_pages(range.start * KIB..range.end * KIB, page * KIB);
+            assert_eq!(found.len(), (whole.end - whole.start) * KIB, "{range:?} {page}");
+            assert!(found.is_empty() || found.start == whole.start * KIB, "{range:?} {page}");
+        }
+    }
 
     /// Writes to every page and reads it back.
     fn touch(pages: &Pages) {
@@ -193,6 +225,14 @@ mod tests {
         }
         // SAFETY: as above; the first half was not given back.
         assert_eq!(unsafe { *pages.as_ptr().add(BYTES / 2 - 1) }, 7);
+        // A page of ours between two others, which keep what they have whatever the system's pages are.
+        let at = BYTES / 4 + PAGE;
+        pages.take(at, PAGE).or_else(|error| if cfg!(target_os = "linux") { Err(error) } else { Ok(()) }).unwrap();
+        // SAFETY: as above.
+        unsafe {
+            pages.give_back(at, PAGE).unwrap();
+            assert_eq!([*pages.as_ptr().add(at - 1), *pages.as_ptr().add(at + PAGE)], [7, 7]);
+        }
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(pages.as_ptr(), BYTES) }.fill(9);
     }

@@ -154,7 +154,13 @@ impl Model {
     fn embed(&self, tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
         match (&self.embedding, &self.head) {
             (Some(embedding), _) => embedding.forward(tokens, x),
-            (None, Head::Sparse(head)) => ops::embed(&|token, row| head.row_f32(token, row), tokens, x),
+            (None, Head::Sparse(head)) => {
+                let row = |token, row: &mut [f32]| {
+                    head.row_f32(token, row);
+                    Ok(())
+                };
+                ops::embed(row, tokens, x)
+            }
             // Made so in `load`: without an embedding the head is sparse.
             (None, _) => unreachable!("a model without an embedding"),
         }

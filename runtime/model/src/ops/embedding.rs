@@ -73,37 +73,39 @@ impl Embedding {
     /// What reading meets.
     pub(crate) fn forward(&self, tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
         match self {
-            Self::Memory(matrix) => embed(&|token, row| matrix.row_f32(token, row), tokens, x),
-            Self::File(rows) => rows.forward(tokens, x),
+            Self::Memory(matrix) => {
+                let row = |token, row: &mut [f32]| {
+                    matrix.row_f32(token, row);
+                    Ok(())
+                };
+                embed(row, tokens, x)
+            }
+            Self::File(rows) => embed(|token, row| rows.row_f32(token, row), tokens, x),
         }
     }
 }
 
 impl FileRows {
-    fn forward(&self, tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
-        let width = x.dims().1;
-        expect("embed", x, (tokens.len(), width))?;
+    /// Row `row` in f32.
+    fn row_f32(&self, row: usize, out: &mut [f32]) -> Result<(), ModelError> {
         let mut bytes = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        for (&token, x) in tokens.iter().zip(x.values_mut()?.chunks_exact_mut(width)) {
-            let offset = self.offset + u64::from(token) * self.row_bytes as u64;
-            self.source.read_exact_at(&mut bytes, offset).map_err(|cause| ModelError::Row {
-                tensor: TOKEN_EMBD,
-                offset,
-                cause,
-            })?;
-            check_finite(self.ty, TOKEN_EMBD, &bytes)?;
-            dequantize_row(self.ty, &bytes, x);
-        }
+        let offset = self.offset + (row * self.row_bytes) as u64;
+        let unread = |cause| ModelError::Row { tensor: TOKEN_EMBD, offset, cause };
+        self.source.read_exact_at(&mut bytes, offset).map_err(unread)?;
+        check_finite(self.ty, TOKEN_EMBD, &bytes)?;
+        dequantize_row(self.ty, &bytes, out);
         Ok(())
     }
 }
 
 /// Rows of an embedding by token, as `row` gives them, into `x` (`[rows, n_embd]`).
-pub(crate) fn embed(row: &dyn Fn(usize, &mut [f32]), tokens: &[u32], x: &mut Rows) -> Result<(), ModelError> {
+pub(crate) fn embed(
+    row: impl Fn(usize, &mut [f32]) -> Result<(), ModelError>,
+    tokens: &[u32],
+    x: &mut Rows,
+) -> Result<(), ModelError> {
     let width = x.dims().1;
     expect("embed", x, (tokens.len(), width))?;
-    for (&token, x) in tokens.iter().zip(x.values_mut()?.chunks_exact_mut(width)) {
-        row(token as usize, x);
-    }
-    Ok(())
+    let rows = x.values_mut()?.chunks_exact_mut(width);
+    tokens.iter().zip(rows).try_for_each(|(&token, x)| row(token as usize, x))
 }

@@ -109,10 +109,11 @@ impl Kernels {
         }
     }
 
-    /// Attention of many tokens over KV head `head`. `q` is the queries of all of them, rows of `q_ld` floats; `out` is a tile of
-    /// the matrix of outputs, which has a row for each of those rows and a column for each query value at its beginning. The tile's
-    /// columns are the query heads that share this KV head (`n × head_dim`); its row `t` is the token at position
-    /// `first_pos + out.first_row() + t`.
+    /// Attention of many tokens over KV head `head`.
+    ///
+    /// `q` has a row of `q_ld` floats for each token: its queries come first, head by head. `out` is a tile of the outputs: rows are the same
+    /// tokens, columns the query heads that share this KV head (`n × head_dim`), counted as in a row of `q`. Row `t` of the tile is the
+    /// token at position `first_pos + out.first_row() + t`.
     ///
     /// # Panics
     /// If a length is wrong or a position that a token sees has no page.

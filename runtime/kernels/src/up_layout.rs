@@ -35,3 +35,15 @@ impl UpLayout {
         Some(Self { ty, kb, head_bytes, scales_bytes, row_bytes })
     }
 }
+
+/// Where a plane of `width` bits has block `b` (of four) of a piece of 128 columns: at which byte its 16 bytes begin, and at which bits of
+/// them its codes 0..16 and 16..32 are.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+pub(crate) const fn block_place(width: usize, b: usize) -> (usize, [usize; 2]) {
+    match width {
+        4 => (b * 16, [0, 4]),
+        2 => (b % 2 * 16, [b / 2 * 2, b / 2 * 2 + 4]),
+        _ => (0, [b, b + 4]),
+    }
+}

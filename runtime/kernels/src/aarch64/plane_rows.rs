@@ -11,7 +11,7 @@ use crate::codes::{Coded, with_coded};
 use crate::live::{UP_BLOCK, UpBlock};
 use crate::panel::{PanelKind, PanelLayout};
 use crate::r16::R16_ROWS;
-use crate::up_layout::UpLayout;
+use crate::up_layout::{UpLayout, block_place};
 
 /// Products of a block of rows with a token, line by line across the rows, as they were requested.
 ///
@@ -90,17 +90,11 @@ unsafe fn block_quads<T: Coded>(
     table: int8x16_t,
 ) -> [int8x16_t; 8] {
     let (low, high) = (T::CODING.low_bits(), T::CODING.high_bits());
-    // Where a plane of some width has a block's 16 bytes in a piece, and the bits of its codes 0..16 and 16..32.
-    let place = |width: usize| match width {
-        4 => (b * 16, [0, 4]),
-        2 => (b % 2 * 16, [b / 2 * 2, b / 2 * 2 + 4]),
-        _ => (0, [b, b + 4]),
-    };
     // SAFETY: the caller's promise; NEON is part of AArch64.
     unsafe {
-        let (at, low_bits) = place(low);
+        let (at, low_bits) = block_place(low, b);
         let lows = chunk(block, rows, c * 16 * low + at);
-        let (at, high_bits) = place(high);
+        let (at, high_bits) = block_place(high, b);
         let highs = match high {
             0 => lows,
             _ => chunk(block, rows, up.kb.div_ceil(4) * 16 * low + c * 16 * high + at),

@@ -9,7 +9,7 @@ use crate::codes::{Coded, with_coded};
 use crate::live::{self, LiveRows, UP_BLOCK, UpBlock};
 use crate::panel::PanelKind;
 use crate::r16::R16_ROWS;
-use crate::up_layout::UpLayout;
+use crate::up_layout::{UpLayout, block_place};
 use crate::x86_64::heads::narrow_bytes;
 use crate::x86_64::request::prefetch;
 
@@ -110,17 +110,11 @@ unsafe fn block_quads<T: Coded>(
     table: __m256i,
 ) -> [__m256i; 8] {
     let (low, high) = (T::CODING.low_bits(), T::CODING.high_bits());
-    // Where a plane of some width has a block's 16 bytes in a piece, and the bits of its codes 0..16 and 16..32.
-    let place = |width: usize| match width {
-        4 => (b * 16, [0, 4]),
-        2 => (b % 2 * 16, [b / 2 * 2, b / 2 * 2 + 4]),
-        _ => (0, [b, b + 4]),
-    };
     // SAFETY: the caller's promise.
     unsafe {
-        let (at, low_bits) = place(low);
+        let (at, low_bits) = block_place(low, b);
         let lows = chunk(block, rows, c * 16 * low + at);
-        let (at, high_bits) = place(high);
+        let (at, high_bits) = block_place(high, b);
         let highs = match high {
             0 => [_mm256_setzero_si256(); 4],
             _ => chunk(block, rows, up.kb.div_ceil(4) * 16 * low + c * 16 * high + at),

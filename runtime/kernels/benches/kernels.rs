@@ -116,8 +116,12 @@ impl Cold {
     }
 
     fn next(&mut self) -> &[u8] {
+        self.next_mut()
+    }
+
+    fn next_mut(&mut self) -> &mut [u8] {
         self.at = (self.at + self.len) % self.all.len();
-        &self.all[self.at..self.at + self.len]
+        &mut self.all[self.at..self.at + self.len]
     }
 }
 
@@ -252,10 +256,7 @@ fn experts(b: &mut Bench) {
     let canonical = random_q4(n_ff * n_embd);
     let mut record = vec![0; format.record_bytes()];
     for matrix in Matrix::ALL {
-        let region = format.region(matrix);
-        b.run(&format!("pack_{matrix:?}_1thread"), Work::Bytes(canonical.len()), |kernels, _| {
-            kernels.pack_expert(&format, matrix, &canonical, &mut record[region.clone()]);
-        });
+        format.pack(matrix, &canonical, &mut record[format.region(matrix)]);
     }
     for m in [16, 64, 128] {
         let x = random_floats(m * n_embd);
@@ -276,6 +277,22 @@ fn experts(b: &mut Bench) {
                 kernels.expert_down_batch(&format, &record[format.region(Matrix::Down)], input, 0, &mut out);
             });
         });
+    }
+}
+
+/// What a cache slot costs that is filled from a file's own bytes, by type and matrix.
+fn packing(b: &mut Bench) {
+    let (n_embd, n_ff) = (1536, 768);
+    for ty in WeightType::ALL.into_iter().filter(|ty| ty.is_quantized()) {
+        let format = ExpertFormat::new(ty, n_embd, n_ff).expect("a shape of the 4B");
+        let mut record = Cold::new(&vec![0; format.record_bytes()]);
+        for matrix in Matrix::ALL {
+            let canonical = random_bytes(format.canonical_bytes(matrix));
+            let region = format.region(matrix);
+            b.run(&format!("pack_{ty}_{matrix:?}"), Work::Bytes(canonical.len()), |kernels, _| {
+                kernels.pack_expert(&format, matrix, &canonical, &mut record.next_mut()[region.clone()]);
+            });
+        }
     }
 }
 
@@ -364,6 +381,7 @@ fn main() {
         bench.kernels = kernels;
         linear(&mut bench);
         experts(&mut bench);
+        packing(&mut bench);
         attention(&mut bench);
     }
     bench.criterion.final_summary();

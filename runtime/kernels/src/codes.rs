@@ -29,6 +29,14 @@ pub(crate) const MAX_SCALES: usize = 16;
 /// A scale and a minimum.
 pub(crate) type Scale = (f32, f32);
 
+/// 16 bytes of each of 16 rows.
+pub(crate) type Square = [[u8; 16]; 16];
+
+/// Byte by byte those of all rows.
+pub(crate) fn transpose(square: &Square) -> Square {
+    std::array::from_fn(|i| square.map(|row| row[i]))
+}
+
 /// What a code stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Meaning {
@@ -222,7 +230,6 @@ impl Coding {
     /// The codes of a block.
     #[inline(always)]
     pub(crate) fn codes(&self, block: &[u8], codes: &mut [u8]) {
-        codes.fill(0);
         self.low.read(block, 0, codes);
         if let Some(high) = self.high {
             high.read(block, self.low.width, codes);
@@ -251,18 +258,23 @@ impl Plane {
         (self.at + chunk / per_byte * self.run, chunk % per_byte * self.width)
     }
 
+    /// Puts the bits of a plane at `shift` of the codes, whose bits below it are there already.
     #[inline(always)]
     fn read(self, block: &[u8], shift: usize, codes: &mut [u8]) {
+        let put = |code: &mut u8, bits: u8| {
+            let below = if shift == 0 { 0 } else { *code };
+            *code = below | (bits & self.mask()) << shift;
+        };
         if self.run == 0 {
             for (i, code) in codes.iter_mut().enumerate() {
-                *code |= (block[self.at + i * self.width / 8] >> (i * self.width % 8) & self.mask()) << shift;
+                put(code, block[self.at + i * self.width / 8] >> (i * self.width % 8));
             }
             return;
         }
         for (chunk, codes) in codes.chunks_exact_mut(self.run).enumerate() {
             let (at, bit) = self.chunk(chunk);
             for (code, byte) in codes.iter_mut().zip(&block[at..at + self.run]) {
-                *code |= (byte >> bit & self.mask()) << shift;
+                put(code, byte >> bit);
             }
         }
     }

@@ -9,18 +9,14 @@
 
 use std::marker::PhantomData;
 
-use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, with_coded};
+use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, Square, scales, transpose, with_coded};
 use crate::down_layout::OUTPUT_CHUNK;
-use crate::down_layout::{DownGroup, DownLayout, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
+use crate::down_layout::{DownGroup, DownLayout, DownPlane, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::weight_type::{BLOCK_LEN, R16_ROWS};
 
-/// 16 bytes of each of 16 rows.
-pub(crate) type Square = [[u8; 16]; 16];
-
 /// Fills block `b` of a down region; `canonical` is the whole matrix of `n_embd` rows.
 pub(crate) fn pack_block(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, block: &mut [u8]) {
-    let transpose = |square: &Square| std::array::from_fn(|i| square.map(|row| row[i]));
     with_coded!(down.ty, T => pack_block_of::<T>(down, n_embd, canonical, b, block, transpose));
 }
 
@@ -35,49 +31,77 @@ pub(crate) fn pack_block_of<T: Coded>(
     transpose: impl Fn(&Square) -> Square,
 ) {
     let (coding, bytes, len) = (Coding::of(T::TY), T::TY.block_bytes(), T::TY.block_len());
-    let (blocks, widths) = (down.fb / T::STEPS, [coding.low_bits(), coding.high_bits()]);
+    let (low, high) = (coding.low_bits(), coding.high_bits());
+    let blocks = down.fb / T::STEPS;
     let (heads, rows) = block.split_at_mut(down.padded * down.head_bytes);
-    heads.fill(0);
-    rows.fill(0);
-    // Codes of the outputs of a line, in the order in which it has them.
-    let mut codes = [[0u8; MAX_BLOCK]; LINE_OUTPUTS];
-    for first in (0..n_embd).step_by(LINE_OUTPUTS) {
-        let (chunk, half) = (first / OUTPUT_CHUNK, first / LINE_OUTPUTS % 2);
-        for i in 0..LINE_OUTPUTS {
-            let (o, codes) = (first + i, &mut codes[line_byte(i)][..len]);
-            if o >= n_embd {
-                codes.fill(0);
-                continue;
+    // Codes of the outputs of a chunk, in the order in which lines have them.
+    let mut codes = [[0u8; MAX_BLOCK]; OUTPUT_CHUNK];
+    for (chunk, heads) in heads.chunks_exact_mut(OUTPUT_CHUNK * down.head_bytes).enumerate() {
+        for sixteen in (0..OUTPUT_CHUNK).step_by(16) {
+            let mut narrow: Square = [[0; 16]; 16];
+            for (i, narrow) in narrow.iter_mut().enumerate() {
+                let (at, mut head) = (sixteen + i, [0; MAX_HEAD]);
+                let codes = &mut codes[at / LINE_OUTPUTS * LINE_OUTPUTS + line_byte(at % LINE_OUTPUTS)][..len];
+                let o = chunk * OUTPUT_CHUNK + at;
+                if o < n_embd {
+                    let block = &canonical[(o * blocks + b) * bytes..][..bytes];
+                    coding.head(block, &mut head);
+                    coding.codes(block, codes);
+                } else {
+                    codes.fill(0);
+                }
+                for wide in 0..2 * coding.wide() {
+                    heads[down_head_place(coding.wide(), coding.head_bytes(), at, wide)] = head[wide];
+                }
+                narrow[..coding.narrow()].copy_from_slice(&head[2 * coding.wide()..coding.head_bytes()]);
             }
-            let block = &canonical[(o * blocks + b) * bytes..][..bytes];
-            let mut head = [0; MAX_HEAD];
-            coding.head(block, &mut head);
-            coding.codes(block, codes);
-            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
-                heads[down_head_place(coding.wide(), coding.head_bytes(), o, i)] = byte;
+            if coding.narrow() > 0 {
+                let fields = heads[2 * coding.wide() * OUTPUT_CHUNK..].chunks_exact_mut(OUTPUT_CHUNK);
+                for (field, bytes) in fields.zip(transpose(&narrow)) {
+                    field[sixteen..][..16].copy_from_slice(&bytes);
+                }
             }
         }
-        for (quarter, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
-            for neurons in (0..len).step_by(16) {
+        for neurons in (0..len).step_by(16) {
+            // The codes of 16 neurons: each one's, half by half of the chunk.
+            let mut halves = [[[0u8; LINE_OUTPUTS]; 2]; 16];
+            for (part, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
                 let mut square = [[0; 16]; 16];
                 for (to, codes) in square.iter_mut().zip(codes) {
                     to.copy_from_slice(&codes[neurons..neurons + 16]);
                 }
-                let rows = rows[neurons * down.row_bytes..].chunks_exact_mut(down.row_bytes);
-                for (row, codes) in rows.zip(transpose(&square)) {
-                    let mut shift = 0;
-                    for (plane, width) in down.planes.iter().zip(widths).filter(|(_, width)| *width > 0) {
-                        let bit = line_bit(width, chunk, half);
-                        let mask = (1u8 << width) - 1;
-                        let line = &mut row[plane.line(chunk) + 16 * quarter..][..16];
-                        for (byte, code) in line.iter_mut().zip(codes) {
-                            *byte |= (code >> shift & mask) << bit;
-                        }
-                        shift += width;
-                    }
+                for (halves, codes) in halves.iter_mut().zip(transpose(&square)) {
+                    halves[part / 4][part % 4 * 16..][..16].copy_from_slice(&codes);
+                }
+            }
+            for (row, halves) in rows[neurons * down.row_bytes..].chunks_exact_mut(down.row_bytes).zip(&halves) {
+                write_line(low, 0, &down.planes[0], chunk, halves, row);
+                if high > 0 {
+                    write_line(high, low, &down.planes[1], chunk, halves, row);
                 }
             }
         }
+    }
+}
+
+/// Writes the bits from `shift` on of the codes of a chunk to their plane of `width` bits. Chunks come in order: the first one of a line
+/// clears what the line held.
+#[inline(always)]
+fn write_line(
+    width: usize,
+    shift: usize,
+    plane: &DownPlane,
+    chunk: usize,
+    halves: &[[u8; LINE_OUTPUTS]; 2],
+    row: &mut [u8],
+) {
+    let (mask, bit) = ((1u8 << width) - 1, line_bit(width, chunk, 0));
+    let Some(line) = row[plane.line(chunk)..].first_chunk_mut::<LINE_OUTPUTS>() else { return };
+    if plane.begins_line(chunk) {
+        line.fill(0);
+    }
+    for (byte, (first, last)) in line.iter_mut().zip(halves[0].iter().zip(&halves[1])) {
+        *byte |= ((first >> shift & mask) | (last >> shift & mask) << width) << bit;
     }
 }
 

@@ -9,7 +9,9 @@
 //!   of 32, then codes 16..32 of the four, make 128 in order; code `i` of them is in byte `i % (16 · width)` at bit
 //!   `width · (i / (16 · width))`.
 
-use crate::codes::{self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, scales, weights, with_coded};
+use crate::codes::{
+    self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, Square, scales, transpose, weights, with_coded,
+};
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::up_layout::UpLayout;
 use crate::weight_type::{BLOCK_LEN, R16_ROWS, WeightType};
@@ -104,19 +106,25 @@ pub(crate) fn read_step(coding: &Coding, step: &[u8], codes: &mut [u8; STEP_CODE
 
 /// Canonical rows (up to 16 for each group; others are zeros) of `kb` times 32 columns to tiles.
 pub(crate) fn pack_tiles(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    with_coded!(ty, T => pack_tiles_of::<T>(kb, canonical, tiles));
+    with_coded!(ty, T => pack_tiles_of::<T>(kb, canonical, tiles, transpose));
 }
 
-/// [`pack_tiles`] for a type, to be compiled for an instruction set: simple loops.
+/// [`pack_tiles`] for a type, to be compiled for an instruction set: simple loops, and transposing.
 #[inline(always)]
-pub(crate) fn pack_tiles_of<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+pub(crate) fn pack_tiles_of<T: Coded>(
+    kb: usize,
+    canonical: &[u8],
+    tiles: &mut [u8],
+    transpose: impl Fn(&Square) -> Square,
+) {
     let (ty, blocks) = (T::TY, kb / T::STEPS);
     let (coding, bytes) = (Coding::of(ty), ty.block_bytes());
     let heads = tile_head_bytes(ty);
     for (i, tile) in tiles.chunks_exact_mut(bytes * R16_ROWS).enumerate() {
         let (group, b) = (i / blocks, i % blocks);
-        let mut codes = [[0; MAX_BLOCK]; R16_ROWS];
+        let (mut codes, mut narrow) = ([[0; MAX_BLOCK]; R16_ROWS], [[0; 16]; R16_ROWS]);
         let (head_bytes, steps) = tile.split_at_mut(heads);
+        let (wide_bytes, narrow_bytes) = head_bytes.split_at_mut(2 * coding.wide() * R16_ROWS);
         for (r, row) in codes.iter_mut().enumerate() {
             let block = canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|b| b.get(..bytes));
             let mut head = [0; MAX_HEAD];
@@ -124,9 +132,14 @@ pub(crate) fn pack_tiles_of<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [
                 coding.head(block, &mut head);
                 coding.codes(block, &mut row[..ty.block_len()]);
             }
-            for (i, &byte) in head[..coding.head_bytes()].iter().enumerate() {
-                head_bytes[head_place(coding.wide(), i, r)] = byte;
+            for i in 0..2 * coding.wide() {
+                wide_bytes[head_place(coding.wide(), i, r)] = head[i];
             }
+            narrow[r][..coding.narrow()].copy_from_slice(&head[2 * coding.wide()..coding.head_bytes()]);
+        }
+        if coding.narrow() > 0 {
+            let narrow = transpose(&narrow);
+            narrow_bytes.copy_from_slice(narrow[..coding.narrow()].as_flattened());
         }
         for (i, step) in steps.chunks_exact_mut(step_bytes(ty)).enumerate() {
             let (low, high) = step.split_at_mut(coding.low_bits() * 64);

@@ -61,7 +61,7 @@ fn pack_r16_q4(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
 
 #[target_feature(enable = "avx2")]
 fn pack_tiles<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    planes::pack_tiles_of::<T>(kb, canonical, tiles);
+    planes::pack_tiles_of::<T>(kb, canonical, tiles, transpose16);
 }
 
 pub(super) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {

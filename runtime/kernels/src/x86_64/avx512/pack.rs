@@ -29,7 +29,7 @@ pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut 
 /// Compiled for these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn pack_tiles<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    planes::pack_tiles_of::<T>(kb, canonical, tiles);
+    planes::pack_tiles_of::<T>(kb, canonical, tiles, transpose16);
 }
 
 pub(super) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {

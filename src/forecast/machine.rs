@@ -22,7 +22,7 @@ const READS: usize = 4;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     st_tool_machine: String,
-    threads: usize,
+    pub(crate) threads: usize,
     isa: String,
     /// When it was measured, in seconds since 1970.
     measured: u64,
@@ -52,6 +52,8 @@ pub(crate) struct LayerSpeed {
     pub(crate) generation: f64,
     /// Seconds that a token of a prompt takes in a layer.
     pub(crate) prompt: f64,
+    /// Bytes per second that one thread arranges of experts as files have them, beside others that do.
+    pub(crate) arranging: f64,
 }
 
 impl Machine {
@@ -199,5 +201,7 @@ fn measure_layer(shape: &ModelShape, threads: usize, isa: Isa) -> anyhow::Result
     }
     rates.sort_by(f64::total_cmp);
     let generation = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
-    Ok(LayerSpeed { shape: name_of(shape), generation, prompt: prompt_time / (PROMPT * n_layers) as f64 })
+    let (stats, prompt) = (engine.store_stats(), prompt_time / (PROMPT * n_layers) as f64);
+    let arranging = stats.bytes_read as f64 / stats.fill_thread_seconds.max(1e-9);
+    Ok(LayerSpeed { shape: name_of(shape), generation, prompt, arranging })
 }

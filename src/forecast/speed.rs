@@ -101,8 +101,18 @@ struct Speeds<'a> {
 }
 
 impl Speeds<'_> {
-    /// Tokens per second of an answer. In a layer the missing experts are read while attention and the others are computed, and
-    /// the last of them is computed when it is there.
+    /// Seconds that all threads together take to arrange an expert that was read.
+    fn arranging(&self, assumed: Assumed) -> f64 {
+        let threads = self.machine.threads as f64;
+        if self.weights.is_arranged {
+            self.weights.read / (self.layer.arranging * assumed.speed * threads)
+        } else {
+            0.0
+        }
+    }
+
+    /// Tokens per second of an answer. In a layer the missing experts are read and arranged while attention and the others are computed,
+    /// and the last of them is computed when it is there.
     fn generation(&self, assumed: Assumed) -> f64 {
         let weights = self.weights;
         let used = weights.shape.n_experts_used;
@@ -110,11 +120,15 @@ impl Speeds<'_> {
         let (layer, expert) = (weights.layer(assumed.live) / rate, weights.expert(assumed.live) / rate);
         let missing = ((1.0 - self.found) * assumed.missing).clamp(0.0, 1.0);
         let read = weights.read / (self.disk.burst * assumed.speed);
+        let arranging = self.arranging(assumed);
         let of_layer: f64 = (0..=used)
             .map(|k| {
                 let time = match k {
                     0 => layer,
-                    _ => (layer - k as f64 * expert).max(k as f64 * read) + expert,
+                    _ => {
+                        let k = k as f64;
+                        (layer + k * (arranging - expert)).max(k * read + arranging) + expert
+                    }
                 };
                 binomial(used, k, missing) * time
             })
@@ -125,13 +139,14 @@ impl Speeds<'_> {
         1.0 / (of_layer * n_layers + head).max(bytes / (self.disk.sustained * assumed.speed))
     }
 
-    /// Tokens per second of a prompt, whose batches touch nearly every expert once.
+    /// Tokens per second of a prompt, whose batches touch nearly every expert once: the missing ones are read while others are arranged and
+    /// computed.
     fn prompt(&self, plan: &MemoryPlan, assumed: Assumed) -> f64 {
         let n_layers = self.weights.shape.n_layers as f64;
         let computed = self.layer.prompt / assumed.speed * n_layers * PROMPT as f64;
         let missing = plan.n_experts_total.saturating_sub(plan.n_slots() + plan.lent) as f64;
         let read = missing * self.weights.read / (self.disk.sustained * assumed.speed);
-        PROMPT as f64 / computed.max(read)
+        PROMPT as f64 / (computed + missing * self.arranging(assumed)).max(read)
     }
 }
 

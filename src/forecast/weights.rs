@@ -1,6 +1,6 @@
 //! How many bytes of a model's file a token touches: what a forecast needs to know of it.
 
-use st_gguf::{ExpertIndex, GgufError, GgufFile, Header, Matrix, ModelShape};
+use st_gguf::{ExpertIndex, GgufError, GgufFile, Header, Layout, Matrix, ModelShape};
 
 /// Bytes of a model, as kernels and disks read them.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +15,8 @@ pub(crate) struct Weights {
     pub(crate) up_and_down: f64,
     /// An expert, as it is read from the disk.
     pub(crate) read: f64,
+    /// Whether what is read has to be arranged for the kernels: experts that are not packed for that in the file.
+    pub(crate) is_arranged: bool,
     /// The shape.
     pub(crate) shape: ModelShape,
 }
@@ -48,6 +50,7 @@ impl Weights {
             gate: mean(&|layer| matrix(layer, Matrix::Gate)),
             up_and_down: mean(&|layer| matrix(layer, Matrix::Up) + matrix(layer, Matrix::Down)),
             read: mean(&read),
+            is_arranged: index.layout() == Layout::Gguf,
             shape,
         })
     }

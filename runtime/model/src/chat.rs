@@ -17,7 +17,7 @@ use crate::transformers::{extend, refusal, without_generation_tags};
 use crate::vocabulary::{KEY_TEMPLATE, TokenizerError, control_texts};
 
 /// Roles as templates know them. They are written by programs, not by people, and may be part of control tokens.
-const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
+pub const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 
 /// Who says a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

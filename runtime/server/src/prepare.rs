@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::Value;
+use st_model::chat::ROLES;
 use st_model::tokenizer::Tokenizer;
 use st_model::{Engine, ModelError};
 
@@ -10,9 +11,6 @@ use crate::app::App;
 use crate::error::ApiError;
 use crate::sampling::too_long;
 use crate::tools::{self, Tools};
-
-/// Roles that templates know.
-const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 
 /// Does `work` on a thread of its own, when no other request is at it.
 ///

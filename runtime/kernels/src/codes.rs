@@ -258,23 +258,28 @@ impl Plane {
         (self.at + chunk / per_byte * self.run, chunk % per_byte * self.width)
     }
 
-    /// Puts the bits of a plane at `shift` of the codes, whose bits below it are there already.
+    /// Puts the bits of a plane at `shift` of the codes, whose bits below it are there already. Eight codes are a word: what the mask leaves
+    /// of it stays in its bytes.
     #[inline(always)]
     fn read(self, block: &[u8], shift: usize, codes: &mut [u8]) {
-        let put = |code: &mut u8, bits: u8| {
-            let below = if shift == 0 { 0 } else { *code };
-            *code = below | (bits & self.mask()) << shift;
+        const ONES: u64 = 0x0101_0101_0101_0101;
+        let put = |codes: &mut [u8; 8], bits: u64| {
+            let below = if shift == 0 { 0 } else { u64::from_le_bytes(*codes) };
+            *codes = (below | bits << shift).to_le_bytes();
         };
         if self.run == 0 {
-            for (i, code) in codes.iter_mut().enumerate() {
-                put(code, block[self.at + i * self.width / 8] >> (i * self.width % 8));
+            // Single bits: bit `i` of a byte is alone in byte `i` of the word, and then made its lowest.
+            for (codes, &byte) in codes.as_chunks_mut().0.iter_mut().zip(&block[self.at..]) {
+                let bits = (u64::from(byte) * ONES) & 0x8040_2010_0804_0201;
+                put(codes, (bits + 0x7f * ONES) >> 7 & ONES);
             }
             return;
         }
+        let mask = u64::from(self.mask()) * ONES;
         for (chunk, codes) in codes.chunks_exact_mut(self.run).enumerate() {
             let (at, bit) = self.chunk(chunk);
-            for (code, byte) in codes.iter_mut().zip(&block[at..at + self.run]) {
-                put(code, byte >> bit);
+            for (codes, bytes) in codes.as_chunks_mut().0.iter_mut().zip(block[at..at + self.run].as_chunks().0) {
+                put(codes, u64::from_le_bytes(*bytes) >> bit & mask);
             }
         }
     }

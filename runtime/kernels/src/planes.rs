@@ -61,35 +61,27 @@ fn read_step_plane(width: usize, shift: usize, plane: &[u8], codes: &mut [u8; ST
     }
 }
 
-/// Undoes [`read_step_plane`] for the codes of a step of 16 rows.
+/// Undoes [`read_step_plane`].
 #[inline(always)]
-fn write_step_plane(width: usize, shift: usize, rows: &[[u8; MAX_BLOCK]; R16_ROWS], step: usize, plane: &mut [u8]) {
+fn write_step_plane(width: usize, shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
     match width {
-        4 => write_step_plane_of::<4>(shift, rows, step, plane),
-        2 => write_step_plane_of::<2>(shift, rows, step, plane),
-        _ => write_step_plane_of::<1>(shift, rows, step, plane),
+        4 => write_step_plane_of::<4>(shift, codes, plane),
+        2 => write_step_plane_of::<2>(shift, codes, plane),
+        _ => write_step_plane_of::<1>(shift, codes, plane),
     }
 }
 
 #[inline(always)]
-fn write_step_plane_of<const W: usize>(
-    shift: usize,
-    rows: &[[u8; MAX_BLOCK]; R16_ROWS],
-    step: usize,
-    plane: &mut [u8],
-) {
-    let (quads, mask) = (plane.as_chunks_mut::<4>().0, (1u8 << W) - 1);
-    for (r, row) in rows.iter().enumerate() {
-        let codes = &row.as_chunks::<BLOCK_LEN>().0[step];
-        let mut bytes = [0u8; 16];
-        for m in 0..8 / W {
-            for k in 0..4 * W {
-                bytes[k] |= (codes[4 * W * m + k] >> shift & mask) << (W * m);
+fn write_step_plane_of<const W: usize>(shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
+    let (groups, mask) = (codes.as_chunks::<64>().0, (1u8 << W) - 1);
+    for (q, bytes) in plane.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+        let mut all = [0u8; 64];
+        for m in (0..8 / W).rev() {
+            for (byte, code) in all.iter_mut().zip(&groups[W * m + q]) {
+                *byte = *byte << W | (code >> shift & mask);
             }
         }
-        for q in 0..W {
-            quads[q * R16_ROWS + r] = bytes.as_chunks::<4>().0[q];
-        }
+        *bytes = all;
     }
 }
 
@@ -142,10 +134,16 @@ pub(crate) fn pack_tiles_of<T: Coded>(
             narrow_bytes.copy_from_slice(narrow[..coding.narrow()].as_flattened());
         }
         for (i, step) in steps.chunks_exact_mut(step_bytes(ty)).enumerate() {
+            let mut quads = [0; STEP_CODES];
+            for (r, row) in codes.iter().enumerate() {
+                for (g, quad) in row.as_chunks::<BLOCK_LEN>().0[i].as_chunks::<4>().0.iter().enumerate() {
+                    quads[quad_place(r, 4 * g)..][..4].copy_from_slice(quad);
+                }
+            }
             let (low, high) = step.split_at_mut(coding.low_bits() * 64);
-            write_step_plane(coding.low_bits(), 0, &codes, i, low);
+            write_step_plane(coding.low_bits(), 0, &quads, low);
             if coding.high_bits() > 0 {
-                write_step_plane(coding.high_bits(), coding.low_bits(), &codes, i, high);
+                write_step_plane(coding.high_bits(), coding.low_bits(), &quads, high);
             }
         }
     }
@@ -327,11 +325,10 @@ fn write_row_plane_of<const W: usize>(shift: usize, codes: &[u8], plane: &mut [u
         let halves = codes.as_chunks::<16>().0;
         for (i, bytes) in bytes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             let mut all = [0u8; 16];
-            for m in 0..8 / W {
+            for m in (0..8 / W).rev() {
                 let half = W * m + i;
-                let half = &halves[half % 4 * 2 + half / 4];
-                for k in 0..16 {
-                    all[k] |= (half[k] >> shift & mask) << (W * m);
+                for (byte, code) in all.iter_mut().zip(&halves[half % 4 * 2 + half / 4]) {
+                    *byte = *byte << W | (code >> shift & mask);
                 }
             }
             *bytes = all;

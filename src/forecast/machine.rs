@@ -52,7 +52,7 @@ pub(crate) struct LayerSpeed {
     pub(crate) generation: f64,
     /// Seconds that a token of a prompt takes in a layer.
     pub(crate) prompt: f64,
-    /// Bytes per second that one thread arranges of experts as files have them, beside others that do.
+    /// Bytes per second that one thread arranges of experts as files have them.
     pub(crate) arranging: f64,
 }
 
@@ -159,11 +159,16 @@ fn name_of(shape: &ModelShape) -> String {
     format!("{n_embd} {n_heads}/{n_kv_heads}×{head_dim} {n_experts_used}/{n_experts}×{n_ff}")
 }
 
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
 /// Runs a model of few layers of this shape, more than caches hold.
 fn measure_layer(shape: &ModelShape, threads: usize, isa: Isa) -> anyhow::Result<LayerSpeed> {
     const BEYOND_CACHES: usize = 96 << 20;
     const N_VOCAB: usize = 512;
-    const PROMPT: usize = 256;
+    const PROMPT: usize = 512;
     const TOKENS: usize = 24;
     const ROUNDS: usize = 3;
     let expert = 3 * shape.n_embd * shape.n_ff / 32 * 18;
@@ -181,14 +186,14 @@ fn measure_layer(shape: &ModelShape, threads: usize, isa: Isa) -> anyhow::Result
     let mut session = Session::new(&engine)?;
     let token = |i: usize| (i * 97 % N_VOCAB) as u32;
     let prompt: Vec<u32> = (0..PROMPT).map(token).collect();
-    let (mut prompt_time, mut rates) = (f64::INFINITY, Vec::new());
+    let (mut prompt_times, mut rates) = (Vec::new(), Vec::new());
     // The first round reads and arranges the experts.
     for round in 0..=ROUNDS {
         session.reset();
         let start = Instant::now();
         session.forward(&prompt)?;
         if round > 0 {
-            prompt_time = prompt_time.min(start.elapsed().as_secs_f64());
+            prompt_times.push(start.elapsed().as_secs_f64());
         }
         let (start, before) = (Instant::now(), session.work());
         for i in 0..TOKENS {
@@ -199,9 +204,7 @@ fn measure_layer(shape: &ModelShape, threads: usize, isa: Isa) -> anyhow::Result
             rates.push(work.weight_bytes as f64 / start.elapsed().as_secs_f64());
         }
     }
-    rates.sort_by(f64::total_cmp);
-    let generation = rates.get(rates.len() / 2).copied().unwrap_or(0.0);
-    let (stats, prompt) = (engine.store_stats(), prompt_time / (PROMPT * n_layers) as f64);
-    let arranging = stats.bytes_read as f64 / stats.fill_thread_seconds.max(1e-9);
+    let (generation, prompt) = (median(rates), median(prompt_times) / (PROMPT * n_layers) as f64);
+    let arranging = engine.arranging_speed();
     Ok(LayerSpeed { shape: name_of(shape), generation, prompt, arranging })
 }

@@ -101,13 +101,11 @@ struct Speeds<'a> {
 }
 
 impl Speeds<'_> {
-    /// Seconds that all threads together take to arrange an expert that was read.
+    /// Seconds that a thread takes to arrange an expert that was read.
     fn arranging(&self, assumed: Assumed) -> f64 {
-        let threads = self.machine.threads as f64;
-        if self.weights.is_arranged {
-            self.weights.read / (self.layer.arranging * assumed.speed * threads)
-        } else {
-            0.0
+        match self.weights.is_arranged {
+            true => self.weights.read / (self.layer.arranging * assumed.speed),
+            false => 0.0,
         }
     }
 
@@ -125,10 +123,7 @@ impl Speeds<'_> {
             .map(|k| {
                 let time = match k {
                     0 => layer,
-                    _ => {
-                        let k = k as f64;
-                        (layer + k * (arranging - expert)).max(k * read + arranging) + expert
-                    }
+                    _ => (layer - k as f64 * expert).max(k as f64 * (read + arranging)) + expert,
                 };
                 binomial(used, k, missing) * time
             })
@@ -146,7 +141,8 @@ impl Speeds<'_> {
         let computed = self.layer.prompt / assumed.speed * n_layers * PROMPT as f64;
         let missing = plan.n_experts_total.saturating_sub(plan.n_slots() + plan.lent) as f64;
         let read = missing * self.weights.read / (self.disk.sustained * assumed.speed);
-        PROMPT as f64 / (computed + missing * self.arranging(assumed)).max(read)
+        let arranged = missing * self.arranging(assumed) / self.machine.threads as f64;
+        PROMPT as f64 / (computed + arranged).max(read)
     }
 }
 

@@ -409,6 +409,12 @@ impl Engine {
         self.model.store().activity()
     }
 
+    /// Bytes per second of experts, as a file has them that is not packed, that one thread arranges for the kernels: what a miss costs
+    /// beside its read. Measured when it is asked for, on the shape and types of the first layer; takes some milliseconds.
+    pub fn arranging_speed(&self) -> f64 {
+        self.model.arranging_speed()
+    }
+
     /// What a sparse head did since the model was loaded; `None` where every row is computed.
     pub fn head_stats(&self) -> Option<HeadStats> {
         self.model.head_stats()

@@ -145,6 +145,11 @@ impl Model {
         self.moe.store()
     }
 
+    /// As [`Engine::arranging_speed`](crate::Engine::arranging_speed).
+    pub(crate) fn arranging_speed(&self) -> f64 {
+        self.moe.arranging_speed(self.compute.kernels)
+    }
+
     /// What a sparse head did, where there is one.
     pub(crate) fn head_stats(&self) -> Option<HeadStats> {
         if let Head::Sparse(head) = &self.head { Some(head.stats()) } else { None }

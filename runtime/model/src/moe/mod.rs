@@ -9,11 +9,12 @@ mod pairs;
 mod sparse;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use st_experts::{ExpertStore, Lease, Use, Waves};
 use st_format::ModelShape;
 use st_gguf::Matrix;
-use st_kernels::{BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, UNIT_ROWS};
+use st_kernels::{AlignedBuf, BLOCK_LEN, ExpertFormat, ExpertInput, FEW_ROWS, Kernels, UNIT_ROWS};
 
 use crate::activations::Rows;
 use crate::batch::BatchKind;
@@ -80,6 +81,24 @@ impl Moe {
     /// The cache.
     pub(crate) fn store(&self) -> &ExpertStore {
         &self.store
+    }
+
+    /// As [`Engine::arranging_speed`](crate::Engine::arranging_speed).
+    pub(crate) fn arranging_speed(&self, kernels: Kernels) -> f64 {
+        const EXPERTS: usize = 24;
+        let Some(format) = self.formats.first() else { return f64::INFINITY };
+        let canonical = Matrix::ALL.map(|matrix| vec![1u8; format.canonical_bytes(matrix)]);
+        // Touched before, and more than caches hold.
+        let mut slots = AlignedBuf::zeroed(EXPERTS * format.record_bytes());
+        slots.fill(1);
+        let started = Instant::now();
+        for slot in slots.chunks_exact_mut(format.record_bytes()) {
+            for (matrix, canonical) in Matrix::ALL.into_iter().zip(&canonical) {
+                kernels.pack_expert(format, matrix, canonical, &mut slot[format.region(matrix)]);
+            }
+        }
+        let bytes = EXPERTS * canonical.iter().map(Vec::len).sum::<usize>();
+        bytes as f64 / started.elapsed().as_secs_f64()
     }
 
     /// Whether the next layer's choice should be guessed: for tokens one after the other, where not every expert has a slot.

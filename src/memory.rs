@@ -21,10 +21,13 @@ fn none_left(bytes: usize) {
             thread::park();
         }
     }
+    // In one piece, between which nobody else can write.
+    const ROOM: usize = 512;
+    let mut text = [0; ROOM];
+    let mut rest = &mut text[..];
+    let _ = writeln!(rest, "error: not enough memory: {bytes} bytes more are not to be had\nhint: {NO_MEMORY}");
+    let len = ROOM - rest.len();
     // With stderr gone there is nobody left to tell.
-    let _ = writeln!(
-        io::stderr().lock(),
-        "error: not enough memory: {bytes} bytes more are not to be had\nhint: {NO_MEMORY}"
-    );
+    let _ = io::stderr().lock().write_all(&text[..len]);
     std::process::exit(1);
 }

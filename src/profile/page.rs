@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Profile, TextProfile};
+use super::{Cache, Profile, TextProfile};
 use crate::picture::{Heat, Lines, Quartiles, Series, boxes, escape, heat, lines};
 use crate::size::show_size;
 
@@ -195,8 +195,13 @@ fn load(texts: &[TextProfile]) -> Picture {
     Picture { file: "load.svg".into(), svg, caption, table }
 }
 
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / (1u64 << 30) as f64
+/// What memory is counted in, and the name of that axis: small models have all their places within a GiB.
+fn unit(texts: &[TextProfile]) -> (f64, &'static str) {
+    let memory = texts.iter().flat_map(|text| &text.caches).map(|cache| cache.memory_bytes);
+    match memory.max() {
+        Some(most) if most < 1 << 30 => ((1u64 << 20) as f64, "--memory in MiB"),
+        _ => ((1u64 << 30) as f64, "--memory in GiB"),
+    }
 }
 
 fn memories(texts: &[TextProfile]) -> Vec<String> {
@@ -204,15 +209,17 @@ fn memories(texts: &[TextProfile]) -> Vec<String> {
 }
 
 fn found(texts: &[TextProfile]) -> Picture {
-    let mut series = of_texts(texts, |text| text.caches.iter().map(|c| (gib(c.memory_bytes), c.hit_rate)).collect());
+    let (unit, across) = unit(texts);
+    let at = |cache: &Cache| cache.memory_bytes as f64 / unit;
+    let mut series = of_texts(texts, |text| text.caches.iter().map(|cache| (at(cache), cache.hit_rate)).collect());
     if let [text] = texts {
-        let points = text.caches.iter().map(|c| (gib(c.memory_bytes), c.best_hit_rate)).collect();
+        let points = text.caches.iter().map(|cache| (at(cache), cache.best_hit_rate)).collect();
         series.push(Series { name: "if the future were known".into(), points });
     }
     let svg = lines(&Lines {
         title: "Experts found in memory",
         description: "By the memory of the whole process, the share of experts that a token finds in the cache once that is warm.",
-        across: "--memory in GiB",
+        across,
         upwards: "share found in memory",
         series: &series,
         ticks: None,
@@ -221,18 +228,23 @@ fn found(texts: &[TextProfile]) -> Picture {
         let cache = text.caches.get(i)?;
         Some(format!("{}, {} read per token", percent(cache.hit_rate), show_size(cache.bytes_read_per_token as u64)))
     });
-    let caption = "What caches of other sizes would have held of this routing, by the policy of `run`.".to_owned();
+    let caption =
+        "What caches of other sizes would have held of this routing, by the policy that runs have.".to_owned();
     Picture { file: "cache.svg".into(), svg, caption, table }
 }
 
 fn speed(texts: &[TextProfile]) -> Picture {
+    let (unit, across) = unit(texts);
     let series = of_texts(texts, |text| {
-        text.caches.iter().filter_map(|c| Some((gib(c.memory_bytes), c.tokens_per_second?))).collect()
+        text.caches
+            .iter()
+            .filter_map(|cache| Some((cache.memory_bytes as f64 / unit, cache.tokens_per_second?)))
+            .collect()
     });
     let svg = lines(&Lines {
         title: "Tokens per second over memory",
         description: "By the memory of the whole process, the speed that is forecast for this machine and its disk.",
-        across: "--memory in GiB",
+        across,
         upwards: "tokens/s, forecast",
         series: &series,
         ticks: None,
@@ -252,6 +264,8 @@ background:var(--paper)}h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:16px}\
 figure{margin:0;border:1px solid var(--line);border-radius:8px;padding:8px;min-width:0}\
 .wide{overflow-x:auto}.wide svg{display:block;width:100%;min-width:460px;height:auto}figcaption{color:var(--faint);font-size:.9rem;padding:4px 8px}\
+@media(max-width:520px){figure .wide::after{content:\"the rest is to the right \u{2192}\";position:sticky;left:0;\
+color:var(--faint);font-size:.8rem}}\
 details{padding:4px 8px;font-size:.9rem}summary{cursor:pointer}table{border-collapse:collapse;font-variant-numeric:tabular-nums}\
 th,td{padding:2px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,td:first-child{text-align:left}\
 summary:focus-visible{outline:2px solid #0072b2}";

@@ -23,6 +23,8 @@ cat > "$stub" <<'EOF'
 while [ $# -gt 0 ]; do
     case $1 in
     -E) exec cc "$@" ;;
+    # A question that only Microsoft's compiler answers.
+    '-?') exit 1 ;;
     -o) out=$2 ;;
     esac
     shift

@@ -195,13 +195,14 @@ fn load(texts: &[TextProfile]) -> Picture {
     Picture { file: "load.svg".into(), svg, caption, table }
 }
 
-/// What memory is counted in, and the name of that axis: small models have all their places within a GiB.
-fn unit(texts: &[TextProfile]) -> (f64, &'static str) {
-    let memory = texts.iter().flat_map(|text| &text.caches).map(|cache| cache.memory_bytes);
-    match memory.max() {
-        Some(most) if most < 1 << 30 => ((1u64 << 20) as f64, "--memory in MiB"),
-        _ => ((1u64 << 30) as f64, "--memory in GiB"),
-    }
+/// Where a cache stands by its memory, and the name of that axis: small models have all their places within a GiB.
+fn memory_axis(texts: &[TextProfile]) -> (impl Fn(&Cache) -> f64, &'static str) {
+    let most = texts.iter().flat_map(|text| &text.caches).map(|cache| cache.memory_bytes).max();
+    let (unit, name) = match most {
+        Some(most) if most < 1 << 30 => (1u64 << 20, "--memory in MiB"),
+        _ => (1 << 30, "--memory in GiB"),
+    };
+    (move |cache: &Cache| cache.memory_bytes as f64 / unit as f64, name)
 }
 
 fn memories(texts: &[TextProfile]) -> Vec<String> {
@@ -209,8 +210,7 @@ fn memories(texts: &[TextProfile]) -> Vec<String> {
 }
 
 fn found(texts: &[TextProfile]) -> Picture {
-    let (unit, across) = unit(texts);
-    let at = |cache: &Cache| cache.memory_bytes as f64 / unit;
+    let (at, across) = memory_axis(texts);
     let mut series = of_texts(texts, |text| text.caches.iter().map(|cache| (at(cache), cache.hit_rate)).collect());
     if let [text] = texts {
         let points = text.caches.iter().map(|cache| (at(cache), cache.best_hit_rate)).collect();
@@ -234,12 +234,9 @@ fn found(texts: &[TextProfile]) -> Picture {
 }
 
 fn speed(texts: &[TextProfile]) -> Picture {
-    let (unit, across) = unit(texts);
+    let (at, across) = memory_axis(texts);
     let series = of_texts(texts, |text| {
-        text.caches
-            .iter()
-            .filter_map(|cache| Some((cache.memory_bytes as f64 / unit, cache.tokens_per_second?)))
-            .collect()
+        text.caches.iter().filter_map(|cache| Some((at(cache), cache.tokens_per_second?))).collect()
     });
     let svg = lines(&Lines {
         title: "Tokens per second over memory",

@@ -416,7 +416,8 @@ fn a_truncated_file_is_an_error_with_the_reason() {
     }
 }
 
-/// Where nothing is evicted, slots are made of the file's own pages, unless the system's are larger than those that records begin at; a file that ends early is an error there, too.
+/// Where nothing is evicted, slots are made of the file's own pages, unless the system's are larger than those that records begin at; a file
+/// that ends early is an error there, too.
 #[test]
 #[cfg(target_os = "linux")]
 fn records_are_mapped_where_every_expert_stays() {

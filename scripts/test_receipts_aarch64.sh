@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # Makes receipts on this x86 machine, with its best kernels, two threads and the model in memory, and proves them by other means: with portable
-# kernels, one thread and the smallest budget here; and on emulated AArch64 processors without dot products, with them, and with i8mm.
+# kernels, one thread and the smallest budget here; and on emulated AArch64 processors without dot products, with them, and with i8mm
+# (Neoverse V1, where the emulator has it, and all that it has).
 # Three types (Q4_0, Q8_0, and the K-quants of Q4_K_M), each in both layouts.
 #
 #     scripts/test_receipts_aarch64.sh [ST_TOOL] [AARCH64_ST_TOOL] [SYNTH]
 #
 # ST_TOOL is target/release/st-tool, SYNTH the `synth` beside it; AARCH64_ST_TOOL a static binary, by default that of
-# `scripts/package.sh aarch64-linux`. Without qemu-aarch64 or that binary it says SKIPPED.
+# `scripts/package.sh aarch64-linux`. QEMU names the emulator, by default qemu-aarch64; without it or that binary it says SKIPPED.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=$(realpath "${1:-target/release/st-tool}")
 other=$(realpath "${2:-target/cross/aarch64-unknown-linux-musl/release/st-tool}")
 synth=${3:-${tool%/*}/synth}
-qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64 || true)
+qemu=$(command -v ${QEMU:+"$QEMU"} qemu-aarch64-static qemu-aarch64 | head -1 || true)
 skip() { printf '\n*** SKIPPED: no receipt was proven on AArch64: %s ***\n\n' "$1"; exit 0; }
 fail() { printf 'error: %s\n' "$1" >&2; exit 1; }
 [ -n "$qemu" ] || skip "qemu-aarch64 is missing"
 [ -x "$other" ] || skip "$other is not there"
+# It lists them, and fails.
+models=$("$qemu" -cpu help || true)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -67,7 +70,8 @@ for type in Q4_0 Q8_0 Q4_K_M; do
         same "$layout, x86, portable kernels, one thread" "${here[@]}"
         memory=$(least "${here[@]}")
         same "$layout, x86, portable kernels, one thread, $memory bytes" "${here[@]}" --memory "$memory"
-        for cpu in cortex-a72 cortex-a76 max; do
+        for cpu in cortex-a72 cortex-a76 neoverse-v1 max; do
+            grep -qw "$cpu" <<< "$models" || { printf '    SKIPPED: %s, which this emulator lacks\n' "$cpu"; continue; }
             there=("$qemu" -cpu $cpu "$other" verify -q "$receipt" "$model")
             same "$layout, $cpu, two threads" "${there[@]}" --threads 2
         done

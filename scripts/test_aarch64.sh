@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Builds st-kernels for AArch64 and runs its tests under emulation: a CPU without dot products (Cortex-A72), one with them (Cortex-A76), and all
-# that the emulator has, i8mm among it (max).
+# Builds st-kernels for AArch64 and runs its tests under emulation: a CPU without dot products (Cortex-A72), one with them (Cortex-A76), one with
+# i8mm (Neoverse V1), and all that the emulator has (max).
 #
 #     scripts/test_aarch64.sh            # installs nothing; says SKIPPED where tools are missing
 #     scripts/test_aarch64.sh --install  # first installs what is missing, where this is Debian and the user is root
 #
+# QEMU names the emulator, by default qemu-aarch64-static. That of version 7.2 lacks Neoverse V1, that of 10.0 has it.
 # It needs an AArch64 standard library, a linker and qemu-user. The library is rustup's target where that is installed. Otherwise it is
 # Debian's own compiler, unpacked into target/aarch64-rust: a library fits only the compiler that it was made with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 target=aarch64-unknown-linux-gnu
+qemu=${QEMU:-qemu-aarch64-static}
 unpacked=$PWD/target/aarch64-rust
 
 skip() {
@@ -22,7 +24,7 @@ has_rustup_target() { rustup target list --installed 2>/dev/null | grep -qx "$ta
 
 install_tools() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
-    command -v qemu-aarch64-static >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null ||
+    command -v "$qemu" >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null ||
         { apt-get -q update && apt-get -q -y install --no-install-recommends qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross; } || return 0
     has_rustup_target || unpack_debian_rust || true
 }
@@ -44,7 +46,7 @@ unpack_debian_rust() {
 }
 
 [ "${1:-}" = --install ] && install_tools >&2
-command -v qemu-aarch64-static >/dev/null || skip "qemu-aarch64-static is missing"
+command -v "$qemu" >/dev/null || skip "$qemu is missing"
 command -v aarch64-linux-gnu-gcc >/dev/null || skip "aarch64-linux-gnu-gcc is missing"
 if ! has_rustup_target; then
     [ -x "$unpacked/rustc" ] || skip "there is no standard library for $target"
@@ -52,8 +54,11 @@ if ! has_rustup_target; then
 fi
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-for cpu in cortex-a72 cortex-a76 max; do
+# It lists them, and fails.
+models=$("$qemu" -cpu help || true)
+for cpu in cortex-a72 cortex-a76 neoverse-v1 max; do
+    grep -qw "$cpu" <<< "$models" || { printf '*** SKIPPED: %s, which this emulator lacks ***\n' "$cpu"; continue; }
     printf '*** st-kernels on an emulated %s ***\n' "$cpu"
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu -cpu $cpu" \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -L /usr/aarch64-linux-gnu -cpu $cpu" \
         timeout 1200 cargo test --locked --package st-kernels --lib --tests --target "$target" --target-dir target/aarch64
 done

@@ -26,16 +26,11 @@ pub(crate) const MAX_BLOCK: usize = 256;
 /// Most scales of a block.
 pub(crate) const MAX_SCALES: usize = 16;
 
+/// What stands for a block of a row that does not exist: scales of 0, where one is needed.
+pub(crate) static NO_BLOCK: [u8; MAX_BLOCK] = [0; MAX_BLOCK];
+
 /// A scale and a minimum.
 pub(crate) type Scale = (f32, f32);
-
-/// 16 bytes of each of 16 rows.
-pub(crate) type Square = [[u8; 16]; 16];
-
-/// Byte by byte those of all rows.
-pub(crate) fn transpose(square: &Square) -> Square {
-    std::array::from_fn(|i| square.map(|row| row[i]))
-}
 
 /// What a code stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,14 +43,14 @@ pub(crate) enum Meaning {
 
 /// Some bits of every code of a block.
 #[derive(Debug, Clone, Copy)]
-struct Plane {
+pub(crate) struct Plane {
     /// Where in the block it starts.
-    at: usize,
+    pub at: usize,
     /// Bits of each code: 4, 2 or 1.
-    width: usize,
+    pub width: usize,
     /// Bytes that lie together: their lowest bits are as many codes in order, the next bits the next codes. 0: codes in order from
     /// the lowest bit of the first byte on.
-    run: usize,
+    pub run: usize,
 }
 
 /// How the blocks of a type are made.
@@ -181,6 +176,11 @@ impl Coding {
         }
     }
 
+    /// The lower plane, and the upper one.
+    pub(crate) const fn planes(&self) -> [Option<Plane>; 2] {
+        [Some(self.low), self.high]
+    }
+
     /// f16 scales of a head.
     pub(crate) const fn wide(&self) -> usize {
         self.wide.len()
@@ -249,6 +249,16 @@ impl Coding {
 impl Plane {
     const fn mask(self) -> u8 {
         (1 << self.width) - 1
+    }
+
+    /// Which code has its bits in byte `byte` of the plane, from bit `width * slot` on.
+    #[inline(always)]
+    pub(crate) const fn code(self, byte: usize, slot: usize) -> usize {
+        let per_byte = 8 / self.width;
+        if self.run == 0 {
+            return byte * per_byte + slot;
+        }
+        (byte / self.run * per_byte + slot) * self.run + byte % self.run
     }
 
     /// Where codes `run * chunk..` of the plane lie: their first byte, and the bit they start at.

@@ -9,99 +9,125 @@
 
 use std::marker::PhantomData;
 
-use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, Square, scales, transpose, with_coded};
-use crate::down_layout::OUTPUT_CHUNK;
-use crate::down_layout::{DownGroup, DownLayout, DownPlane, LINE_OUTPUTS, down_head_place, line_bit, line_byte};
+use crate::bytes16::{Bytes16, exchange_slots, transpose, transpose_bytes};
+use crate::codes::{Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, NO_BLOCK, Plane, Scale, scales, with_coded};
+use crate::down_layout::{
+    DownGroup, DownLayout, DownPlane, LINE_OUTPUTS, OUTPUT_CHUNK, down_head_place, line_bit, line_byte, line_output,
+};
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::weight_type::{BLOCK_LEN, R16_ROWS};
 
 /// Fills block `b` of a down region; `canonical` is the whole matrix of `n_embd` rows.
 pub(crate) fn pack_block(down: &DownLayout, n_embd: usize, canonical: &[u8], b: usize, block: &mut [u8]) {
-    with_coded!(down.ty, T => pack_block_of::<T>(down, n_embd, canonical, b, block, transpose));
+    with_coded!(down.ty, T => pack_block_of::<T, [u8; 16]>(down, n_embd, canonical, b, block));
 }
 
-/// [`pack_block`] for a type, to be compiled for an instruction set: simple loops, and transposing.
+/// [`pack_block`] for a type and an instruction set.
 #[inline(always)]
-pub(crate) fn pack_block_of<T: Coded>(
+pub(crate) fn pack_block_of<T: Coded, V: Bytes16>(
     down: &DownLayout,
     n_embd: usize,
     canonical: &[u8],
     b: usize,
     block: &mut [u8],
-    transpose: impl Fn(&Square) -> Square,
 ) {
-    let (coding, bytes, len) = (Coding::of(T::TY), T::TY.block_bytes(), T::TY.block_len());
-    let (low, high) = (coding.low_bits(), coding.high_bits());
-    let blocks = down.fb / T::STEPS;
+    let (coding, bytes) = (T::CODING, T::TY.block_bytes());
     let (heads, rows) = block.split_at_mut(down.padded * down.head_bytes);
-    // Codes of the outputs of a chunk, in the order in which lines have them.
-    let mut codes = [[0u8; MAX_BLOCK]; OUTPUT_CHUNK];
+    let blocks = Blocks { canonical: &canonical[b * bytes..], stride: down.fb / T::STEPS * bytes, bytes, n_embd };
     for (chunk, heads) in heads.chunks_exact_mut(OUTPUT_CHUNK * down.head_bytes).enumerate() {
-        for sixteen in (0..OUTPUT_CHUNK).step_by(16) {
-            let mut narrow: Square = [[0; 16]; 16];
+        for first in (0..OUTPUT_CHUNK).step_by(16) {
+            let mut narrow = [[0; 16]; 16];
             for (i, narrow) in narrow.iter_mut().enumerate() {
-                let (at, mut head) = (sixteen + i, [0; MAX_HEAD]);
-                let codes = &mut codes[at / LINE_OUTPUTS * LINE_OUTPUTS + line_byte(at % LINE_OUTPUTS)][..len];
-                let o = chunk * OUTPUT_CHUNK + at;
-                if o < n_embd {
-                    let block = &canonical[(o * blocks + b) * bytes..][..bytes];
-                    coding.head(block, &mut head);
-                    coding.codes(block, codes);
-                } else {
-                    codes.fill(0);
-                }
+                let mut head = [0; MAX_HEAD];
+                coding.head(blocks.of(chunk * OUTPUT_CHUNK + first + i), &mut head);
                 for wide in 0..2 * coding.wide() {
-                    heads[down_head_place(coding.wide(), coding.head_bytes(), at, wide)] = head[wide];
+                    heads[down_head_place(coding.wide(), coding.head_bytes(), first + i, wide)] = head[wide];
                 }
                 narrow[..coding.narrow()].copy_from_slice(&head[2 * coding.wide()..coding.head_bytes()]);
             }
             if coding.narrow() > 0 {
                 let fields = heads[2 * coding.wide() * OUTPUT_CHUNK..].chunks_exact_mut(OUTPUT_CHUNK);
-                for (field, bytes) in fields.zip(transpose(&narrow)) {
-                    field[sixteen..][..16].copy_from_slice(&bytes);
+                for (field, bytes) in fields.zip(transpose_bytes::<V>(&narrow)) {
+                    field[first..][..16].copy_from_slice(&bytes);
                 }
             }
         }
-        for neurons in (0..len).step_by(16) {
-            // The codes of 16 neurons: each one's, half by half of the chunk.
-            let mut halves = [[[0u8; LINE_OUTPUTS]; 2]; 16];
-            for (part, codes) in codes.as_chunks::<16>().0.iter().enumerate() {
-                let mut square = [[0; 16]; 16];
-                for (to, codes) in square.iter_mut().zip(codes) {
-                    to.copy_from_slice(&codes[neurons..neurons + 16]);
-                }
-                for (halves, codes) in halves.iter_mut().zip(transpose(&square)) {
-                    halves[part / 4][part % 4 * 16..][..16].copy_from_slice(&codes);
-                }
-            }
-            for (row, halves) in rows[neurons * down.row_bytes..].chunks_exact_mut(down.row_bytes).zip(&halves) {
-                write_line(low, 0, &down.planes[0], chunk, halves, row);
-                if high > 0 {
-                    write_line(high, low, &down.planes[1], chunk, halves, row);
-                }
-            }
+    }
+    for (from, to) in coding.planes().into_iter().zip(&down.planes) {
+        match from {
+            Some(from) if from.width == 4 => pack_plane::<T, V, 2>(from, down, to, &blocks, rows),
+            Some(from) if from.width == 2 => pack_plane::<T, V, 4>(from, down, to, &blocks, rows),
+            Some(from) => pack_plane::<T, V, 8>(from, down, to, &blocks, rows),
+            None => {}
         }
+    }
+    V::settle();
+}
+
+/// One block of each output: outputs that only fill a chunk have none.
+struct Blocks<'a> {
+    /// From the block of the first output on.
+    canonical: &'a [u8],
+    /// Bytes from an output's block to the next one's.
+    stride: usize,
+    /// Bytes of a block.
+    bytes: usize,
+    n_embd: usize,
+}
+
+impl<'a> Blocks<'a> {
+    /// The block of output `o`.
+    #[inline(always)]
+    fn of(&self, o: usize) -> &'a [u8] {
+        if o < self.n_embd { &self.canonical[o * self.stride..][..self.bytes] } else { &NO_BLOCK[..self.bytes] }
     }
 }
 
-/// Writes the bits from `shift` on of the codes of a chunk to their plane of `width` bits. Chunks come in order: the first one of a line
-/// clears what the line held.
+/// Turns a plane of the blocks into that of the runs. A byte of a line has `P` slots of `8 / P` bits, each for another output of
+/// 64; a byte of a block as many, each for another neuron: so 16 bytes of the blocks of `P` times 16 outputs first exchange their slots, and
+/// then rows and columns.
 #[inline(always)]
-fn write_line(
-    width: usize,
-    shift: usize,
-    plane: &DownPlane,
-    chunk: usize,
-    halves: &[[u8; LINE_OUTPUTS]; 2],
-    row: &mut [u8],
+fn pack_plane<T: Coded, V: Bytes16, const P: usize>(
+    from: Plane,
+    down: &DownLayout,
+    to: &DownPlane,
+    blocks: &Blocks<'_>,
+    rows: &mut [u8],
 ) {
-    let (mask, bit) = ((1u8 << width) - 1, line_bit(width, chunk, 0));
-    let Some(line) = row[plane.line(chunk)..].first_chunk_mut::<LINE_OUTPUTS>() else { return };
-    if plane.begins_line(chunk) {
-        line.fill(0);
-    }
-    for (byte, (first, last)) in line.iter_mut().zip(halves[0].iter().zip(&halves[1])) {
-        *byte |= ((first >> shift & mask) | (last >> shift & mask) << width) << bit;
+    let plane_bytes = T::TY.block_len() / P;
+    let some = plane_bytes.min(16);
+    for line in 0..down.padded.div_ceil(P * LINE_OUTPUTS) {
+        for byte in (0..plane_bytes).step_by(16) {
+            // For each slot of a byte of a block, 16 lines, a quarter of each at a time.
+            let mut lines = [[[V::load(&[0; 16]); 16]; 4]; P];
+            for part in 0..4 {
+                let mut squares = [[V::load(&[0; 16]); 16]; P];
+                for i in 0..16 {
+                    let mut slots = [V::load(&[0; 16]); P];
+                    for (slot, bytes) in slots.iter_mut().enumerate() {
+                        let o = (line * P + slot) * LINE_OUTPUTS + line_output(16 * part + i);
+                        let block = &blocks.of(o)[from.at + byte..];
+                        *bytes = match block.first_chunk() {
+                            Some(all) if some == 16 => V::load(all),
+                            _ => V::load(&std::array::from_fn(|i| if i < some { block[i] } else { 0 })),
+                        };
+                    }
+                    exchange_slots(&mut slots);
+                    slots.into_iter().zip(&mut squares).for_each(|(row, square)| square[i] = row);
+                }
+                for (square, lines) in squares.iter().zip(&mut lines) {
+                    transpose(square, &mut lines[part]);
+                }
+            }
+            for (slot, [first, second, third, fourth]) in lines.iter().enumerate() {
+                for (i, (((a, b), c), d)) in first.iter().zip(second).zip(third).zip(fourth).enumerate().take(some) {
+                    let run = from.code(byte + i, slot) * down.row_bytes;
+                    if let Some(line) = rows[run + to.at + line * LINE_OUTPUTS..].first_chunk_mut() {
+                        V::stream([*a, *b, *c, *d], line);
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -14,7 +14,7 @@ pub(crate) struct DownPlane {
     /// Bits of each code: 4, 2, 1, or 0 where there is no such plane.
     pub width: usize,
     /// Where in the run it starts.
-    at: usize,
+    pub at: usize,
     /// Chunks that share a line of 64 bytes.
     per_line: usize,
 }
@@ -140,6 +140,13 @@ impl DownLayout {
 pub(crate) const fn line_byte(o: usize) -> usize {
     let (v, l, e) = (o / 16, o / 4 % 4, o % 4);
     16 * l + 4 * v + e
+}
+
+/// The output of half a chunk whose code is in byte `byte` of a line: undoes [`line_byte`].
+#[inline(always)]
+pub(crate) const fn line_output(byte: usize) -> usize {
+    let (l, v, e) = (byte / 16, byte / 4 % 4, byte % 4);
+    16 * v + 4 * l + e
 }
 
 /// Where byte `i` of the head of output `o` lies in the heads of a block: chunk by chunk, field by field.

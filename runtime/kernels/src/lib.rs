@@ -51,6 +51,7 @@ mod activations;
 mod aligned;
 mod attention;
 pub mod block;
+mod bytes16;
 mod codes;
 mod columns;
 mod dispatch;

@@ -9,8 +9,9 @@
 //!   of 32, then codes 16..32 of the four, make 128 in order; code `i` of them is in byte `i % (16 · width)` at bit
 //!   `width · (i / (16 · width))`.
 
+use crate::bytes16::{Bytes16, exchange_slots, transpose_bytes, transpose_quads};
 use crate::codes::{
-    self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, Scale, Square, scales, transpose, weights, with_coded,
+    self, Coded, Coding, MAX_BLOCK, MAX_HEAD, MAX_SCALES, NO_BLOCK, Plane, Scale, scales, weights, with_coded,
 };
 use crate::panel::{PanelKind, PanelLayout, PanelMut};
 use crate::up_layout::UpLayout;
@@ -61,30 +62,6 @@ fn read_step_plane(width: usize, shift: usize, plane: &[u8], codes: &mut [u8; ST
     }
 }
 
-/// Undoes [`read_step_plane`].
-#[inline(always)]
-fn write_step_plane(width: usize, shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
-    match width {
-        4 => write_step_plane_of::<4>(shift, codes, plane),
-        2 => write_step_plane_of::<2>(shift, codes, plane),
-        _ => write_step_plane_of::<1>(shift, codes, plane),
-    }
-}
-
-#[inline(always)]
-fn write_step_plane_of<const W: usize>(shift: usize, codes: &[u8; STEP_CODES], plane: &mut [u8]) {
-    let (groups, mask) = (codes.as_chunks::<64>().0, (1u8 << W) - 1);
-    for (q, bytes) in plane.as_chunks_mut::<64>().0.iter_mut().enumerate() {
-        let mut all = [0u8; 64];
-        for m in (0..8 / W).rev() {
-            for (byte, code) in all.iter_mut().zip(&groups[W * m + q]) {
-                *byte = *byte << W | (code >> shift & mask);
-            }
-        }
-        *bytes = all;
-    }
-}
-
 /// The codes of a step.
 #[inline(always)]
 pub(crate) fn read_step(coding: &Coding, step: &[u8], codes: &mut [u8; STEP_CODES]) {
@@ -98,53 +75,125 @@ pub(crate) fn read_step(coding: &Coding, step: &[u8], codes: &mut [u8; STEP_CODE
 
 /// Canonical rows (up to 16 for each group; others are zeros) of `kb` times 32 columns to tiles.
 pub(crate) fn pack_tiles(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    with_coded!(ty, T => pack_tiles_of::<T>(kb, canonical, tiles, transpose));
+    with_coded!(ty, T => pack_tiles_of::<T, [u8; 16]>(kb, canonical, tiles));
 }
 
-/// [`pack_tiles`] for a type, to be compiled for an instruction set: simple loops, and transposing.
+/// [`pack_tiles`] for a type and an instruction set.
 #[inline(always)]
-pub(crate) fn pack_tiles_of<T: Coded>(
-    kb: usize,
-    canonical: &[u8],
-    tiles: &mut [u8],
-    transpose: impl Fn(&Square) -> Square,
-) {
+pub(crate) fn pack_tiles_of<T: Coded, V: Bytes16>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     let (ty, blocks) = (T::TY, kb / T::STEPS);
     let (coding, bytes) = (Coding::of(ty), ty.block_bytes());
     let heads = tile_head_bytes(ty);
     for (i, tile) in tiles.chunks_exact_mut(bytes * R16_ROWS).enumerate() {
         let (group, b) = (i / blocks, i % blocks);
-        let (mut codes, mut narrow) = ([[0; MAX_BLOCK]; R16_ROWS], [[0; 16]; R16_ROWS]);
+        let blocks: [&[u8]; R16_ROWS] = std::array::from_fn(|r| {
+            let block =
+                canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|block| block.get(..bytes));
+            block.unwrap_or(&NO_BLOCK[..bytes])
+        });
+        let mut narrow = [[0; 16]; R16_ROWS];
         let (head_bytes, steps) = tile.split_at_mut(heads);
         let (wide_bytes, narrow_bytes) = head_bytes.split_at_mut(2 * coding.wide() * R16_ROWS);
-        for (r, row) in codes.iter_mut().enumerate() {
-            let block = canonical.get(((group * R16_ROWS + r) * blocks + b) * bytes..).and_then(|b| b.get(..bytes));
+        for (r, narrow) in narrow.iter_mut().enumerate() {
             let mut head = [0; MAX_HEAD];
-            if let Some(block) = block {
-                coding.head(block, &mut head);
-                coding.codes(block, &mut row[..ty.block_len()]);
-            }
+            coding.head(blocks[r], &mut head);
             for i in 0..2 * coding.wide() {
                 wide_bytes[head_place(coding.wide(), i, r)] = head[i];
             }
-            narrow[r][..coding.narrow()].copy_from_slice(&head[2 * coding.wide()..coding.head_bytes()]);
+            narrow[..coding.narrow()].copy_from_slice(&head[2 * coding.wide()..coding.head_bytes()]);
         }
         if coding.narrow() > 0 {
-            let narrow = transpose(&narrow);
+            let narrow = transpose_bytes::<V>(&narrow);
             narrow_bytes.copy_from_slice(narrow[..coding.narrow()].as_flattened());
         }
-        for (i, step) in steps.chunks_exact_mut(step_bytes(ty)).enumerate() {
-            let mut quads = [0; STEP_CODES];
-            for (r, row) in codes.iter().enumerate() {
-                for (g, quad) in row.as_chunks::<BLOCK_LEN>().0[i].as_chunks::<4>().0.iter().enumerate() {
-                    quads[quad_place(r, 4 * g)..][..4].copy_from_slice(quad);
+        let mut at = 0;
+        for plane in coding.planes().into_iter().flatten() {
+            match plane.width {
+                4 => pack_tile_plane::<T, V, 2>(plane, at, &blocks, steps),
+                2 => pack_tile_plane::<T, V, 4>(plane, at, &blocks, steps),
+                _ => pack_tile_plane::<T, V, 8>(plane, at, &blocks, steps),
+            }
+            at += plane.width * 64;
+        }
+    }
+}
+
+/// Single bits in order, of which byte `i` of the result has those whose number is `i` above a multiple of 4.
+#[inline(always)]
+fn every_fourth_bit(all: u32) -> [u8; 4] {
+    std::array::from_fn(|i| {
+        let bits = all >> i & 0x1111_1111;
+        let pairs = (bits | bits >> 3) & 0x0303_0303;
+        let nibbles = (pairs | pairs >> 6) & 0x000f_000f;
+        (nibbles | nibbles >> 12) as u8
+    })
+}
+
+/// Turns a plane of the blocks of 16 rows into that of the steps of their tile, `at` in each step. A byte has `P` slots of `8 / P` bits. What
+/// 32 bytes of a run hold in one slot is a step, of `8 / P` quads, where slot `i` is of the quads after those of slot `i - 1`: so the
+/// quads of the 32 bytes exchange their slots. Shorter runs are what a step is, but for single bits in order.
+#[inline(always)]
+fn pack_tile_plane<T: Coded, V: Bytes16, const P: usize>(
+    plane: Plane,
+    at: usize,
+    blocks: &[&[u8]; R16_ROWS],
+    steps: &mut [u8],
+) {
+    let (quads, plane_bytes, step_bytes) = (8 / P, T::TY.block_len() / P, step_bytes(T::TY));
+    let mut put = |step: usize, quad: usize, line: [V; 4]| {
+        let to = steps[step * step_bytes + at + 64 * quad..][..64].as_chunks_mut().0;
+        to.iter_mut().zip(line).for_each(|(to, four)| four.store(to));
+    };
+    if plane.run == 0 {
+        let mut line = [V::load(&[0; 16]); 4];
+        for (four, blocks) in line.iter_mut().zip(blocks.as_chunks::<4>().0) {
+            let mut bytes = [0; 16];
+            for (to, block) in bytes.as_chunks_mut().0.iter_mut().zip(blocks) {
+                *to = every_fourth_bit(block[plane.at..].first_chunk().map_or(0, |bits| u32::from_le_bytes(*bits)));
+            }
+            *four = V::load(&bytes);
+        }
+        return put(0, 0, line);
+    }
+    // Quads of 16 bytes of all rows, each a line.
+    let quads_at = |first: usize, lines: &mut [[V; 4]; 4]| {
+        for (four, blocks) in blocks.as_chunks::<4>().0.iter().enumerate() {
+            let mut rows = [V::load(&[0; 16]); 4];
+            for (row, block) in rows.iter_mut().zip(blocks) {
+                *row = V::load(block[plane.at + first..].first_chunk().expect("whole runs"));
+            }
+            let quads = transpose_quads(rows);
+            for (line, quad) in lines.iter_mut().zip(quads) {
+                line[four] = quad;
+            }
+        }
+    };
+    let mut lines = [[[V::load(&[0; 16]); 4]; 4]; 2];
+    if plane.run == 16 {
+        for step in 0..T::STEPS {
+            quads_at(step * 16, &mut lines[0]);
+            lines[0].iter().enumerate().for_each(|(quad, line)| put(step, quad, *line));
+        }
+        return;
+    }
+    for first in (0..plane_bytes).step_by(BLOCK_LEN) {
+        quads_at(first, &mut lines[0]);
+        quads_at(first + 16, &mut lines[1]);
+        let lines = lines.as_flattened_mut();
+        for quad in 0..quads {
+            for four in 0..4 {
+                let mut slots = [lines[0][0]; P];
+                for (slot, of_rows) in slots.iter_mut().enumerate() {
+                    *of_rows = lines[slot * quads + quad][four];
+                }
+                exchange_slots(&mut slots);
+                for (slot, of_rows) in slots.iter().enumerate() {
+                    lines[slot * quads + quad][four] = *of_rows;
                 }
             }
-            let (low, high) = step.split_at_mut(coding.low_bits() * 64);
-            write_step_plane(coding.low_bits(), 0, &quads, low);
-            if coding.high_bits() > 0 {
-                write_step_plane(coding.high_bits(), coding.low_bits(), &quads, high);
-            }
+        }
+        for (i, line) in lines.iter().enumerate() {
+            put(plane.code(first, i / quads) / BLOCK_LEN, i % quads, *line);
         }
     }
 }

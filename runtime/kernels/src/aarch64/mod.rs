@@ -10,7 +10,7 @@ mod dot;
 mod experts;
 mod gemm;
 mod gemv;
-mod neon;
+pub(crate) mod neon;
 mod plane_columns;
 mod plane_rows;
 mod planes;

@@ -3,6 +3,8 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use crate::bytes16::Bytes16;
+
 /// Adds the products of two rows of `a` with two of `b`, 8 signed bytes each: `[a0·b0, a0·b1, a1·b0, a1·b1]`. (The intrinsic is not
 /// stable.)
 #[inline]
@@ -79,28 +81,68 @@ pub(super) fn nibbles(w: uint8x16_t) -> (int8x16_t, int8x16_t) {
     (vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8::<4>(w)))
 }
 
-/// Byte by byte those of all rows.
-#[inline(always)]
-pub(super) fn transpose16(rows: &[[u8; 16]; 16]) -> [[u8; 16]; 16] {
-    let mut out = [[0; 16]; 16];
-    // SAFETY: 16 bytes each; NEON is part of AArch64.
-    unsafe {
-        let mut v = [vdupq_n_u8(0); 16];
-        for (v, row) in v.iter_mut().zip(rows) {
-            *v = vld1q_u8(row.as_ptr());
-        }
-        // With the row number as the upper and the byte number as the lower four bits of an index, each round rotates it by one bit.
-        for _ in 0..4 {
-            let mut t = v;
-            for i in 0..8 {
-                t[2 * i] = vzip1q_u8(v[i], v[i + 8]);
-                t[2 * i + 1] = vzip2q_u8(v[i], v[i + 8]);
-            }
-            v = t;
-        }
-        for (v, out) in v.into_iter().zip(&mut out) {
-            vst1q_u8(out.as_mut_ptr(), v);
+/// 16 bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon(uint8x16_t);
+
+// SAFETY of all blocks: NEON is part of AArch64; loads and stores are of arrays of 16 bytes.
+impl Bytes16 for Neon {
+    #[inline(always)]
+    fn load(bytes: &[u8; 16]) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vld1q_u8(bytes.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [u8; 16]) {
+        // SAFETY: as above.
+        unsafe { vst1q_u8(to.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn stream(line: [Self; 4], to: &mut [u8; 64]) {
+        line.into_iter().zip(to.as_chunks_mut().0).for_each(|(part, to)| part.store(to));
+    }
+
+    #[inline(always)]
+    fn settle() {}
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vorrq_u8(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn and(self, mask: u8) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vandq_u8(self.0, vdupq_n_u8(mask)) })
+    }
+
+    #[inline(always)]
+    fn up<const BITS: i32>(self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vshlq_n_u8::<BITS>(self.0) })
+    }
+
+    #[inline(always)]
+    fn down<const BITS: i32>(self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vshrq_n_u8::<BITS>(self.0) })
+    }
+
+    #[inline(always)]
+    fn zip8(self, other: Self) -> (Self, Self) {
+        // SAFETY: as above.
+        unsafe { (Self(vzip1q_u8(self.0, other.0)), Self(vzip2q_u8(self.0, other.0))) }
+    }
+
+    #[inline(always)]
+    fn zip32(self, other: Self) -> (Self, Self) {
+        // SAFETY: as above.
+        unsafe {
+            let (a, b) = (vreinterpretq_u32_u8(self.0), vreinterpretq_u32_u8(other.0));
+            (Self(vreinterpretq_u8_u32(vzip1q_u32(a, b))), Self(vreinterpretq_u8_u32(vzip2q_u32(a, b))))
         }
     }
-    out
 }

@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 
 use super::dot::Dot;
 use super::experts::interleave;
-use super::neon::{add_block, load_f16, transpose16};
+use super::neon::{Neon, add_block, load_f16};
 use super::planes::{codes, offset, put_floats, put_quads, table, times};
 use crate::codes::{Coded, half_of_power, with_coded};
 use crate::columns::{self, ChunkScales, OfChunk};
@@ -20,7 +20,7 @@ pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], regi
         return expert_format::pack_down(down, n_embd, canonical, region);
     }
     for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
-        with_coded!(down.ty, T => columns::pack_block_of::<T>(down, n_embd, canonical, b, block, transpose16));
+        with_coded!(down.ty, T => columns::pack_block_of::<T, Neon>(down, n_embd, canonical, b, block));
     }
 }
 

@@ -4,9 +4,10 @@
 use std::arch::aarch64::*;
 
 use super::dot::Dot;
-use super::neon::{prefetch, transpose16};
+use super::neon::{Neon, prefetch};
 use super::planes::{Scales, codes, put_quads, table};
 use crate::activations::ActRow;
+use crate::bytes16::transpose_bytes;
 use crate::codes::{Coded, with_coded};
 use crate::live::{UP_BLOCK, UpBlock};
 use crate::panel::{PanelKind, PanelLayout};
@@ -126,7 +127,7 @@ unsafe fn block_scales<T: Coded>(up: &UpLayout, block: &UpBlock, b: usize) -> Sc
         }
         let mut narrow = [[0; R16_ROWS]; 16];
         if T::STEPS > 1 {
-            narrow = transpose16(&heads.map(|head| head.add(at).cast::<[u8; 16]>().read()));
+            narrow = transpose_bytes::<Neon>(&heads.map(|head| head.add(at).cast::<[u8; 16]>().read()));
         }
         let m = if T::CODING.has_minima { wide(1) } else { [0; R16_ROWS] };
         Scales::new(&wide(0), &m, &narrow)

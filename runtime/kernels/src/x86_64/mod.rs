@@ -6,6 +6,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 mod heads;
 mod request;
+pub(crate) mod sse2;
 mod sums;
 
 /// Whether this CPU runs the AVX2 kernels.

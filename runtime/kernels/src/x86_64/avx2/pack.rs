@@ -13,7 +13,7 @@ use crate::r16::R16_ROWS;
 use crate::scalar;
 use crate::up_layout::UpLayout;
 use crate::weight_type::WeightType;
-use crate::x86_64::heads::transpose16;
+use crate::x86_64::sse2::Sse2;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     if ty == WeightType::Q4_0 {
@@ -61,7 +61,7 @@ fn pack_r16_q4(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
 
 #[target_feature(enable = "avx2")]
 fn pack_tiles<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    planes::pack_tiles_of::<T>(kb, canonical, tiles, transpose16);
+    planes::pack_tiles_of::<T, Sse2>(kb, canonical, tiles);
 }
 
 pub(super) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
@@ -157,6 +157,6 @@ fn transpose_bytes(mut v: [__m256i; 16]) -> [__m256i; 16] {
 #[target_feature(enable = "avx2")]
 fn pack_columns<T: Coded>(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
     for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
-        columns::pack_block_of::<T>(down, n_embd, canonical, b, block, transpose16);
+        columns::pack_block_of::<T, Sse2>(down, n_embd, canonical, b, block);
     }
 }

@@ -12,7 +12,7 @@ use crate::r16::{self, R16_ROWS};
 use crate::up_layout::UpLayout;
 use crate::weight_type::BLOCK_LEN;
 use crate::weight_type::WeightType;
-use crate::x86_64::heads::transpose16;
+use crate::x86_64::sse2::Sse2;
 
 pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
     if ty == WeightType::Q4_0 {
@@ -29,7 +29,7 @@ pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut 
 /// Compiled for these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn pack_tiles<T: Coded>(kb: usize, canonical: &[u8], tiles: &mut [u8]) {
-    planes::pack_tiles_of::<T>(kb, canonical, tiles, transpose16);
+    planes::pack_tiles_of::<T, Sse2>(kb, canonical, tiles);
 }
 
 pub(super) fn pack_up(up: &UpLayout, canonical: &[u8], region: &mut [u8]) {
@@ -193,7 +193,7 @@ pub(super) fn pack_down(down: &DownLayout, n_embd: usize, canonical: &[u8], regi
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn pack_columns<T: Coded>(down: &DownLayout, n_embd: usize, canonical: &[u8], region: &mut [u8]) {
     for (b, block) in region.chunks_exact_mut(down.block_bytes).enumerate() {
-        columns::pack_block_of::<T>(down, n_embd, canonical, b, block, transpose16);
+        columns::pack_block_of::<T, Sse2>(down, n_embd, canonical, b, block);
     }
 }
 

@@ -276,7 +276,9 @@ fn the_command_line_drafts_as_it_is_told() {
     assert!(right.as_u64() > Some(0) && drafted.as_u64() >= right.as_u64(), "{some}");
     run(["run", "tiny", "-p", "x", "--draft", "much"]).misused("auto, off or a number");
     let bench = ["bench", "tiny", "-p", "0", "-n", "16", "-r", "1", "--draft-accept", "0.9", "-o", "json"];
-    let bench: Value = serde_json::from_str(&run(bench).ok()).expect("JSON");
-    assert!(bench["tests"][1]["test"].as_str().is_some_and(|name| name.contains("accepted")), "{bench}");
+    for memory in [&[][..], &["--memory", "160MiB"]] {
+        let bench: Value = serde_json::from_str(&run(bench.iter().chain(memory)).ok()).expect("JSON");
+        assert!(bench["tests"][1]["test"].as_str().is_some_and(|name| name.contains("accepted")), "{bench}");
+    }
     run(["bench", "tiny", "--draft-accept", "1.5"]).misused("from 0 to 1");
 }

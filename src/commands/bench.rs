@@ -151,7 +151,11 @@ fn measure_all(
     let mut prompt = Measured::new(format!("prompt {}", args.prompt_tokens));
     let mut generation = Measured::new(format!("generation {}", args.generated_tokens));
     let mut greedy = Sampler::new(SamplerOptions::greedy())?;
-    let mut drafted = args.draft_accept.map(|share| Drafted::new(&session, args, share)).transpose()?;
+    let mut drafted = args.draft_accept.map(|share| Drafted::new(args, share, session.engine().n_vocab() as u32));
+    if let Some(drafted) = &drafted {
+        // One session for both, since the memory plan has one: rows that are run one by one are run without drafts.
+        session = session.drafted(DraftLimit::Auto).drafted_by(Box::new(drafted.answer.clone()));
+    }
     // One more than asked for: the first only warms up.
     for repetition in 0..=args.repetitions {
         let counts = repetition > 0;
@@ -179,36 +183,35 @@ fn measure_all(
                 generation.add(args.generated_tokens, measured);
             }
             if let Some(drafted) = &mut drafted {
-                drafted.run(&tokens[..=args.depth], &answer, &mut greedy, counts, &mut watch)?;
+                drafted.run(&mut session, &tokens[..=args.depth], &answer, &mut greedy, counts, &mut watch)?;
             }
         }
         watch.context.interrupt.check()?;
     }
 
-    let drafted = drafted.map(Drafted::finish);
+    let drafted = drafted.map(|drafted| drafted.finish(&session));
     Ok([prompt, generation].into_iter().chain(drafted).filter(|row| !row.rates.is_empty()).collect())
 }
 
 /// Generation with drafts that are known to be right so often.
 struct Drafted {
-    session: Session,
     answer: Spoiled,
     options: GenerateOptions,
     measured: Measured,
 }
 
 impl Drafted {
-    fn new(plain: &Session, args: &BenchArgs, share: f64) -> anyhow::Result<Self> {
-        let answer = Spoiled { share, n_vocab: plain.engine().n_vocab() as u32, text: Arc::default() };
-        let session = Session::new(plain.engine())?.drafted(DraftLimit::Auto).drafted_by(Box::new(answer.clone()));
+    fn new(args: &BenchArgs, share: f64, n_vocab: u32) -> Self {
+        let answer = Spoiled { share, n_vocab, text: Arc::default() };
         let options = GenerateOptions { max_tokens: Some(args.generated_tokens), ..GenerateOptions::default() };
         let name = format!("generation {}, {:.0} % of drafts right", args.generated_tokens, 100.0 * share);
-        Ok(Self { session, answer, options, measured: Measured::new(name) })
+        Self { answer, options, measured: Measured::new(name) }
     }
 
     /// Generates `answer`, which is known to follow `prompt`, once more.
     fn run(
         &mut self,
+        session: &mut Session,
         prompt: &[u32],
         answer: &[u32],
         greedy: &mut Sampler,
@@ -216,11 +219,10 @@ impl Drafted {
         watch: &mut Watch<'_>,
     ) -> anyhow::Result<()> {
         self.answer.set(prompt.iter().chain(answer).copied().collect());
-        self.session.reset();
-        let (session, options) = (&mut self.session, &self.options);
+        session.reset();
         let go_on = &mut |_: &str| ControlFlow::Continue(());
         let experts = session.engine().store_stats();
-        let made = generate(session, prompt, greedy, options, watch, go_on)?;
+        let made = generate(session, prompt, greedy, &self.options, watch, go_on)?;
         // It may end before the other, which no end token stops.
         anyhow::ensure!(answer.starts_with(&made.ids), "drafts changed the answer");
         if counts && made.stats.generated_tokens > 0 {
@@ -231,8 +233,8 @@ impl Drafted {
         Ok(())
     }
 
-    fn finish(self) -> Measured {
-        let stats = self.session.draft_stats();
+    fn finish(self, session: &Session) -> Measured {
+        let stats = session.draft_stats();
         let share = 100.0 * stats.accepted_share();
         let name = format!("{}: {} drafted, {share:.0} % accepted", self.measured.name, stats.drafted);
         Measured { name, ..self.measured }

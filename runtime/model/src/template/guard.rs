@@ -72,6 +72,12 @@ impl Guard {
         }
     }
 
+    /// The same with an hour's time.
+    #[cfg(test)]
+    pub(crate) fn patient(self) -> Self {
+        Self { deadline: Instant::now() + Duration::from_secs(3600), ..self }
+    }
+
     /// Takes `bytes` from the account before they are made.
     pub(super) fn charge(&self, bytes: usize) -> Result<(), Error> {
         self.tick()?;

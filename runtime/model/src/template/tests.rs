@@ -1,22 +1,20 @@
 //! Templates that grow, nest, hang or are too long: one error each, soon and within little memory.
 
-use std::time::{Duration, Instant};
-
 use super::*;
 
 fn rendered(source: &str) -> Result<String, Failure> {
-    let guard = Guard::new(0, usize::MAX);
+    rendered_within(&Guard::new(0, usize::MAX), source)
+}
+
+fn rendered_within(guard: &Guard, source: &str) -> Result<String, Failure> {
     let list: Value = (0..100).map(|n| Value::from(format!("item {n}"))).collect();
     let root = Value::from_pairs([("list", list), ("text", Value::from("<a> b"))]);
-    render(source, &environment(&guard), &root)
+    render(source, &environment(guard), &root)
 }
 
 #[track_caller]
 fn refused(source: &str) -> String {
-    let start = Instant::now();
-    let result = rendered(source);
-    assert!(start.elapsed() < Duration::from_secs(20), "{source:.60} took {:?}", start.elapsed());
-    match result {
+    match rendered(source) {
         Err(Failure::Render(error) | Failure::Compile(error)) => error.to_string(),
         other => panic!("{source:.60} gives {:?}", other.map(|text| text.len())),
     }
@@ -114,7 +112,8 @@ fn what_nests_is_bounded_when_made_printed_and_dropped() {
         "{% set ns.l = [ns.l] | map('reverse') | first %}",
     ] {
         let source = looped(body).replace("99999", "20000");
-        if let Err(error) = rendered(&source) {
+        // However slow this machine is.
+        if let Err(error) = rendered_within(&Guard::new(0, usize::MAX).patient(), &source) {
             panic!("{body}: {error:?}");
         }
     }

@@ -146,7 +146,7 @@ const BASE: Table = Table {
     quantize_q8: scalar::TABLE.quantize_q8,
     quantize_q4_0: scalar::TABLE.quantize_q4_0,
     improve_q4_0: scalar::TABLE.improve_q4_0,
-    pack_r16: scalar::TABLE.pack_r16,
+    pack_r16: planes::pack_r16,
     pack_up: scalar::TABLE.pack_up,
     pack_down: plane_columns::pack_down,
     gemv_r16: base::gemv_r16,

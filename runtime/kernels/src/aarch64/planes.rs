@@ -3,16 +3,24 @@
 use std::arch::aarch64::*;
 
 use super::dot::Dot;
-use super::neon::{add_block, load_f16, prefetch};
+use super::neon::{Neon, add_block, load_f16, prefetch};
 use crate::activations::{ActRow, FEW_ROWS};
 use crate::codes::{Coded, MAX_SCALES, Meaning, half_of_power, with_coded};
 use crate::panel::{PANEL_VALUES, PanelKind, PanelLayout, Values, place};
-use crate::planes::{Integers, step_bytes, tile_head_bytes, tile_integers};
+use crate::planes::{Integers, pack_tiles_of, step_bytes, tile_head_bytes, tile_integers};
 use crate::r16::{R16_ROWS, group_bytes};
+use crate::scalar;
 use crate::weight_type::{BLOCK_LEN, WeightType};
 
 /// How far ahead of the bytes in use the next ones are requested.
 const AHEAD: usize = 2304;
+
+pub(super) fn pack_r16(ty: WeightType, kb: usize, canonical: &[u8], tiles: &mut [u8]) {
+    if !ty.has_codes() {
+        return scalar::pack_r16(ty, kb, canonical, tiles);
+    }
+    with_coded!(ty, T => pack_tiles_of::<T, Neon>(kb, canonical, tiles));
+}
 
 /// # Safety
 /// The CPU must have what `D` needs; the activations must have kb blocks.

@@ -8,7 +8,7 @@ mod step;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use float::merge;
 pub(crate) use float::softmax;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use quantized::pack_r16;
 
 use crate::table::{Isa, Table};

@@ -4,11 +4,20 @@
 pub(crate) trait Bytes16: Copy {
     fn load(bytes: &[u8; 16]) -> Self;
     fn store(self, to: &mut [u8; 16]);
+    /// Stores a line.
+    #[inline(always)]
+    fn store_line(line: [Self; 4], to: &mut [u8; 64]) {
+        line.into_iter().zip(to.as_chunks_mut().0).for_each(|(part, to)| part.store(to));
+    }
     /// Stores a line past the caches, where that can be: nobody reads what it held, so it need not be fetched, and who reads it next may be
     /// another core. [`Self::settle`] comes after the last one.
-    fn stream(line: [Self; 4], to: &mut [u8; 64]);
+    #[inline(always)]
+    fn stream(line: [Self; 4], to: &mut [u8; 64]) {
+        Self::store_line(line, to);
+    }
     /// What was streamed is there before what is stored from now on.
-    fn settle();
+    #[inline(always)]
+    fn settle() {}
     fn or(self, other: Self) -> Self;
     /// With `mask` in every byte.
     fn and(self, mask: u8) -> Self;
@@ -30,12 +39,6 @@ impl Bytes16 for [u8; 16] {
     fn store(self, to: &mut [u8; 16]) {
         *to = self;
     }
-
-    fn stream(line: [Self; 4], to: &mut [u8; 64]) {
-        to.copy_from_slice(line.as_flattened());
-    }
-
-    fn settle() {}
 
     fn or(self, other: Self) -> Self {
         std::array::from_fn(|i| self[i] | other[i])

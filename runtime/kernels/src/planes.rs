@@ -141,8 +141,9 @@ fn pack_tile_plane<T: Coded, V: Bytes16, const P: usize>(
 ) {
     let (quads, plane_bytes, step_bytes) = (8 / P, T::TY.block_len() / P, step_bytes(T::TY));
     let mut put = |step: usize, quad: usize, line: [V; 4]| {
-        let to = steps[step * step_bytes + at + 64 * quad..][..64].as_chunks_mut().0;
-        to.iter_mut().zip(line).for_each(|(to, four)| four.store(to));
+        if let Some(to) = steps[step * step_bytes + at + 64 * quad..].first_chunk_mut() {
+            V::store_line(line, to);
+        }
     };
     if plane.run == 0 {
         let mut line = [V::load(&[0; 16]); 4];

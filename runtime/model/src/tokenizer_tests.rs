@@ -213,7 +213,7 @@ fn with_many(count: usize, kind: i32) -> Metadata {
 fn very_many_added_tokens_are_read_in_proportion() {
     for kind in [3, 4] {
         let metadata = with_many(200_000, kind);
-        // Were it quadratic, this would not end.
+        // So many that who runs the tests notices where time is not in proportion.
         let tokenizer = Tokenizer::from_metadata(&metadata).expect("sound").expect("there");
         let ids = tokenizer.encode("ax199999x19x", true).expect("it encodes");
         assert_eq!(ids[1..3], [2048 + 199_999, 2048 + 19]);
@@ -335,7 +335,7 @@ fn damaged_metadata_is_refused() {
 fn long_unbroken_texts_encode() {
     let tokenizer = tokenizer();
     for unit in ["a", " ", "\n", "the", "é", "1", "!", " \n", "\u{301}"] {
-        // Were it quadratic, this would take minutes.
+        // So long that who runs the tests notices where time is not in proportion.
         let text = unit.repeat(100_000 / unit.len());
         let ids = tokenizer.encode(&text, true).expect("it encodes");
         assert!(!ids.is_empty());

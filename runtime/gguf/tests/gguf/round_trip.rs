@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 use st_gguf::{
-    Array, GgmlType, GgufFile, GgufWriter, Metadata, OctetArray, ReadAt, StringArray, TensorSpec, Value, WriteOptions,
-    plan,
+    Array, FileSource, GgmlType, GgufFile, GgufWriter, Metadata, OctetArray, ReadAt, StringArray, TensorSpec, Value,
+    WriteOptions, plan,
 };
 
 use crate::common::{counting, spec, write_file};
@@ -150,31 +150,29 @@ fn a_vocabulary_of_the_real_size_is_read_in_large_pieces() {
     let path = dir.path().join("f.gguf");
     write_file(&path, &metadata, &[], 4096);
 
-    let source = Arc::new(Counted { bytes: std::fs::read(&path).unwrap(), reads: AtomicUsize::new(0) });
+    let source = Arc::new(Counted { file: FileSource::open(&path).unwrap(), reads: AtomicUsize::new(0) });
     let file = GgufFile::from_source(Arc::clone(&source) as _).unwrap();
     assert_eq!(file.header.metadata.strings("tokenizer.ggml.tokens").unwrap(), Some(&tokens));
     // Not string by string.
-    let (reads, pieces) = (source.reads.load(Ordering::Relaxed), source.bytes.len() / 4096);
-    assert!(reads < pieces, "{reads} reads of {} bytes", source.bytes.len());
+    let (reads, pieces) = (source.reads.load(Ordering::Relaxed), source.len() / 4096);
+    assert!((reads as u64) < pieces, "{reads} reads of {} bytes", source.len());
 }
 
-/// A file in memory that counts how often it is read.
+/// A file that counts how often it is read.
 #[derive(Debug)]
 struct Counted {
-    bytes: Vec<u8>,
+    file: FileSource,
     reads: AtomicUsize,
 }
 
 impl ReadAt for Counted {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
         self.reads.fetch_add(1, Ordering::Relaxed);
-        let start = usize::try_from(offset).unwrap();
-        buf.copy_from_slice(&self.bytes[start..start + buf.len()]);
-        Ok(())
+        self.file.read_exact_at(buf, offset)
     }
 
     fn len(&self) -> u64 {
-        self.bytes.len() as u64
+        self.file.len()
     }
 }
 

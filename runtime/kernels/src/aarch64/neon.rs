@@ -100,14 +100,6 @@ impl Bytes16 for Neon {
     }
 
     #[inline(always)]
-    fn stream(line: [Self; 4], to: &mut [u8; 64]) {
-        line.into_iter().zip(to.as_chunks_mut().0).for_each(|(part, to)| part.store(to));
-    }
-
-    #[inline(always)]
-    fn settle() {}
-
-    #[inline(always)]
     fn or(self, other: Self) -> Self {
         // SAFETY: as above.
         Self(unsafe { vorrq_u8(self.0, other.0) })
